@@ -1,0 +1,3 @@
+"""Train and sample denoising diffusion models on an ordinary CPU."""
+
+__version__ = "0.1.0"

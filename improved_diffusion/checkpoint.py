@@ -1,0 +1,242 @@
+"""Checkpoints on disk: complete or absent, verified by checksums, found again by directory or by any file.
+
+A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt`` and ``optN.pt`` (N with six digits or
+more, the number of completed optimizer updates) and, written last, ``stateN.json`` with everything else and
+the sizes and checksums of the others. Without its state file a checkpoint does not exist.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import blobfile as bf
+import torch as th
+
+from improved_diffusion.storage import absolute, is_remote, open_atomic
+
+FORMAT = 1
+_MEMBER = re.compile(r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_)(?P<step>\d{6,})\.(?:pt|json)")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint file is missing, truncated or altered; the message names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, its step and what its state file holds."""
+
+    folder: str
+    step: int
+    state: dict[str, Any]
+
+    def path(self, kind: str) -> str:
+        """The file of `kind`: "model", "opt" or an EMA rate such as "0.9999"."""
+        return bf.join(self.folder, member_name(kind, self.step))
+
+    def load(self, kind: str) -> dict[str, Any]:
+        """The tensors of `kind`, verified against the checksum.
+
+        :raises DamagedCheckpoint: the file is missing or is not what was written.
+        """
+        recorded = self.state["files"].get(member_name(kind, self.step))
+        if recorded is None:
+            raise DamagedCheckpoint(f"{self.path('state')}: records no file {member_name(kind, self.step)}")
+        return load_tensors(self.path(kind), sha256=recorded["sha256"])
+
+    @property
+    def ema_rates(self) -> list[str]:
+        """The rates of the moving averages it holds, as they stand in the file names."""
+        matches = (_MEMBER.fullmatch(name) for name in self.state["files"])
+        return [match["rate"] for match in matches if match and match["rate"]]
+
+
+def member_name(kind: str, step: int) -> str:
+    """The file name of `kind` ("model", "opt", "state" or an EMA rate) at `step`."""
+    if kind == "state":
+        return f"state{step:06d}.json"
+    return f"{kind}{step:06d}.pt" if kind in ("model", "opt") else f"ema_{kind}_{step:06d}.pt"
+
+
+def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]) -> Checkpoint:
+    """Write a checkpoint; it exists once this returns, and not before the last byte is on the disk.
+
+    :param tensors: by kind ("model", "opt", EMA rates), what `torch.save` shall write.
+    :param state: what else belongs to it, JSON-able.
+    :raises OSError: it could not be written; earlier checkpoints are untouched.
+    """
+    state_path = bf.join(folder, member_name("state", step))
+    if bf.exists(state_path):
+        # The files below are about to be replaced: until they all are, this step has no checkpoint.
+        bf.remove(state_path)
+    files = {}
+    for kind, content in tensors.items():
+        name = member_name(kind, step)
+        with open_atomic(bf.join(folder, name)) as file:
+            writer = _HashingWriter(file)
+            th.save(content, writer)
+        files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
+    state = {"format": FORMAT, "step": step, **state, "files": files}
+    with open_atomic(state_path, "w") as file:
+        json.dump(state, file, indent=1)
+    return Checkpoint(folder, step, state)
+
+
+def steps(folder: str) -> list[int]:
+    """The steps of all complete checkpoints in `folder`, ascending; a missing folder has none."""
+    if not bf.isdir(folder):
+        return []
+    matches = (_MEMBER.fullmatch(name) for name in bf.listdir(folder))
+    return sorted(int(match["step"]) for match in matches if match and match["kind"] == "state")
+
+
+def read(folder: str, step: int) -> Checkpoint:
+    """The checkpoint of `step`, its state file read and the sizes of its other files compared.
+
+    :raises DamagedCheckpoint: the state file or one of the others is missing or not what was written.
+    """
+    path = bf.join(folder, member_name("state", step))
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            state = json.loads(file.read())
+        files = {
+            str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in state["files"].items()
+        }
+        if state["step"] != step:
+            raise ValueError("holds another step")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: missing, so this checkpoint is not complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged ({error})") from None
+    for name, (size, _) in files.items():
+        member = bf.join(folder, os.path.basename(name))
+        if not bf.exists(member):
+            raise DamagedCheckpoint(f"{member}: missing, though {path} lists it")
+        if bf.stat(member).size != size:
+            raise DamagedCheckpoint(f"{member}: {bf.stat(member).size} bytes where {size} were written")
+    return Checkpoint(folder, step, state)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare the checksum of every file. :raises DamagedCheckpoint: naming the first that differs."""
+    for name, entry in checkpoint.state["files"].items():
+        path = bf.join(checkpoint.folder, os.path.basename(name))
+        if hashlib.sha256(_read(path)).hexdigest() != entry["sha256"]:
+            raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
+
+
+def find(path: str, log=print) -> Checkpoint:
+    """The checkpoint that `path` stands for.
+
+    :param path: a directory, whose newest intact checkpoint is meant (damaged ones are named through `log`
+        and passed over), or any file of a checkpoint, of which every file must be intact.
+    :raises ValueError: there is none; the message names `path`.
+    """
+    path = absolute(path)
+    if bf.isdir(path):
+        candidates = steps(path)
+        for step in reversed(candidates):
+            try:
+                checkpoint = read(path, step)
+                verify(checkpoint)
+                return checkpoint
+            except DamagedCheckpoint as error:
+                log(f"WARNING: passing over checkpoint {step}: {error}")
+        raise ValueError(f"{path}: holds no {'intact' if candidates else 'complete'} checkpoint")
+    if not bf.exists(path):
+        raise ValueError(f"{path}: there is no such file or directory")
+    match = _MEMBER.fullmatch(bf.basename(path))
+    if match is None:
+        raise ValueError(
+            f"{path}: not a file of a checkpoint (modelN.pt, ema_RATE_N.pt, optN.pt, stateN.json)"
+        )
+    checkpoint = read(bf.dirname(path), int(match["step"]))
+    verify(checkpoint)
+    return checkpoint
+
+
+def kind_of(path: str) -> str | None:
+    """What a file's name says it holds: "model", "opt", "state", an EMA rate, or None for another name."""
+    match = _MEMBER.fullmatch(bf.basename(path))
+    return match and (match["rate"] or match["kind"])
+
+
+def state_beside(path: str) -> Checkpoint | None:
+    """The checkpoint that the weights file `path` belongs to, or None when no state file lies beside it."""
+    match = _MEMBER.fullmatch(bf.basename(path))
+    if match is None or not bf.exists(bf.join(bf.dirname(path), member_name("state", int(match["step"])))):
+        return None
+    return read(bf.dirname(path), int(match["step"]))
+
+
+def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
+    """What `torch.save` wrote to `path`, on the CPU, without executing anything in it.
+
+    :param sha256: the expected checksum, compared when given.
+    :raises DamagedCheckpoint: the file is missing, damaged, or not a dictionary of tensors.
+    """
+    try:
+        content = _read(path)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: there is no such file") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
+    try:
+        tensors = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedCheckpoint(
+            f"{path}: refused, because it is damaged or holds more than tensors (it could execute code)"
+        ) from None
+    except (
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        AssertionError,
+        OverflowError,
+        MemoryError,
+        zipfile.BadZipFile,
+        UnicodeDecodeError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DamagedCheckpoint(
+            f"{path}: not a readable checkpoint, truncated or damaged ({reason})"
+        ) from None
+    if not isinstance(tensors, dict):
+        raise DamagedCheckpoint(f"{path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
+    return tensors
+
+
+def _read(path: str) -> bytes:
+    if is_remote(path):
+        with bf.BlobFile(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+class _HashingWriter:
+    """A file for writing that keeps the checksum of what passes through it."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

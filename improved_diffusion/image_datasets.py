@@ -1,0 +1,250 @@
+"""Image sets from a folder, an .npz file or the package itself: found, read, and summed up in words."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+
+import blobfile as bf
+import numpy as np
+from PIL import Image
+
+from improved_diffusion.batch_stream import BatchStream
+from improved_diffusion.builtin_images import CLASS_NAMES, builtin_set
+from improved_diffusion.image_folder import classify, fingerprint, read_folder
+from improved_diffusion.image_reading import fit_image
+from improved_diffusion.image_set import ImageSet
+from improved_diffusion.storage import absolute, is_remote
+
+BUILTIN = "builtin"
+NAMES_SHOWN = 5  # skipped files that a summary names for each reason
+CLASSES_SHOWN = 12
+MAX_CLASSES = 100_000  # a label above it, in an .npz, is no class
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_flip: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    cache_limit_gb: float = 2.0,
+) -> BatchStream:
+    """Iterate for ever over batches of the images of `data_dir`: `read_images`, then `BatchStream`.
+
+    :raises ValueError: a bad argument or unusable data; the message names the flag.
+    """
+    images = read_images(data_dir, image_size, cache_limit_gb=cache_limit_gb)
+    return BatchStream(
+        images,
+        batch_size,
+        class_cond=class_cond,
+        deterministic=deterministic,
+        random_flip=random_flip,
+        seed=seed,
+        num_workers=num_workers,
+    )
+
+
+def read_images(
+    data_dir: str,
+    image_size: int,
+    *,
+    cache_limit_gb: float = 2.0,
+    cache_dir: str | None = None,
+    log: Callable[[str], object] = print,
+    progress: bool = True,
+) -> ImageSet:
+    """Read a set of images, each fitted into a square as `image_reading.read_image` does.
+
+    :param data_dir: a folder of image files, searched recursively, whose names tell the classes (see
+        `image_folder.classify`); an .npz file with images as ``arr_0`` or as its first uint8 array [N, H, W,
+        3 or 1] and, optionally, classes as ``arr_1`` or ``labels``; or "builtin" for the pictures that the
+        package draws. Folder and file may be blobfile URLs.
+    :param cache_limit_gb: a folder whose pixels take at most this many GB (10^9 bytes) is held in memory; a
+        larger one is decoded while it is used. An .npz file is always held in memory.
+    :param cache_dir: where a decoded folder is kept for the next start (default:
+        `image_cache.default_cache_dir`).
+    :param log: called with each line about the cache that a user should see.
+    :param progress: show a bar, on a terminal.
+    :raises ValueError: nothing usable there; the message names the flag.
+    """
+    if not data_dir:
+        raise ValueError("unspecified data directory: give --data_dir a folder of images, or builtin")
+    if image_size < 1:
+        raise ValueError(f"--image_size {image_size} must be at least 1")
+    if cache_limit_gb < 0:
+        raise ValueError(f"--cache_limit_gb {cache_limit_gb} must not be negative")
+    if data_dir == BUILTIN:
+        return _read_builtin(image_size)
+    source = absolute(data_dir)
+    if source.lower().endswith(".npz"):
+        return _read_npz(source, image_size)
+    if not (bf.isdir(source) if is_remote(source) else os.path.isdir(source)):
+        problem = "is neither a folder nor an .npz file" if _exists(source) else "does not exist"
+        raise ValueError(f"--data_dir {source} {problem}")
+
+    folder = read_folder(
+        source,
+        image_size,
+        cache_limit_gb=cache_limit_gb,
+        cache_dir=cache_dir,
+        log=log,
+        progress=progress,
+    )
+    if not folder.files:
+        why = "; ".join(f"{len(names)} x {reason}" for reason, names in folder.skipped.items())
+        raise ValueError(f"--data_dir {source} holds no usable image ({why or 'it is empty'})")
+    class_names, labels = classify([file.name for file in folder.files])
+    return ImageSet(
+        image_size=image_size,
+        images=folder.images,
+        files=None if folder.images is not None else folder.files,
+        labels=labels,
+        class_names=class_names,
+        fingerprint=fingerprint(folder.files),
+        summary=_summary(source, folder.sizes, folder.modes, folder.skipped, folder.cached),
+    )
+
+
+def describe(images: ImageSet) -> str:
+    """What was read, in a few lines for a person."""
+    about = images.summary
+    megabytes = about["bytes"] / 1e6
+    where = f"{megabytes:,.0f} MB in memory" if images.in_memory else "decoded while they are used"
+    cached = ", from the cache" if about["cached"] else ""
+    size = f"{images.image_size}x{images.image_size}"
+    smallest, largest, most_common = (about["sizes"][key] for key in ("min", "max", "most_common"))
+    if smallest == largest == size:
+        sizes = f"all {size}"
+    elif smallest == largest:
+        sizes = f"all {smallest}, scaled and cropped to {size}"
+    else:
+        sizes = f"{smallest} to {largest}, mostly {most_common}, scaled and cropped to {size}"
+    lines = [
+        f"{about['images']:,} images from {about['source']} ({where}{cached})",
+        f"  sizes:   {sizes}",
+        f"  modes:   {_counts(about['modes'])}",
+    ]
+    if images.class_names:
+        lines.append(f"  classes: {images.num_classes:,} ({_counts(about['classes'], CLASSES_SHOWN)})")
+    else:
+        lines.append("  classes: none (neither the file names nor the folders tell any)")
+    for reason, count in about["skipped"].items():
+        names = about["skipped_names"][reason]
+        more = ", ..." if count > len(names) else ""
+        lines.append(f"  skipped: {count:,} x {reason} ({', '.join(names)}{more})")
+    # A file name that is no valid text could not be printed.
+    return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_builtin(image_size: int) -> ImageSet:
+    images, labels = builtin_set(image_size)
+    return ImageSet(
+        image_size=image_size,
+        images=images,
+        files=None,
+        labels=labels,
+        class_names=CLASS_NAMES,
+        fingerprint=_hash_arrays(images, labels),
+        summary=_summary(BUILTIN, {f"{image_size}x{image_size}": len(images)}, {"RGB": len(images)}),
+    )
+
+
+def _read_npz(path: str, image_size: int) -> ImageSet:
+    try:
+        with bf.BlobFile(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            pixels = _find_images(arrays)
+            labels = next((arrays[name] for name in ("arr_1", "labels") if name in arrays.files), None)
+    except FileNotFoundError:
+        raise ValueError(f"--data_dir {path} does not exist") from None
+    except (OSError, EOFError, MemoryError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--data_dir {path} cannot be read as an .npz file of images: {error}") from None
+    class_names = []
+    if labels is not None:
+        labels = _checked_labels(labels, len(pixels), path)
+        class_names = [str(label) for label in range(labels.max() + 1)]
+    count, height, width, channels = pixels.shape
+    hashed = _hash_arrays(pixels) if labels is None else _hash_arrays(pixels, labels)
+    return ImageSet(
+        image_size=image_size,
+        images=_fit_all(pixels, image_size),
+        files=None,
+        labels=labels,
+        class_names=class_names,
+        fingerprint=hashed,
+        summary=_summary(path, {f"{width}x{height}": count}, {"RGB" if channels == 3 else "L": count}),
+    )
+
+
+def _find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
+    """The array of images, uint8 [N, H, W, 3 or 1]."""
+    for name in ["arr_0"] if "arr_0" in arrays.files else arrays.files:
+        array = arrays[name]
+        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3) and array.size:
+            return array
+    raise ValueError("it holds no uint8 array of shape [N, H, W, 3] or [N, H, W, 1]")
+
+
+def _checked_labels(labels: np.ndarray, count: int, path: str) -> np.ndarray:
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"the labels in --data_dir {path} must be {count} whole numbers, one for each image")
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise ValueError(f"the labels in --data_dir {path} must be from 0 to {MAX_CLASSES - 1}")
+    return labels.astype(np.int64)
+
+
+def _fit_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
+    """Images [N, H, W, 3 or 1] as [N, S, S, 3]."""
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    if pixels.shape[1:3] == (image_size, image_size):
+        return np.ascontiguousarray(pixels)
+    return np.stack([fit_image(Image.fromarray(np.ascontiguousarray(image)), image_size) for image in pixels])
+
+
+def _summary(
+    source: str,
+    sizes: dict[str, int],
+    modes: dict[str, int],
+    skipped: dict[str, list[str]] | None = None,
+    cached: bool = False,
+) -> dict:
+    def area(size: str) -> int:
+        width, height = size.split("x")
+        return int(width) * int(height)
+
+    skipped = skipped or {}
+    return {
+        "source": source,
+        "sizes": {
+            "min": min(sizes, key=area),
+            "max": max(sizes, key=area),
+            "most_common": max(sizes, key=sizes.get),
+        },
+        "modes": modes,
+        "skipped": {reason: len(names) for reason, names in skipped.items()},
+        "skipped_names": {reason: names[:NAMES_SHOWN] for reason, names in skipped.items()},
+        "cached": cached,
+    }
+
+
+def _counts(counts: dict[str, int], shown: int = 8) -> str:
+    """``a 5, b 3, ...``"""
+    parts = [f"{name} {count:,}" for name, count in counts.items()]
+    return ", ".join(parts[:shown] + ["..."] * (len(parts) > shown))
+
+
+def _exists(path: str) -> bool:
+    return bf.exists(path) if is_remote(path) else os.path.exists(path)
+
+
+def _hash_arrays(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""One image file, of any size and colour mode, as a square of uint8 RGB."""
+
+import contextlib
+from collections.abc import Iterator
+
+import blobfile as bf
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from improved_diffusion.storage import is_remote
+
+EXTENSIONS = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+)
+MAX_ASPECT = 1000  # longer ones would be enlarged to gigabytes, only for their middle to be cut out
+
+
+class UnusableImage(ValueError):
+    """An image file that cannot be used; its message is the reason, in words that group well in a summary."""
+
+
+def read_image(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int], str]:
+    """Decode the image at `path`, a local path or a blobfile URL, and fit it into a square.
+
+    Orientation is taken from EXIF, transparency is composited over white, 16 bits are scaled to 8, and of an
+    animation the first frame is taken. A picture that already has the right size is not resampled.
+
+    :return: pixels, uint8 [S, S, 3]; (width, height) of the file; its Pillow mode, such as "RGB" or "P".
+    :raises UnusableImage: with the reason.
+    """
+    with _opened(path) as image:
+        size, mode = image.size, image.mode
+        image.load()
+        return fit_image(_to_rgb(ImageOps.exif_transpose(image)), image_size), size, mode
+
+
+def inspect_image(path: str) -> tuple[tuple[int, int], str]:
+    """(width, height) and Pillow mode of the image at `path`, from its header alone.
+
+    :raises UnusableImage: with the reason.
+    """
+    with _opened(path) as image:
+        return image.size, image.mode
+
+
+def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
+    """Scale the shorter side of an RGB image to `image_size` and cut out the centre: uint8 [S, S, 3].
+
+    It is halved by box filtering while that leaves it large enough, and bicubic for the rest: halving uses
+    every pixel of a large photograph at a fraction of the cost.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != image_size:
+        scale = image_size / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return np.asarray(image)[top : top + image_size, left : left + image_size]
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The image at `path`, open; whatever goes wrong with it inside the block becomes an `UnusableImage`."""
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(bf.BlobFile(path, "rb")) if is_remote(path) else path
+            image = stack.enter_context(Image.open(file))
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise UnusableImage(f"more than {MAX_ASPECT} times as long as wide")
+            yield image
+    except UnusableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise UnusableImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "empty or not an image"
+    if isinstance(error, Image.DecompressionBombError | MemoryError):
+        return "too many pixels"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, FileNotFoundError):
+        return "not found"
+    return "damaged or truncated"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255, which turns nearly all of a 16 bit picture white.
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return _from_float(np.asarray(image)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_float(values: np.ndarray) -> Image.Image:
+    """Floats as 8 bit grey: from [0, 1] where nothing exceeds 1, from [0, 255] otherwise."""
+    if not np.isfinite(values).all():
+        raise UnusableImage("has infinite or undefined pixels")
+    scale = 255.0 if values.max() <= 1 else 1.0
+    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))

@@ -1,0 +1,46 @@
+"""Signals as requests: what Ctrl-C, a batch system or a colleague asks of a running job, honoured between steps."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+
+
+class Interrupts(contextlib.AbstractContextManager):
+    """While entered, turns signals into attributes that a loop looks at when it can act on them.
+
+    SIGINT and SIGTERM set `stop` to the signal's number; a second SIGINT ends the process at once. SIGUSR1,
+    where the system has it, sets `save`. Handlers are installed in the main thread only, which is where
+    Python delivers signals; elsewhere the attributes just stay unset.
+
+    :param log: told in one line what a signal will lead to.
+    """
+
+    def __init__(self, log: Callable[[str], None] = print):
+        self.log = log
+        self.stop: int | None = None
+        self.save = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupts":
+        handlers = {"SIGINT": self._on_stop, "SIGTERM": self._on_stop, "SIGUSR1": self._on_save}
+        for name, handler in handlers.items():
+            number = getattr(signal, name, None)
+            if number is not None:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_stop(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.stop is not None:
+            os._exit(130)
+        self.stop = number
+        self.log(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again exits at once")
+
+    def _on_save(self, number: int, frame) -> None:
+        self.save = True

@@ -1,0 +1,139 @@
+"""Schedule samplers: which timesteps to train at, and the weights that keep the loss unbiased."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+from torch import Tensor
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def create_named_schedule_sampler(
+    name: str, diffusion: GaussianDiffusion
+) -> "UniformSampler | LossSecondMomentResampler":
+    """The sampler called `name`, for the timesteps of `diffusion`.
+
+    :raises ValueError: there is no such sampler.
+    """
+    samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+    if name not in samplers:
+        raise ValueError(f"--schedule_sampler {name!r} is unknown; use {' or '.join(samplers)}")
+    return samplers[name](diffusion)
+
+
+class UniformSampler:
+    """Every timestep equally often; all weights are 1."""
+
+    def __init__(self, diffusion: GaussianDiffusion):
+        self._num_timesteps = diffusion.num_timesteps
+
+    def weights(self) -> np.ndarray:
+        """How often each timestep is drawn, up to a common factor: [T], float64."""
+        return np.ones(self._num_timesteps)
+
+    def sample(
+        self, batch_size: int, device: th.device | str, rng: np.random.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a batch of timesteps and their loss weights; see `_draw`."""
+        return _draw(self.weights(), batch_size, device, rng)
+
+    def state_dict(self) -> dict:
+        """Nothing: the sampler has no memory."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Accept the state of a uniform sampler.
+
+        :raises ValueError: it is another sampler's.
+        """
+        if state:
+            raise ValueError(
+                "the checkpoint was trained with another schedule sampler; "
+                "resume with --schedule_sampler loss-second-moment"
+            )
+
+
+class LossSecondMomentResampler:
+    """Timesteps in proportion to the root mean square of their latest losses.
+
+    Nichol & Dhariwal 2021, eq. 18. Uniform until every timestep has a full history.
+
+    :param history_per_term: how many of the latest losses of each timestep are remembered.
+    :param uniform_prob: the share of draws that stays uniform, so that no timestep is ever forgotten.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
+        self._uniform_prob = uniform_prob
+        self._losses = np.zeros((diffusion.num_timesteps, history_per_term))  # the latest one last
+        self._counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+
+    def weights(self) -> np.ndarray:
+        """How often each timestep is drawn, up to a common factor: [T], float64."""
+        num_timesteps, history_per_term = self._losses.shape
+        if (self._counts < history_per_term).any():
+            return np.ones(num_timesteps)
+        root_mean_square = np.sqrt(np.mean(self._losses**2, axis=1))
+        share = root_mean_square / root_mean_square.sum()
+        return (1 - self._uniform_prob) * share + self._uniform_prob / num_timesteps
+
+    def sample(
+        self, batch_size: int, device: th.device | str, rng: np.random.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a batch of timesteps and their loss weights; see `_draw`."""
+        return _draw(self.weights(), batch_size, device, rng)
+
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Remember one loss per timestep drawn, in order.
+
+        With several processes each passes all processes' losses in the same order, so that they stay alike.
+        """
+        assert len(ts) == len(losses)
+        for t, loss in zip(ts, losses):
+            self._losses[t] = np.append(self._losses[t, 1:], loss)
+            self._counts[t] = min(self._counts[t] + 1, self._losses.shape[1])
+
+    def update_with_local_losses(self, ts: Tensor, losses: Tensor) -> None:
+        """The same from tensors [N], for a single process."""
+        self.update_with_all_losses(ts.tolist(), losses.tolist())
+
+    def state_dict(self) -> dict:
+        """The history as plain lists: JSON keeps it exactly."""
+        return {"losses": self._losses.tolist(), "counts": self._counts.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from the history that `state_dict` gave.
+
+        :raises ValueError: it is another sampler's, or for another number of timesteps.
+        """
+        if not state:
+            raise ValueError(
+                "the checkpoint holds no history of losses; resume with --schedule_sampler uniform"
+            )
+        losses = np.array(state["losses"], dtype=np.float64)
+        counts = np.array(state["counts"], dtype=np.int64)
+        if losses.shape != self._losses.shape or counts.shape != self._counts.shape:
+            raise ValueError(
+                f"the checkpoint's history of losses is of shape {losses.shape} (timesteps, losses of each), "
+                f"this run's of shape {self._losses.shape}; resume with the checkpoint's --diffusion_steps"
+            )
+        self._losses, self._counts = losses, counts
+
+
+def _draw(
+    weights: np.ndarray, batch_size: int, device: th.device | str, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw timesteps in proportion to `weights` [T].
+
+    :param rng: makes the draw a pure function of its state and `weights`; without it nothing is seeded.
+    :return: timesteps [batch_size], int64, and the factors 1 / (T p_t) [batch_size], float32, by which their
+        losses are to be multiplied so that the mean estimates the uniform mean over all timesteps.
+    """
+    rng = np.random.default_rng() if rng is None else rng
+    probabilities = weights / weights.sum()
+    timesteps = rng.choice(len(weights), size=batch_size, p=probabilities)
+    factors = 1 / (len(weights) * probabilities[timesteps])
+    return (
+        th.as_tensor(timesteps, dtype=th.int64, device=device),
+        th.from_numpy(factors).float().to(device),
+    )

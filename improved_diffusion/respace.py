@@ -1,0 +1,92 @@
+"""Respacing: run a diffusion on a subset of the timesteps that its model was trained on."""
+
+import re
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch as th
+from torch import Tensor
+
+from .gaussian_diffusion import GaussianDiffusion, rescale_to_thousand
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """Choose which of the timesteps 0 .. num_timesteps - 1 to keep.
+
+    :param section_counts: ``"250"`` spreads 250 timesteps from the first to the last; ``"10,15,20"``, or a
+        list of numbers, splits the range into as many equal sections and spreads that many over each;
+        ``"ddim50"`` takes 50 in equal strides from 0 on, as DDIM does (Song et al. 2020, appendix D.2).
+    :return: as many distinct timesteps as were asked for.
+    :raises ValueError: the text is malformed, or asks for more timesteps than there are.
+    """
+    text = section_counts if isinstance(section_counts, str) else ",".join(map(str, section_counts))
+    counts = _parse_counts(text)
+    if text.startswith("ddim"):
+        count = counts[0]
+        if count > num_timesteps:
+            raise ValueError(
+                f"--timestep_respacing {text}: there are {num_timesteps} timesteps to choose from; "
+                f"use ddim{num_timesteps} at most"
+            )
+        return {i * num_timesteps // count for i in range(count)}
+
+    size, remainder = divmod(num_timesteps, len(counts))
+    kept: set[int] = set()
+    start = 0
+    for i, count in enumerate(counts):
+        section = size + (i < remainder)
+        if count > section:
+            raise ValueError(
+                f"--timestep_respacing {text}: section {i + 1} of {len(counts)} covers {section} of the "
+                f"{num_timesteps} timesteps and cannot give {count}; use {section} at most, or fewer sections"
+            )
+        kept.update(start + offset for offset in _spread(count, section))
+        start += section
+    return kept
+
+
+def _parse_counts(text: str) -> list[int]:
+    """The positive numbers in ``"250"``, ``"10,15,20"`` or ``"ddim50"``."""
+    counts = [int(number) for number in re.findall("[0-9]+", text)]
+    if not re.fullmatch("ddim[0-9]+|[0-9]+( *, *[0-9]+)*", text) or 0 in counts:
+        raise ValueError(
+            f"--timestep_respacing {text!r} is not understood; use a number of timesteps (250), one number "
+            "per section (10,15,20), or ddim and a number (ddim50); none may be 0"
+        )
+    return counts
+
+
+def _spread(count: int, size: int) -> list[int]:
+    """`count` whole numbers spread evenly from 0 to `size` - 1 (just 0 when `count` is 1)."""
+    stride = (size - 1) / (count - 1) if count > 1 else 0.0
+    # The stride is added up, not multiplied: ties like 49.5 then fall as in improved-diffusion, whose
+    # published samples were drawn at these very timesteps.
+    return [round(offset) for offset in np.cumsum([0.0] + [stride] * (count - 1)).tolist()]
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A diffusion on some of the timesteps of another; its model still sees the original timesteps.
+
+    The betas are those that leave alpha_bar as it was at the timesteps kept (Nichol & Dhariwal 2021, eq. 19).
+
+    :param use_timesteps: which original timesteps to keep.
+    :param betas: the original diffusion's betas, [original_num_steps].
+    :param kwargs: as in GaussianDiffusion.
+
+    `timestep_map` [num_timesteps] holds the original timestep of each step, in rising order.
+    """
+
+    def __init__(self, use_timesteps: Collection[int], *, betas: np.ndarray, **kwargs):
+        self.timestep_map = sorted(set(use_timesteps))
+        self.original_num_steps = len(betas)
+        assert self.timestep_map, "no timestep is kept"
+        assert self.timestep_map[0] >= 0 and self.timestep_map[-1] < self.original_num_steps
+        alpha_bar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
+        spaced_betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        # Schedules of about ten steps reach alpha_bar 1e-17; skipping steps there would round beta to 1.
+        super().__init__(betas=np.minimum(spaced_betas, np.nextafter(1.0, 0.0)), **kwargs)
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """The original timesteps of the steps `t` [N], rescaled if the diffusion rescales."""
+        original = th.tensor(self.timestep_map, device=t.device)[t]
+        return rescale_to_thousand(original, self.original_num_steps) if self.rescale_timesteps else original

@@ -1,0 +1,193 @@
+"""Read the directory of a run, finished or still being written, without trusting a byte of it."""
+
+import contextlib
+import csv
+import datetime
+import json
+import os
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from improved_diffusion.storage import absolute
+
+Value = int | float | str | datetime.datetime | None
+
+TEXT_COLUMNS = ("saved_at", "files")  # of checkpoints.csv; all other cells of a run's tables are numbers
+LARGEST_EXACT_INTEGER = 2**53  # of a float, which is what Excel's numbers are
+
+
+@dataclass
+class Table:
+    """The readable rows of a CSV file, and how many were not."""
+
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[Value]] = field(default_factory=list)
+    broken: int = 0
+
+    def column(self, name: str) -> np.ndarray:
+        """The numbers of a column as float64 [rows]: NaN where there is none, or no such column."""
+        if name not in self.columns:
+            return np.full(len(self.rows), np.nan)
+        index = self.columns.index(name)
+        return np.array([np.nan if row[index] is None else row[index] for row in self.rows], np.float64)
+
+
+@dataclass
+class Run:
+    """What the directory of a run says. `notes` are lines on what is missing from it or broken."""
+
+    dir: str
+    metrics: Table
+    checkpoints: Table
+    previews: list[tuple[int, str]]  # (step, path of the picture), newest first
+    arguments: dict
+    data: dict
+    machine: dict
+    model: dict
+    started: datetime.datetime | str | None
+    sessions: list[dict]
+    command: str | None
+    notes: list[str]
+
+    @property
+    def diffusion_steps(self) -> int | None:
+        steps = self.arguments.get("diffusion_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def read_run(run_dir: str) -> Run:
+    """Read `run_dir`. Only ``progress.csv`` must be there; everything else that is missing is noted.
+
+    :raises ValueError: there is no such directory, or no ``progress.csv`` with a column ``step`` in it.
+    :raises OSError: ``progress.csv`` cannot be read.
+    """
+    run_dir = absolute(run_dir)
+    if not os.path.isdir(run_dir):
+        raise ValueError(f"{run_dir} is not a directory; give the directory that a training run wrote")
+    path = os.path.join(run_dir, "progress.csv")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist; give the directory that a training run wrote")
+    metrics = _read_table(path)
+    if "step" not in metrics.columns:
+        raise ValueError(
+            f"{path} is not the progress of a run: its first line does not name the columns of one"
+        )
+
+    notes = [_broken_note("progress.csv", metrics.broken)] if metrics.broken else []
+    arguments = _read_json(run_dir, "args.json", "the arguments are not known", notes)
+    info = _read_json(run_dir, "run.json", "data, model and machine are not known", notes)
+    return Run(
+        dir=run_dir,
+        metrics=metrics,
+        checkpoints=_read_checkpoints(run_dir, notes),
+        previews=_find_previews(run_dir),
+        arguments=arguments,
+        data=_dict(info.get("data")),
+        machine=_dict(info.get("machine")),
+        model=_dict(info.get("model")),
+        started=_time(info.get("started")),
+        sessions=[_dict(session) for session in _list(info.get("sessions"))],
+        command=info["command"] if isinstance(info.get("command"), str) else None,
+        notes=notes,
+    )
+
+
+def _read_table(path: str) -> Table:
+    """The rows that have a cell for every column, numbers where they must be, and a finite step."""
+    with open(path, "rb") as file:
+        text = file.read().decode("utf-8-sig", "replace")
+    # What follows the last line end is empty, or a line that is still being written.
+    *lines, torn = text.replace("\0", "").split("\n")
+    lines = [line.rstrip("\r") for line in lines if line.strip()]
+    if not lines:
+        return Table(["step"], broken=bool(torn))
+    columns = _split(lines[0])
+    table = Table(columns, broken=bool(torn))
+    if "step" not in columns or len(set(columns)) < len(columns):
+        return Table()
+    step = columns.index("step")
+    for line in lines[1:]:
+        try:
+            row = [_parse(name, cell) for name, cell in zip(columns, _split(line), strict=True)]
+            # Rejects a step that is missing, NaN or infinite as well.
+            if not 0 <= row[step] < LARGEST_EXACT_INTEGER:
+                raise ValueError("no step")
+        except (ValueError, TypeError):
+            table.broken += 1
+        else:
+            table.rows.append(row)
+    return table
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a cell of a hundred kilobytes
+        return []
+
+
+def _parse(name: str, cell: str) -> Value:
+    if not cell:
+        return None
+    if name in TEXT_COLUMNS:
+        return _time(cell)
+    number = float(cell)
+    is_exact_integer = abs(number) < LARGEST_EXACT_INTEGER and number.is_integer()
+    return int(number) if is_exact_integer else number
+
+
+def _read_checkpoints(run_dir: str, notes: list[str]) -> Table:
+    try:
+        table = _read_table(os.path.join(run_dir, "checkpoints.csv"))
+    except OSError:
+        notes.append("checkpoints.csv is missing: no checkpoint has been saved yet.")
+        return Table()
+    if table.broken:
+        notes.append(_broken_note("checkpoints.csv", table.broken))
+    return table
+
+
+def _broken_note(name: str, count: int) -> str:
+    return f"{name}: {count:,} {'line' if count == 1 else 'lines'} could not be read and were left out."
+
+
+def _read_json(run_dir: str, name: str, consequence: str, notes: list[str]) -> dict:
+    """The object in a JSON file; empty, with a note, when it is missing or is none."""
+    try:
+        with open(os.path.join(run_dir, name), encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        notes.append(f"{name} is missing: {consequence}.")
+        return {}
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{name} cannot be read: {consequence}.")
+        return {}
+    return content
+
+
+def _time(text):
+    """The time that `text` is in ISO format, without the zone, of which Excel knows nothing; else `text`."""
+    with contextlib.suppress(ValueError, TypeError):
+        return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
+    return text
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _find_previews(run_dir: str) -> list[tuple[int, str]]:
+    """The pictures ``samples/step_NNNNNN.png``, newest first."""
+    folder = os.path.join(run_dir, "samples")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    matches = [re.fullmatch(r"step_(\d{1,15})\.png", name, re.ASCII) for name in names]
+    found = [(int(match[1]), os.path.join(folder, match[0])) for match in matches if match]
+    return sorted(found, reverse=True)

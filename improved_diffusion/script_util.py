@@ -1,0 +1,588 @@
+"""Flags, their defaults and the factories that turn them into models and diffusions: the one place where parts meet."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import blobfile as bf
+
+from improved_diffusion import checkpoint
+from improved_diffusion import gaussian_diffusion as gd
+from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.unet import SuperResModel, UNetModel
+
+DEFAULT_NUM_CLASSES = 1000
+DEFAULT_ATTENTION = "16,8"
+
+# Channel multipliers of improved-diffusion (32, 64, 256) and, for other sizes, of the same taste.
+CHANNEL_MULT = {
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (1, 1, 1, 2, 2, 4, 4),
+}
+
+HELP = {
+    # model
+    "image_size": "side of the square images in pixels",
+    "num_channels": "channels of the UNet's first level, a multiple of 32",
+    "num_res_blocks": "residual blocks per level",
+    "num_heads": "attention heads",
+    "num_heads_upsample": "attention heads on the way up; -1: as on the way down",
+    "attention_resolutions": "comma-separated resolutions, in pixels, at which there is attention; the default "
+    "means all levels of at most 16 pixels where the image size has no levels of 16 and 8",
+    "channel_mult": "comma-separated channel multipliers, one per level (1,2,2,2); empty: chosen by image size",
+    "dropout": "dropout probability",
+    "learn_sigma": "let the model predict the variance too",
+    "class_cond": "condition the model on the class of the image",
+    "num_classes": "number of classes with --class_cond True; 0: as many as the data have",
+    "use_checkpoint": "recompute activations in the backward pass: less memory, about a third more time",
+    "use_scale_shift_norm": "let the timestep scale and shift the normalisation instead of being added",
+    "large_size": "side of the high-resolution images in pixels",
+    "small_size": "side of the low-resolution images in pixels",
+    # diffusion
+    "diffusion_steps": "number of diffusion steps T",
+    "noise_schedule": "linear or cosine",
+    "timestep_respacing": 'use fewer steps: a count ("250"), counts per section ("10,15,20") or "ddim50"; empty: all',
+    "sigma_small": "the smaller of the two fixed variances in sampling",
+    "use_kl": "train on the variational bound itself",
+    "predict_xstart": "the model predicts the clean image instead of the noise",
+    "rescale_timesteps": "hand the model timesteps scaled to 0..1000",
+    "rescale_learned_sigmas": "with --learn_sigma, weigh the variational term against the mean squared error",
+    # data
+    "data_dir": "folder of images or .npz file; 'builtin': the built-in shapes; empty: CIFAR-10, or else the shapes",
+    "random_flip": "mirror each training image left-right with probability 1/2",
+    "cache_limit_gb": "data sets up to this size, decoded, live in memory; larger ones are streamed",
+    "data_workers": "processes that decode images of a streamed data set",
+    # training
+    "schedule_sampler": "how timesteps are drawn: uniform or loss-second-moment",
+    "lr": "learning rate of AdamW",
+    "weight_decay": "decoupled weight decay of AdamW",
+    "lr_anneal_steps": "anneal the learning rate linearly to zero over this many steps; 0: do not",
+    "lr_warmup_steps": "raise the learning rate linearly from zero over this many steps",
+    "grad_clip": "clip the gradient's norm to this; 0: do not",
+    "batch_size": "images per optimizer step (training) or drawn at a time (sampling)",
+    "microbatch": "images per forward and backward pass; -1: the whole batch; changes memory, not the result",
+    "ema_rate": "comma-separated rates of the moving averages of the weights",
+    "total_steps": "stop after this many optimizer steps in total",
+    "seed": "of everything random",
+    # running
+    "log_dir": "where the output goes; empty: $OPENAI_LOGDIR, or else a new dated directory",
+    "log_interval": "steps per row of progress.csv",
+    "save_interval": "steps between checkpoints",
+    "resume_checkpoint": "continue from this run directory (its newest intact checkpoint) or checkpoint file",
+    "allow_changed_flags": "resume although flags that change the result differ from the checkpoint's",
+    "skip_nonfinite": "skip up to this many steps in a row whose loss or gradient is not finite; 0: stop",
+    "tensorboard": "also write TensorBoard event files",
+    # sampling
+    "model_path": "run directory (its newest EMA weights are used) or .pt file",
+    "num_samples": "number of images",
+    "use_ddim": "sample with DDIM (deterministic) instead of ancestral sampling",
+    "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
+    "class_label": "comma-separated class names or numbers to draw; empty: all classes in turn",
+    "save_png": "also write every image as a PNG of its own",
+}
+
+# Flags that define what is learned. They travel with the checkpoint and cannot be contradicted.
+ARCHITECTURE = (
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "num_heads_upsample",
+    "attention_resolutions",
+    "channel_mult",
+    "learn_sigma",
+    "class_cond",
+    "num_classes",
+    "use_scale_shift_norm",
+    "large_size",
+    "small_size",
+)
+PROCESS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")
+# Flags that a resumed run cannot change without becoming another run.
+TRAINED_WITH = (
+    "data_dir",
+    "random_flip",
+    "seed",
+    "schedule_sampler",
+    "use_kl",
+    "rescale_learned_sigmas",
+    "dropout",
+)
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Flags of the diffusion process, with their defaults."""
+    return {
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "sigma_small": False,
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": True,
+        "rescale_learned_sigmas": True,
+    }
+
+
+def model_defaults() -> dict[str, Any]:
+    """Flags of the UNet, with their defaults: the CIFAR-10 model of the README."""
+    return {
+        "image_size": 32,
+        "num_channels": 64,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "attention_resolutions": DEFAULT_ATTENTION,
+        "channel_mult": "",
+        "dropout": 0.0,
+        "learn_sigma": False,
+        "class_cond": False,
+        "num_classes": 0,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+    }
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """All arguments of `create_model_and_diffusion`, with their defaults."""
+    return {**model_defaults(), **diffusion_defaults()}
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """All arguments of `sr_create_model_and_diffusion`, with their defaults."""
+    defaults = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
+    del defaults["image_size"]
+    return defaults
+
+
+def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """Build the model and its diffusion.
+
+    :param flags: any of `model_and_diffusion_defaults`; those left out take their default.
+    :raises ValueError: a flag's value is impossible; the message names it.
+    """
+    flags = {**model_and_diffusion_defaults(), **flags}
+    return (
+        create_model(**args_to_dict(flags, model_defaults())),
+        create_gaussian_diffusion(**_diffusion_arguments(flags)),
+    )
+
+
+def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
+    """Build a super-resolution model and its diffusion; see `sr_model_and_diffusion_defaults`."""
+    flags = {**sr_model_and_diffusion_defaults(), **flags}
+    model_flags = {key: flags[key] for key in model_defaults() if key != "image_size"}
+    return (
+        sr_create_model(large_size=flags["large_size"], small_size=flags["small_size"], **model_flags),
+        create_gaussian_diffusion(**_diffusion_arguments(flags)),
+    )
+
+
+def create_model(**flags: Any) -> UNetModel:
+    """Build a UNet from any of the flags of `model_defaults`."""
+    return UNetModel(in_channels=3, **_unet_arguments({**model_defaults(), **flags}))
+
+
+def sr_create_model(large_size: int, small_size: int, **flags: Any) -> SuperResModel:
+    """Build a UNet that sees an image of `small_size` pixels while it makes one of `large_size`."""
+    if not 0 < small_size < large_size:
+        raise ValueError(f"--small_size {small_size}: must be positive and below --large_size {large_size}")
+    flags = {**model_defaults(), **flags, "image_size": large_size}
+    return SuperResModel(in_channels=3, **_unet_arguments(flags))
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | list[int] = "",
+) -> SpacedDiffusion:
+    """Build the diffusion process; the arguments are the flags of `diffusion_defaults`."""
+    betas = gd.get_named_beta_schedule(noise_schedule, steps)
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+    if learn_sigma:
+        variance = gd.ModelVarType.LEARNED_RANGE
+    elif sigma_small:
+        variance = gd.ModelVarType.FIXED_SMALL
+    else:
+        variance = gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=betas,
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=variance,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def _diffusion_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    arguments = {key: flags[key] for key in diffusion_defaults()}
+    return {"steps": arguments.pop("diffusion_steps"), "learn_sigma": flags["learn_sigma"], **arguments}
+
+
+def _unet_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `UNetModel` that the model flags stand for."""
+    for name, least in (("image_size", 1), ("num_channels", 1), ("num_res_blocks", 1), ("num_heads", 1)):
+        if flags[name] < least:
+            raise ValueError(f"--{name} {flags[name]}: must be at least {least}")
+    if not 0 <= flags["dropout"] < 1:
+        raise ValueError(f"--dropout {flags['dropout']}: must lie in [0, 1)")
+    if flags["num_heads_upsample"] != -1 and flags["num_heads_upsample"] < 1:
+        raise ValueError(f"--num_heads_upsample {flags['num_heads_upsample']}: must be at least 1, or -1")
+    channel_mult = _channel_mult(flags["channel_mult"], flags["image_size"])
+    return {
+        "model_channels": flags["num_channels"],
+        "out_channels": 6 if flags["learn_sigma"] else 3,
+        "num_res_blocks": flags["num_res_blocks"],
+        "attention_resolutions": _attention_factors(
+            flags["attention_resolutions"], flags["image_size"], len(channel_mult)
+        ),
+        "dropout": flags["dropout"],
+        "channel_mult": channel_mult,
+        "num_classes": (flags["num_classes"] or DEFAULT_NUM_CLASSES) if flags["class_cond"] else None,
+        "use_checkpoint": flags["use_checkpoint"],
+        "num_heads": flags["num_heads"],
+        "num_heads_upsample": flags["num_heads_upsample"],
+        "use_scale_shift_norm": flags["use_scale_shift_norm"],
+    }
+
+
+def _channel_mult(text: str | Iterable[int], image_size: int) -> tuple[int, ...]:
+    if text:
+        multipliers = _integers(text, "channel_mult")
+        divisor = 2 ** (len(multipliers) - 1)
+        if image_size % divisor:
+            raise ValueError(
+                f"--image_size {image_size}: the {len(multipliers)} levels of --channel_mult need a multiple "
+                f"of {divisor}; try {image_size // divisor * divisor or divisor}, or fewer levels"
+            )
+        return multipliers
+    if image_size in CHANNEL_MULT:
+        return CHANNEL_MULT[image_size]
+    nearest = min(CHANNEL_MULT, key=lambda size: abs(math.log(size / image_size)))
+    halvings = (image_size & -image_size).bit_length() - 1
+    if halvings == 0:
+        raise ValueError(
+            f"--image_size {image_size}: an odd size cannot be halved; try {image_size + 1}, or --channel_mult 1"
+        )
+    # Levels below 4 pixels have nothing left to see.
+    while halvings > 1 and image_size >> halvings < 4:
+        halvings -= 1
+    return CHANNEL_MULT[nearest][: halvings + 1]
+
+
+def _attention_factors(text: str, image_size: int, levels: int) -> tuple[int, ...]:
+    """The downsampling factors at which there is attention, from resolutions in pixels."""
+    sizes = [image_size >> level for level in range(levels)]
+    resolutions = _integers(text, "attention_resolutions") if text else ()
+    if text == DEFAULT_ATTENTION and any(image_size % r for r in resolutions if r <= image_size):
+        resolutions = tuple(size for size in sizes if size <= 16)
+    for resolution in resolutions:
+        if resolution <= image_size and image_size % resolution:
+            raise ValueError(
+                f"--attention_resolutions {resolution}: does not divide the image size {image_size}; this model "
+                f"has the resolutions {', '.join(map(str, sizes))}"
+            )
+    return tuple(image_size // resolution for resolution in resolutions if resolution <= image_size)
+
+
+def _integers(text: str | Iterable[int], flag: str) -> tuple[int, ...]:
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    try:
+        numbers = tuple(int(part) for part in parts)
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--{flag} {text!r}: expected positive whole numbers separated by commas")
+    return numbers
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong, and remembers which flags were given."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}; --help explains every flag\n")
+
+    def parse_flags(self, argv: list[str] | None = None) -> tuple[dict[str, Any], set[str]]:
+        """Parse `argv`. :return: all flags with their values, and the names of those that were given."""
+        flags = vars(self.parse_args(argv))
+        defaults = {name: self.get_default(name) for name in flags}
+        unset = argparse.Namespace(**dict.fromkeys(flags, _UNSET))
+        given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not _UNSET}
+        assert flags.keys() == defaults.keys()
+        return flags, given
+
+
+_UNSET = object()
+
+
+def add_dict_to_argparser(
+    parser: argparse.ArgumentParser, default_dict: dict[str, Any], title: str | None = None
+) -> None:
+    """Add a flag for every key, typed by its default, explained by `HELP` and listed under `title`."""
+    group = parser.add_argument_group(title) if title else parser
+    for name, default in default_dict.items():
+        kind = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        text = HELP.get(name, "").replace("%", "%%")
+        group.add_argument(f"--{name}", default=default, type=kind, help=text or None, metavar=_METAVAR[kind])
+
+
+def args_to_dict(args: argparse.Namespace | dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The values of `keys` in parsed arguments."""
+    values = args if isinstance(args, dict) else vars(args)
+    return {key: values[key] for key in keys}
+
+
+def str2bool(text: str | bool) -> bool:
+    """A truth value as people write it. :raises argparse.ArgumentTypeError: it is not one."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("yes", "true", "t", "y", "1", "on"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+_METAVAR = {str2bool: "True|False", str: "TEXT", int: "N", float: "X"}
+
+
+def check_range(flags: dict[str, Any], least: dict[str, float]) -> None:
+    """Check that flags are finite and not below `least`. :raises ValueError: naming the first that is."""
+    for name, minimum in least.items():
+        if not (math.isfinite(flags[name]) and flags[name] >= minimum):
+            raise ValueError(f"--{name} {flags[name]}: must be at least {minimum}")
+
+
+def merge_stored_flags(
+    flags: dict[str, Any], given: set[str], stored: dict[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """Let a checkpoint's arguments take the place of defaults.
+
+    :param flags: the flags of this command; `given` names those that the user gave.
+    :param stored: the checkpoint's arguments.
+    :param names: the flags to take from there; those that define the model must not contradict it.
+    :raises ValueError: a given flag of `ARCHITECTURE` or `PROCESS` differs from the checkpoint's.
+    """
+    merged = dict(flags)
+    for name in names:
+        if name not in stored:
+            continue
+        if name in given and name in ARCHITECTURE + PROCESS and flags[name] != stored[name]:
+            raise ValueError(
+                f"--{name} {flags[name]}: contradicts the checkpoint, which was trained with {stored[name]}; "
+                "leave the flag out"
+            )
+        if name not in given:
+            merged[name] = stored[name]
+    return merged
+
+
+def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = print) -> str:
+    """The data to train on: what the user named, or CIFAR-10 if it can be had, or the built-in shapes.
+
+    :param data_dir: the flag; returned as it is unless empty.
+    :param datasets_dir: the folder with `cifar10.py` and what that has prepared.
+    :return: a path, or "builtin".
+    """
+    if data_dir:
+        return data_dir
+    prepared = os.path.join(datasets_dir, "cifar_train")
+    if os.path.exists(os.path.join(prepared, ".complete")):
+        return prepared
+    script = os.path.join(datasets_dir, "cifar10.py")
+    if os.path.exists(script):
+        log("No --data_dir given and CIFAR-10 is not prepared yet: preparing it now.")
+        if subprocess.run([sys.executable, script]).returncode == 0:
+            return prepared
+    for line in (
+        "*" * 78,
+        "CIFAR-10 could not be had: TRAINING ON THE BUILT-IN SHAPES INSTEAD.",
+        f"For CIFAR-10: python {script} --archive cifar-10-python.tar.gz",
+        "For your own images: --data_dir FOLDER",
+        "*" * 78,
+    ):
+        log(line)
+    return "builtin"
+
+
+def new_directory(parent: str) -> str:
+    """A path in `parent`, named after the present time, that does not exist yet."""
+    path = stamp = os.path.join(parent, datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S"))
+    number = 1
+    while os.path.exists(path):
+        number += 1
+        path = f"{stamp}-{number}"
+    return path
+
+
+def choose_run(flags: dict[str, Any], runs_dir: str) -> tuple[str, str]:
+    """Where a training run lives and what it continues.
+
+    :param runs_dir: new dated directories are made in it.
+    :return: the log directory, and the directory or file to resume from ("": start afresh).
+    :raises ValueError: going on would overwrite newer checkpoints.
+    """
+    resume = flags["resume_checkpoint"]
+    log_dir = flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
+    if not log_dir and resume:
+        log_dir = resume if bf.isdir(resume) else bf.dirname(absolute(resume))
+    log_dir = absolute(log_dir or new_directory(runs_dir))
+    present = checkpoint.steps(log_dir)
+    if not present:
+        return log_dir, resume
+    if resume and not bf.isdir(resume) and bf.dirname(absolute(resume)) == log_dir:
+        source = checkpoint.find(resume)
+        if source.step < present[-1]:
+            raise ValueError(
+                f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer "
+                f"checkpoints up to step {present[-1]} beside it; give --log_dir a new directory to branch off, "
+                "or give the directory to continue from the newest"
+            )
+        return log_dir, resume
+    # The same command again: what this directory has reached counts, wherever it had started from.
+    return log_dir, log_dir
+
+
+def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint) -> dict[str, Any]:
+    """The flags of a resumed run: the checkpoint's, except for those given that may change.
+
+    :raises ValueError: a given flag would make it another run; the message names it.
+    """
+    stored = source.state["arguments"]
+    stays = {"log_dir", "resume_checkpoint", "allow_changed_flags"}
+    merged = {
+        name: value if name in given | stays else stored.get(name, value) for name, value in flags.items()
+    }
+    for name in ARCHITECTURE + PROCESS + TRAINED_WITH:
+        if name not in merged or name not in stored or merged[name] == stored[name]:
+            continue
+        if name in ARCHITECTURE or not flags["allow_changed_flags"]:
+            hint = "" if name in ARCHITECTURE else ", or --allow_changed_flags True to go on all the same"
+            raise ValueError(
+                f"--{name} {merged[name]}: the run to resume was started with {stored[name]!r}; leave the flag "
+                f"out{hint}"
+            )
+    return merged
+
+
+def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step: int) -> None:
+    """Write ``args.json`` and ``run.json``, which the workbook is made from, into `log_dir`.
+
+    :param facts: what shall stand in ``run.json``; the list of sessions is continued here.
+    :param step: the step at which this session begins.
+    """
+    path = os.path.join(log_dir, "run.json")
+    before = {}
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        before = json.load(file)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    sessions = (
+        [*before.get("sessions", []), {"started": now, "step": step}]
+        if step
+        else [{"started": now, "step": 0}]
+    )
+    facts = {
+        **facts,
+        "started": sessions[0]["started"],
+        "sessions": sessions,
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    for name, content in (("args.json", flags), ("run.json", facts)):
+        with open_atomic(os.path.join(log_dir, name), "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+
+
+def load_trained(
+    model_path: str, flags: dict[str, Any], given: set[str], log: Callable[[str], None] = print
+) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any], list[str]]:
+    """Build the model that `model_path` holds the weights of, and its diffusion.
+
+    :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
+    :param flags: the flags of this command; `given` names those that the user gave.
+    :return: the model in eval mode, the diffusion, all flags after the checkpoint's have been taken over, and
+        the names of the classes (empty when unknown).
+    :raises ValueError: there are no such weights, or a given flag contradicts them.
+    """
+    path = absolute(model_path)
+    if not bf.exists(path):
+        raise ValueError(f"--model_path {model_path}: there is no such file or directory")
+    if bf.isdir(path):
+        source = checkpoint.find(path, log=log)
+        rates = sorted(source.ema_rates, key=float)
+        kind = rates[-1] if rates else "model"
+        path, weights = source.path(kind), source.load(kind)
+    else:
+        if checkpoint.kind_of(path) in ("opt", "state"):
+            raise ValueError(
+                f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
+            )
+        weights = checkpoint.load_tensors(path)
+        source = checkpoint.state_beside(path)
+    stored = source.state["arguments"] if source else {}
+    if not stored:
+        log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
+    flags = merge_stored_flags(flags, given, stored, [*model_and_diffusion_defaults()])
+    if "timestep_respacing" not in given:
+        flags["timestep_respacing"] = ""
+    model, diffusion = create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip()
+        raise ValueError(
+            f"--model_path {path}: its weights do not fit the model that the flags describe ({first}); give the "
+            "flags it was trained with"
+        ) from None
+    log(
+        f"weights: {path}"
+        + (f" ({source.step:,} steps of {source.state['samples']:,} images)" if source else "")
+    )
+    class_names = source.state["data"].get("class_names", []) if source else []
+    return model.eval(), diffusion, flags, class_names
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: users' mistakes in one line and code 2, without a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        message = re.sub(r"\s*\n\s*", " ", str(error))
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,64 @@
+"""Files that survive: atomic writes and paths, for local disks and blobfile URLs alike."""
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+import blobfile as bf
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL such as ``gs://...`` or ``az://...`` rather than a local path."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """`path` as a user can find it again: absolute when local, unchanged when remote."""
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+@contextlib.contextmanager
+def open_atomic(path: str, mode: str = "wb") -> Iterator:
+    """Open `path` for writing so that it appears complete or not at all.
+
+    The data go to a temporary file, are flushed to the disk, and only then take the name `path` (a rename
+    locally, an upload remotely). When the body raises, whatever was at `path` is left as it was.
+
+    :param mode: ``"wb"``, or ``"w"`` for UTF-8 text without newline translation.
+    :raises OSError: the folder is missing, full or read-only.
+    """
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = os.path.join(folder, "upload")
+            with open(temporary, mode, **text) as file:
+                yield file
+            bf.copy(temporary, path, overwrite=True)
+        return
+    folder, name = os.path.split(absolute(path))
+    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{name}")
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, os.path.join(folder, name))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in `folder` durable, on systems where a folder can be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,403 @@
+"""The training loop: microbatched gradients, AdamW, moving averages, metrics, checkpoints, exact resume."""
+
+import datetime
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch as th
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from improved_diffusion import checkpoint, logger, results, seeding
+from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
+from improved_diffusion.interrupts import Interrupts
+from improved_diffusion.logger import CsvTable
+from improved_diffusion.nn import dropout_seed, update_ema
+from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
+from improved_diffusion.seeding import Purpose
+
+CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is no longer a finite number; nothing was updated with it."""
+
+
+class TrainLoop:
+    """Train `model` until `total_steps` updates are done, into the directory the logger is configured for.
+
+    Everything random in step n (timesteps, noise, dropout) is a function of (`seed`, n), and the data of
+    their position, so a resumed run repeats exactly what an undisturbed one would have done.
+
+    :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), B = `batch_size`.
+        When it has a method ``seek(samples)``, a resumed run continues the data where it stopped.
+    :param microbatch: images per forward and backward pass, -1 for the whole batch. Each pass is weighted by
+        its share of the batch, so this changes neither the gradient nor `grad_norm`.
+    :param ema_rate: a rate, or several separated by commas, for the moving averages (see `ema_decay`).
+    :param resume_checkpoint: a run directory or any file of a checkpoint; empty: start afresh.
+    :param schedule_sampler: draws the timesteps; uniformly by default.
+    :param lr_anneal_steps: anneal the learning rate linearly to zero over so many steps; 0: do not.
+    :param grad_clip: largest norm of the gradient; 0: unlimited.
+    :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
+    :param tensorboard: also write TensorBoard event files.
+    :param arguments: the flags of the run; they are stored in every checkpoint.
+    :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
+        resumed on other data.
+    :raises ValueError: a parameter or the checkpoint is unusable.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: th.nn.Module,
+        diffusion: GaussianDiffusion,
+        data: Iterator[tuple[th.Tensor, dict[str, th.Tensor]]],
+        batch_size: int,
+        microbatch: int = -1,
+        lr: float = 1e-4,
+        ema_rate: str | float = "0.9999",
+        log_interval: int = 10,
+        save_interval: int = 1000,
+        resume_checkpoint: str = "",
+        schedule_sampler=None,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+        lr_warmup_steps: int = 0,
+        grad_clip: float = 0.0,
+        total_steps: int = 30000,
+        seed: int = 0,
+        skip_nonfinite: int = 0,
+        tensorboard: bool = False,
+        arguments: dict[str, Any] | None = None,
+        data_facts: dict[str, Any] | None = None,
+    ):
+        self.model = model
+        self.diffusion = diffusion
+        self.data = data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr = lr
+        self.log_interval = log_interval
+        self.save_interval = save_interval
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.lr_anneal_steps = lr_anneal_steps
+        self.lr_warmup_steps = lr_warmup_steps
+        self.grad_clip = grad_clip
+        self.total_steps = total_steps
+        self.seed = seed
+        self.skip_nonfinite = skip_nonfinite
+        self.tensorboard = tensorboard
+        self.arguments = arguments or {}
+        self.data_facts = data_facts or {}
+
+        self.step = 0  # completed optimizer updates
+        self.samples = 0  # images consumed
+        self.elapsed = 0.0  # seconds of wall-clock over all sessions
+        self.logged_step = 0  # the last step with a row for its whole interval
+        self.saved_step: int | None = None
+        self.skipped = 0  # steps in a row that were not finite
+        self.log_state: dict[str, Any] = {"values": {}, "sums": {}}  # the row that a resumed run goes on with
+
+        self.params = list(model.parameters())
+        self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.ema_params = {
+            rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
+        }
+        if resume_checkpoint:
+            self._restore(checkpoint.find(resume_checkpoint, log=logger.log))
+
+    # -- the loop ----------------------------------------------------------------------------------------
+
+    def run_loop(self) -> int | None:
+        """Train until `total_steps`. :return: the number of the signal that ended it early, or None."""
+        folder = logger.get_dir()
+        logger.configure(folder, self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard)
+        logger.load_state(self.log_state)
+        self.checkpoint_table = CsvTable(os.path.join(folder, "checkpoints.csv"), CHECKPOINT_COLUMNS)
+        self.checkpoint_table.keep_until(self.step)
+        self.interval = _Stopwatch()
+        self.started = time.monotonic() - self.elapsed
+        self.model.train()
+        bar = None
+        if sys.stderr.isatty():
+            bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        if self.step < self.total_steps:
+            logger.log(
+                f"training from step {self.step} to {self.total_steps}; the first step is under way..."
+            )
+        with Interrupts(log=logger.log) as interrupts:
+            while self.step < self.total_steps and interrupts.stop is None:
+                with self.interval:
+                    batch, cond = next(self.data)
+                    self.run_step(batch, cond)
+                if bar is not None:
+                    bar.update(self.step - bar.n)
+                if self.step % self.log_interval == 0 and self.logged_step < self.step:
+                    self._log_row(bar)
+                    self.logged_step = self.step
+                if interrupts.save or (self.step % self.save_interval == 0 and self.saved_step != self.step):
+                    interrupts.save = False
+                    self.save()
+            if self.saved_step != self.step:
+                self.save()
+            if self.logged_step < self.step:
+                # Written for the reader; a run that goes on replaces this row by that of the whole interval.
+                self._log_row(bar)
+                self._export()
+        if bar is not None:
+            bar.close()
+        self.checkpoint_table.close()
+        return interrupts.stop
+
+    def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
+        """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
+        t, weights, losses = self._forward_backward(batch, cond)
+        grad_norm = th.nn.utils.get_total_norm([p.grad for p in self.params]).item()
+        self.samples += len(batch)
+        if not (math.isfinite(grad_norm) and th.isfinite(losses["loss"]).all()):
+            self._on_nonfinite(t, losses["loss"], grad_norm)
+            return
+        self.skipped = 0
+        if isinstance(self.schedule_sampler, LossSecondMomentResampler):
+            self.schedule_sampler.update_with_all_losses(t, losses["loss"])
+        if self.grad_clip > 0:
+            th.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, th.tensor(grad_norm))
+        lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        self.opt.step()
+        self.step += 1
+        for rate, ema in self.ema_params.items():
+            update_ema(ema, self.params, ema_decay(float(rate), self.step))
+        self._log_losses(t, {key: value * weights for key, value in losses.items()})
+        logger.logkv_mean("grad_norm", grad_norm)
+        logger.logkv("lr", lr)
+
+    def _forward_backward(
+        self, batch: th.Tensor, cond: dict[str, th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """Leave the gradient in the parameters. :return: timesteps, their weights and the loss terms, each [B]."""
+        # The position in the data, not the step, numbers the draws, so that a skipped step is not drawn again.
+        position = self.samples
+        size = len(batch)
+        rng = seeding.generator(self.seed, Purpose.TIMESTEPS, position)
+        t, weights = self.schedule_sampler.sample(size, batch.device, rng)
+        noise = seeding.normal(seeding.generator(self.seed, Purpose.NOISE, position), tuple(batch.shape))
+        noise = noise.to(batch.device)
+        self.opt.zero_grad(set_to_none=True)
+        parts: list[dict[str, th.Tensor]] = []
+        for start in range(0, size, self.microbatch):
+            part = slice(start, start + self.microbatch)
+            masks = seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + start))
+            with dropout_seed(masks):
+                terms = self.diffusion.training_losses(
+                    self.model,
+                    batch[part],
+                    t[part],
+                    model_kwargs={key: value[part] for key, value in cond.items()},
+                    noise=noise[part],
+                )
+                # The sum over all parts is the mean over the batch, also when the last part is smaller.
+                ((terms["loss"] * weights[part]).sum() / size).backward()
+            parts.append({key: value.detach() for key, value in terms.items()})
+        return t, weights, {key: th.cat([terms[key] for terms in parts]) for key in parts[0]}
+
+    def _on_nonfinite(self, t: th.Tensor, losses: th.Tensor, grad_norm: float) -> None:
+        bad = t[~th.isfinite(losses)].tolist()
+        where = f"the loss at timesteps {bad}" if bad else f"the gradient (timesteps {t.tolist()})"
+        message = f"step {self.step + 1}: {where} is not finite (gradient norm {grad_norm})"
+        self.skipped += 1
+        if self.skipped > self.skip_nonfinite:
+            raise NonFiniteError(
+                f"{message}; weights, averages and checkpoints are those of step {self.step}. To go on, resume "
+                "with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
+            )
+        logger.log(f"WARNING: {message}: skipped ({self.skipped} in a row, at most {self.skip_nonfinite})")
+
+    # -- metrics -----------------------------------------------------------------------------------------
+
+    def columns(self) -> list[str]:
+        """The columns of progress.csv, all of which exist from the first row on."""
+        terms = ["loss"]
+        if not self.diffusion.loss_type.is_vb():
+            learned = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+            terms += ["mse", "vb"] if self.diffusion.model_var_type in learned else ["mse"]
+        quartiles = [f"{term}{suffix}" for term in terms for suffix in ("", "_q0", "_q1", "_q2", "_q3")]
+        tail = ["grad_norm", "param_norm", "lr", "images_per_sec", "elapsed"]
+        return ["step", "samples", *quartiles, *tail]
+
+    def _log_losses(self, t: th.Tensor, losses: dict[str, th.Tensor]) -> None:
+        quartiles = (4 * t // self.diffusion.num_timesteps).tolist()
+        for key, values in losses.items():
+            for quartile, value in zip(quartiles, values.tolist()):
+                logger.logkv_mean(key, value)
+                logger.logkv_mean(f"{key}_q{quartile}", value)
+
+    def _log_row(self, bar: tqdm | None) -> None:
+        self.elapsed = time.monotonic() - self.started
+        logger.logkv("step", self.step)
+        logger.logkv("samples", self.samples)
+        logger.logkv("param_norm", th.nn.utils.get_total_norm([p.detach() for p in self.params]).item())
+        logger.logkv(
+            "images_per_sec", self.interval.laps * self.batch_size / max(self.interval.seconds, 1e-9)
+        )
+        logger.logkv("elapsed", self.elapsed)
+        self.interval.reset()
+        row = logger.dumpkvs()
+        speed = row["images_per_sec"]
+        if bar is not None:
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.1f} images/s")
+        else:
+            left = (self.total_steps - self.step) * self.batch_size / speed
+            logger.log(
+                f"step {self.step}/{self.total_steps}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  "
+                f"{speed:.1f} images/s  {datetime.timedelta(seconds=round(left))} left"
+            )
+
+    # -- state on disk -----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and bring the workbook up to date."""
+        before = time.monotonic()
+        self.elapsed = before - self.started
+        tensors = {
+            "model": self.model.state_dict(),
+            **{rate: self._named(ema) for rate, ema in self.ema_params.items()},
+            "opt": self.opt.state_dict(),
+        }
+        saved = checkpoint.save(
+            logger.get_dir(),
+            self.step,
+            tensors,
+            {
+                "samples": self.samples,
+                "elapsed": self.elapsed,
+                "arguments": self.arguments,
+                "data": self.data_facts,
+                "schedule_sampler": self.schedule_sampler.state_dict(),
+                "log": logger.state(),
+                "logged_step": self.logged_step,
+                "skipped": self.skipped,
+                "torch": th.__version__,
+            },
+        )
+        self.saved_step = self.step
+        self.checkpoint_table.append(
+            {
+                "step": self.step,
+                "samples": self.samples,
+                "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
+                "elapsed": self.elapsed,
+                "seconds": time.monotonic() - before,
+                "megabytes": sum(entry["bytes"] for entry in saved.state["files"].values()) / 1e6,
+                "files": " ".join(saved.state["files"]),
+            }
+        )
+        self._export()
+
+    def _export(self) -> None:
+        try:
+            results.export(logger.get_dir())
+        except OSError as error:
+            logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
+
+    def _restore(self, source: Checkpoint) -> None:
+        """Continue from `source`: weights, averages, optimizer, sampler history, metrics, data position."""
+        state = source.state
+        self.model.load_state_dict(source.load("model"))
+        for rate, ema in self.ema_params.items():
+            if rate not in source.ema_rates:
+                logger.log(f"WARNING: --ema_rate {rate} is new; its average starts at step {source.step}")
+                content = source.load("model")
+            else:
+                content = source.load(rate)
+            for target, name in zip(ema, dict(self.model.named_parameters())):
+                target.copy_(content[name])
+        hyperparameters = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups
+        ]
+        self.opt.load_state_dict(source.load("opt"))
+        # The flags of this command, such as --weight_decay, take precedence over those of the saved run.
+        for group, values in zip(self.opt.param_groups, hyperparameters):
+            group.update(values)
+        self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        self.step = source.step
+        self.samples = state["samples"]
+        self.elapsed = state["elapsed"]
+        self.logged_step = state["logged_step"]
+        self.skipped = state["skipped"]
+        self.log_state = state["log"]
+        if os.path.abspath(source.folder) == logger.get_dir():
+            self.saved_step = self.step
+        if hasattr(self.data, "seek"):
+            self.data.seek(self.samples)
+        logger.log(
+            f"resumed step {self.step} from {source.folder}: model, optimizer, "
+            f"EMA {', '.join(self.ema_params)}, {self.samples} images seen"
+        )
+
+    def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
+        """A state dict like the model's with `params` in the place of its parameters."""
+        state = self.model.state_dict()
+        state.update(zip(dict(self.model.named_parameters()), params))
+        return state
+
+
+def parse_ema_rates(text: str | float) -> list[str]:
+    """The rates in a comma-separated list, as they shall stand in file names.
+
+    :raises ValueError: one is not a number in [0, 1).
+    """
+    rates = [part.strip() for part in str(text).split(",")]
+    for rate in rates:
+        try:
+            valid = 0 <= float(rate) < 1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"--ema_rate {text}: expected numbers from 0 to below 1, separated by commas")
+    if len(set(rates)) != len(rates):
+        raise ValueError(f"--ema_rate {text}: a rate is named twice")
+    return rates
+
+
+def ema_decay(rate: float, step: int) -> float:
+    """The decay of a moving average in update number `step` (from 1): (1 + step) / (10 + step), up to `rate`.
+
+    The growing decay makes young averages usable: they forget the initial weights within a fraction of the
+    run so far, instead of within a fixed 1 / (1 - rate) steps.
+    """
+    return min(rate, (1 + step) / (10 + step))
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int = 0, anneal_steps: int = 0) -> float:
+    """The learning rate after `step` updates: a linear rise over `warmup_steps`, a linear fall to zero over
+    `anneal_steps` (0: none of either)."""
+    if warmup_steps:
+        lr *= min(1.0, (step + 1) / warmup_steps)
+    if anneal_steps:
+        lr *= max(0.0, 1 - step / anneal_steps)
+    return lr
+
+
+class _Stopwatch:
+    """Adds up the time spent within its `with` blocks."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds = 0.0
+        self.laps = 0
+
+    def __enter__(self) -> None:
+        self.before = time.monotonic()
+
+    def __exit__(self, *exc_info) -> None:
+        self.seconds += time.monotonic() - self.before
+        self.laps += 1

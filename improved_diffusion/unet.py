@@ -1,0 +1,354 @@
+"""The UNet of improved-diffusion: residual blocks with timestep conditioning, self-attention, skip connections."""
+
+import math
+from collections.abc import Sequence
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from improved_diffusion.nn import (
+    Dropout,
+    avg_pool_nd,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in sequence, of which the residual blocks are also given the timestep embedding."""
+
+    def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution when `use_conv`.
+
+    In three dimensions only the inner two are enlarged. Input [N, C, *size], output [N, C, *2size].
+    """
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+        super().__init__()
+        self.channels = channels
+        self.dims = dims
+        self.conv = conv_nd(dims, channels, channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        assert x.shape[1] == self.channels
+        scale = (1, 2, 2) if self.dims == 3 else 2
+        x = F.interpolate(x, scale_factor=scale, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2: a strided 3x3 convolution when `use_conv`, otherwise average pooling.
+
+    In three dimensions only the inner two shrink. Input [N, C, *size], output [N, C, *size/2].
+    """
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+        super().__init__()
+        self.channels = channels
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
+        else:
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        assert x.shape[1] == self.channels
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions around an injection of the timestep embedding, plus a skip connection.
+
+    The embedding is added to the hidden layer, or scales and shifts its normalisation when
+    `use_scale_shift_norm` (Nichol & Dhariwal 2021, sec. 3.2 and appendix A).
+
+    :param channels: channels of the input.
+    :param emb_channels: width of the timestep embedding.
+    :param out_channels: channels of the output; as the input's by default.
+    :param use_conv: let a 3x3 rather than a 1x1 convolution change the channels of the skip connection.
+    :param use_checkpoint: recompute the block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels),
+            nn.SiLU(),
+            conv_nd(dims, channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(),
+            linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels),
+        )
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            Dropout(dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection = nn.Identity()
+        elif use_conv:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
+        else:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+
+    def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        """:param x: [N, channels, *size]; :param emb: [N, emb_channels]; :return: [N, out_channels, *size]."""
+        if self.use_checkpoint and th.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        h = self.in_layers(x)
+        emb = self.emb_layers(emb)
+        emb = emb.reshape(*emb.shape, *[1] * (h.dim() - 2))
+        norm, activation, dropout, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = th.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + emb)
+        return self.skip_connection(x) + conv(dropout(activation(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of all positions with each other, as a residual (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(
+                f"--num_heads {num_heads}: attention on {channels} channels needs a number of heads that "
+                "divides them"
+            )
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(1, channels, 3 * channels, 1)
+        self.attention = QKVAttention(num_heads)
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """:param x: [N, C, *size]; :return: the same shape."""
+        if self.use_checkpoint and th.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: th.Tensor) -> th.Tensor:
+        h = self.norm(x).flatten(2)
+        h = self.proj_out(self.attention(self.qkv(h)))
+        return x + h.reshape(x.shape)
+
+
+class QKVAttention(nn.Module):
+    """Scaled dot-product attention over queries, keys and values stacked by head along the channels."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, qkv: th.Tensor) -> th.Tensor:
+        """:param qkv: [N, heads * 3 * width, T], each head's queries, keys, values; :return: [N, heads * width, T]."""
+        n, channels, length = qkv.shape
+        width = channels // (3 * self.num_heads)
+        q, k, v = qkv.reshape(n * self.num_heads, 3 * width, length).split(width, dim=1)
+        # Keys lie along dimension 1 of the weights, so that neither they nor the values, both [width, T] in
+        # memory, have to be transposed: this layout is the fastest of those measured on CPUs.
+        scores = th.bmm((k * (1 / math.sqrt(width))).transpose(1, 2), q)
+        return th.bmm(v, scores.softmax(dim=1)).reshape(n, -1, length)
+
+
+class UNetModel(nn.Module):
+    """A UNet that predicts from a noisy image and its timestep (Nichol & Dhariwal 2021, appendix A).
+
+    :param in_channels: channels of the input image.
+    :param model_channels: channels of the first level; a multiple of 32.
+    :param out_channels: channels of the output: those of the image, twice that when the variance is learned.
+    :param num_res_blocks: residual blocks per level on the way down (one more on the way up).
+    :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each block.
+    :param dropout: dropout probability within the residual blocks.
+    :param channel_mult: for each level, its channels as a multiple of `model_channels`.
+    :param conv_resample: learn the resampling between levels with convolutions.
+    :param dims: spatial dimensions of the data: 1, 2 or 3.
+    :param num_classes: when given, the model is class-conditional and `forward` needs labels `y`.
+    :param use_checkpoint: trade compute for memory by recomputing blocks in the backward pass.
+    :param num_heads: attention heads; `num_heads_upsample` sets another number for the way up.
+    :param use_scale_shift_norm: let the timestep scale and shift the normalisation (see `ResBlock`).
+    :raises ValueError: the channels do not divide into groups or heads.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+    ):
+        super().__init__()
+        if num_heads_upsample == -1:
+            num_heads_upsample = num_heads
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.num_levels = len(channel_mult)
+        emb_channels = 4 * model_channels
+
+        def res_block(channels: int, out: int) -> ResBlock:
+            return ResBlock(
+                channels,
+                emb_channels,
+                dropout,
+                out_channels=out,
+                dims=dims,
+                use_checkpoint=use_checkpoint,
+                use_scale_shift_norm=use_scale_shift_norm,
+            )
+
+        self.time_embed = nn.Sequential(
+            linear(model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        first = conv_nd(dims, in_channels, model_channels, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        skip_channels = [model_channels]
+        channels, factor = model_channels, 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(channels, mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(AttentionBlock(channels, num_heads, use_checkpoint))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skip_channels.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(channels, conv_resample, dims)))
+                skip_channels.append(channels)
+                factor *= 2
+
+        self.middle_block = TimestepEmbedSequential(
+            res_block(channels, channels),
+            AttentionBlock(channels, num_heads, use_checkpoint),
+            res_block(channels, channels),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(channels + skip_channels.pop(), mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(AttentionBlock(channels, num_heads_upsample, use_checkpoint))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels, conv_resample, dims))
+                    factor //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(channels),
+            nn.SiLU(),
+            zero_module(conv_nd(dims, channels, out_channels, 3, padding=1)),
+        )
+        for layer, module in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
+            module.layer = layer
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """Evaluate the model.
+
+        :param x: images, [N, in_channels, *size], values in [-1, 1] plus noise.
+        :param timesteps: [N].
+        :param y: labels, int64 [N], exactly when the model is class-conditional.
+        :return: [N, out_channels, *size].
+        """
+        *_, h = self._activations(x, timesteps, y)
+        return self.out(h)
+
+    def get_feature_vectors(
+        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None
+    ) -> dict[str, list[th.Tensor] | th.Tensor]:
+        """The activations after every block: lists "down" and "up", and the tensor "middle"."""
+        activations = list(self._activations(x, timesteps, y))
+        down = len(self.input_blocks)
+        return {"down": activations[:down], "middle": activations[down], "up": activations[down + 1 :]}
+
+    def _activations(self, x, timesteps, y):
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError("labels y must be given exactly when the model is class-conditional")
+        dtype = self.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        if y is not None:
+            if y.shape != (x.shape[0],):
+                raise ValueError(f"labels y: expected shape [{x.shape[0]}], got {list(y.shape)}")
+            emb = emb + self.label_emb(y)
+        h, skips = x.to(dtype), []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+            yield h
+        h = self.middle_block(h, emb)
+        yield h
+        for block in self.output_blocks:
+            h = block(th.cat([h, skips.pop()], dim=1), emb)
+            yield h
+
+    @property
+    def dtype(self) -> th.dtype:
+        """The floating-point type the model computes in: that of its weights."""
+        return self.time_embed[0].weight.dtype
+
+
+class SuperResModel(UNetModel):
+    """A UNet that is also shown a low-resolution image, upsampled and stacked onto its input.
+
+    `in_channels` counts the channels of one of the two images.
+    """
+
+    def __init__(self, in_channels: int, *args, **kwargs):
+        super().__init__(in_channels * 2, *args, **kwargs)
+
+    def forward(self, x, timesteps, low_res=None, **kwargs):
+        """As `UNetModel.forward`, with `low_res` of shape [N, in_channels, *smaller size]."""
+        return super().forward(_stack_low_res(x, low_res), timesteps, **kwargs)
+
+    def get_feature_vectors(self, x, timesteps, low_res=None, **kwargs):
+        """As `UNetModel.get_feature_vectors`, with `low_res` of shape [N, in_channels, *smaller size]."""
+        return super().get_feature_vectors(_stack_low_res(x, low_res), timesteps, **kwargs)
+
+
+def _stack_low_res(x: th.Tensor, low_res: th.Tensor) -> th.Tensor:
+    upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+    return th.cat([x, upsampled], dim=1)

@@ -1,0 +1,138 @@
+"""Train a diffusion model on images. `--help` explains every flag; the README tells what to expect."""
+
+import os
+
+from improved_diffusion import checkpoint, logger
+from improved_diffusion.cpu import describe_machine
+from improved_diffusion.image_datasets import BatchStream, describe, read_images
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.script_util import (
+    Parser,
+    add_dict_to_argparser,
+    args_to_dict,
+    check_range,
+    choose_run,
+    create_model_and_diffusion,
+    diffusion_defaults,
+    find_data,
+    merge_for_resume,
+    model_and_diffusion_defaults,
+    model_defaults,
+    record_run,
+    run_script,
+)
+from improved_diffusion.train_util import NonFiniteError, TrainLoop, parse_ema_rates
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+DATA = {"data_dir": "", "random_flip": False, "cache_limit_gb": 2.0, "data_workers": 1}
+TRAINING = {
+    "batch_size": 8,
+    "microbatch": 4,
+    "total_steps": 30000,
+    "lr": 1e-4,
+    "weight_decay": 0.0,
+    "lr_warmup_steps": 0,
+    "lr_anneal_steps": 0,
+    "grad_clip": 0.0,
+    "ema_rate": "0.9999",
+    "schedule_sampler": "uniform",
+    "skip_nonfinite": 0,
+    "seed": 0,
+}
+RUNNING = {
+    "log_dir": "",
+    "log_interval": 10,
+    "save_interval": 1000,
+    "resume_checkpoint": "",
+    "allow_changed_flags": False,
+    "tensorboard": False,
+}
+LOOP_FLAGS = [name for name in TRAINING if name != "schedule_sampler"]
+LOOP_FLAGS += ["log_interval", "save_interval", "tensorboard"]
+AT_LEAST = {
+    "batch_size": 1,
+    "microbatch": -1,
+    "total_steps": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "lr_warmup_steps": 0,
+    "lr_anneal_steps": 0,
+    "grad_clip": 0,
+    "skip_nonfinite": 0,
+    "log_interval": 1,
+    "save_interval": 1,
+    "cache_limit_gb": 0,
+    "data_workers": 0,
+}
+
+
+def create_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add_dict_to_argparser(parser, model_defaults(), "model")
+    add_dict_to_argparser(parser, diffusion_defaults(), "diffusion")
+    add_dict_to_argparser(parser, DATA, "data")
+    add_dict_to_argparser(parser, TRAINING, "training")
+    add_dict_to_argparser(parser, RUNNING, "running")
+    return parser
+
+
+def main() -> int:
+    flags, given = create_parser().parse_flags()
+    log_dir, resume = choose_run(flags, os.path.join(PROJECT, "runs"))
+    source = checkpoint.find(resume) if resume else None
+    if source is not None:
+        flags = merge_for_resume(flags, given, source)
+    check_range(flags, AT_LEAST)
+    parse_ema_rates(flags["ema_rate"])
+    create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+
+    flags["data_dir"] = find_data(flags["data_dir"], os.path.join(PROJECT, "datasets"))
+    images = read_images(flags["data_dir"], flags["image_size"], cache_limit_gb=flags["cache_limit_gb"])
+    if flags["class_cond"] and not flags["num_classes"]:
+        flags["num_classes"] = images.num_classes
+    data = BatchStream(
+        images,
+        flags["batch_size"],
+        class_cond=flags["class_cond"],
+        random_flip=flags["random_flip"],
+        seed=flags["seed"],
+        num_workers=flags["data_workers"],
+    )
+    model, diffusion = create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+
+    logger.configure(log_dir)
+    logger.log(f"run directory: {log_dir}")
+    logger.log(describe(images))
+    loop = TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=create_named_schedule_sampler(flags["schedule_sampler"], diffusion),
+        resume_checkpoint=resume,
+        arguments=flags,
+        data_facts={"fingerprint": images.fingerprint, "class_names": images.class_names},
+        **args_to_dict(flags, LOOP_FLAGS),
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {"data": images.summary, "machine": describe_machine(), "model": {"parameters": parameters}}
+    record_run(log_dir, flags, facts, loop.step)
+    logger.log(f"model: {parameters:,} parameters; {describe_machine()['processor']}")
+    try:
+        stopped_by = loop.run_loop()
+    except NonFiniteError as error:
+        logger.log(f"error: {error}")
+        return 1
+    finally:
+        logger.log(f"run directory: {log_dir}")
+    if stopped_by is not None:
+        logger.log(
+            f"stopped at step {loop.step}; the same command with --log_dir {log_dir} goes on from there"
+        )
+        return 128 + stopped_by
+    logger.log(f"done: {loop.step} steps; metrics in {os.path.join(log_dir, 'results.xlsx')}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

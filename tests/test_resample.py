@@ -1,0 +1,129 @@
+"""Schedule samplers: unbiased weights, exact resuming, and their messages."""
+
+import json
+
+import numpy as np
+import pytest
+import torch as th
+
+from improved_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from improved_diffusion.resample import (
+    LossSecondMomentResampler,
+    UniformSampler,
+    create_named_schedule_sampler,
+)
+
+STEPS = 8
+
+
+def diffusion(steps=STEPS):
+    return GaussianDiffusion(
+        betas=get_named_beta_schedule("linear", steps),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )
+
+
+def warm_resampler(history_per_term=3):
+    """A resampler whose every timestep has seen losses about its number plus one."""
+    sampler = LossSecondMomentResampler(diffusion(), history_per_term=history_per_term)
+    noise = np.random.default_rng(0)
+    for _ in range(history_per_term):
+        sampler.update_with_all_losses(range(STEPS), 1 + np.arange(STEPS) + 0.1 * noise.random(STEPS))
+    return sampler
+
+
+def test_names():
+    assert isinstance(create_named_schedule_sampler("uniform", diffusion()), UniformSampler)
+    sampler = create_named_schedule_sampler("loss-second-moment", diffusion())
+    assert isinstance(sampler, LossSecondMomentResampler)
+    with pytest.raises(ValueError, match="--schedule_sampler 'loss' .* uniform or loss-second-moment"):
+        create_named_schedule_sampler("loss", diffusion())
+
+
+def test_uniform_draws_everything_equally_often_with_weight_1():
+    t, weights = UniformSampler(diffusion()).sample(8000, "cpu", np.random.default_rng(0))
+    assert t.dtype == th.int64 and weights.dtype == th.float32
+    assert (weights == 1).all()
+    counts = np.bincount(t, minlength=STEPS)
+    assert len(counts) == STEPS and (abs(counts - 1000) < 120).all()
+
+
+def test_second_moment_weights():
+    sampler = LossSecondMomentResampler(diffusion(2), history_per_term=2, uniform_prob=0.1)
+    sampler.update_with_all_losses([0, 0, 1], [3.0, 1.0, 5.0])
+    np.testing.assert_array_equal(sampler.weights(), [1, 1])  # timestep 1 has seen one loss only
+    sampler.update_with_all_losses([1], [7.0])
+    root_mean_square = np.sqrt([(9 + 1) / 2, (25 + 49) / 2])
+    expected = 0.9 * root_mean_square / root_mean_square.sum() + 0.05
+    np.testing.assert_allclose(sampler.weights(), expected)
+    sampler.update_with_all_losses([0], [2.0])  # pushes out the 3
+    assert sampler.weights()[0] == pytest.approx(0.9 * 2.5**0.5 / (2.5**0.5 + 37**0.5) + 0.05)
+
+
+def test_weights_keep_the_loss_unbiased():
+    sampler = warm_resampler()
+    loss = 1 + th.arange(STEPS).float() ** 2
+    t, weights = sampler.sample(100_000, "cpu", np.random.default_rng(0))
+    assert not (weights == 1).all()
+    assert (weights * loss[t]).mean().item() == pytest.approx(loss.mean().item(), rel=0.01)
+    probabilities = sampler.weights() / sampler.weights().sum()
+    assert (probabilities * (1 / (STEPS * probabilities))).sum() == pytest.approx(1)
+    np.testing.assert_allclose(np.bincount(t) / len(t), probabilities, atol=0.005)
+
+
+def test_losses_may_come_as_tensors_and_unequal_in_number():
+    by_lists, by_tensors = (LossSecondMomentResampler(diffusion(), history_per_term=2) for _ in range(2))
+    for ts, losses in (([0, 1, 1], [1.0, 2.0, 3.0]), ([2], [4.0]), ([], [])):
+        by_lists.update_with_all_losses(ts, losses)
+        by_tensors.update_with_local_losses(th.tensor(ts, dtype=th.int64), th.tensor(losses))
+    assert by_lists.state_dict() == by_tensors.state_dict()
+    assert by_lists.state_dict()["counts"] == [1, 2, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("make", [lambda: UniformSampler(diffusion()), warm_resampler])
+def test_a_draw_is_a_function_of_generator_and_history(make):
+    sampler = make()
+    first = sampler.sample(16, "cpu", np.random.default_rng(3))
+    th.manual_seed(1)
+    second = sampler.sample(16, "cpu", np.random.default_rng(3))
+    assert th.equal(first[0], second[0]) and th.equal(first[1], second[1])
+    assert not th.equal(first[0], sampler.sample(16, "cpu", np.random.default_rng(4))[0])
+    assert not th.equal(sampler.sample(64, "cpu")[0], sampler.sample(64, "cpu")[0])
+
+
+def test_state_goes_through_json_exactly():
+    sampler = warm_resampler()
+    restored = LossSecondMomentResampler(diffusion(), history_per_term=3)
+    restored.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    for other in (sampler, restored):
+        other.update_with_all_losses([5, 5], [0.1, 0.7])
+    np.testing.assert_array_equal(restored.weights(), sampler.weights())
+    assert restored.state_dict() == sampler.state_dict()
+    uniform = UniformSampler(diffusion())
+    uniform.load_state_dict(json.loads(json.dumps(uniform.state_dict())))
+
+
+def test_half_a_history_is_restored_too():
+    sampler = LossSecondMomentResampler(diffusion(), history_per_term=3)
+    sampler.update_with_all_losses([1, 4], [0.5, 0.25])
+    restored = LossSecondMomentResampler(diffusion(), history_per_term=3)
+    restored.load_state_dict(sampler.state_dict())
+    assert restored.state_dict()["counts"] == [0, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_states_that_do_not_fit_are_refused():
+    state = warm_resampler().state_dict()
+    with pytest.raises(ValueError, match=r"shape \(8, 3\) .* --diffusion_steps"):
+        LossSecondMomentResampler(diffusion(9), history_per_term=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="--schedule_sampler loss-second-moment"):
+        UniformSampler(diffusion()).load_state_dict(state)
+    with pytest.raises(ValueError, match="--schedule_sampler uniform"):
+        warm_resampler().load_state_dict({})
