@@ -59,7 +59,7 @@ class BatchStream:
                 "name the files <class>_<anything>.png or put each class into a folder of its own"
             )
         if num_workers < 0:
-            raise ValueError(f"--num_workers {num_workers} must not be negative")
+            raise ValueError(f"--data_workers {num_workers} must not be negative")
         self._images = images
         self._order = SampleOrder(len(images), seed, deterministic, random_flip)
         self._batch_size = batch_size

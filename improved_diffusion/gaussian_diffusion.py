@@ -27,7 +27,7 @@ import torch as th
 from torch import Tensor
 from tqdm import tqdm
 
-from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from improved_diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
 MAX_BETA = 0.999  # a beta of 1 would leave nothing of the image, and infinities in the reverse process
 NATS_PER_BIT = math.log(2)
@@ -202,7 +202,8 @@ class GaussianDiffusion:
         :param clip_denoised: whether the predicted image is clipped to [-1, 1].
         :param denoised_fn: applied to the predicted image, before it is clipped.
         :param model_kwargs: further arguments of the model, such as the labels `y`.
-        :return: `mean`, `variance`, `log_variance` and `pred_xstart`, each of x's shape.
+        :return: `mean`, `variance`, `log_variance` and `pred_xstart`, each of x's shape. With FIXED_SMALL,
+            the variance at t = 0 is 0 and the log-variance that of t = 1.
         """
         prediction, variance_values = self._predict(model, x, t, model_kwargs)
         return self._reverse_step(prediction, variance_values, x, t, clip_denoised, denoised_fn)
@@ -244,9 +245,13 @@ class GaussianDiffusion:
         else:
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         log_variance = self._log_variance(variance_values, x, t)
+        if self.model_var_type is ModelVarType.FIXED_SMALL:
+            variance = _at(self.posterior_variance, t, x)
+        else:
+            variance = log_variance.exp()
         return {
             "mean": mean,
-            "variance": log_variance.exp(),
+            "variance": variance,
             "log_variance": log_variance,
             "pred_xstart": pred_xstart,
         }
@@ -405,8 +410,8 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Mix image and noise of x_t anew at level `alpha_bar`, with room for `variance` of fresh noise."""
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)
-        old_noise = np.maximum(1 - alpha_bar - variance, 0)  # 0 may come out as -1e-17
-        return _at(np.sqrt(alpha_bar), t, x) * pred_xstart + _at(np.sqrt(old_noise), t, x) * eps
+        old_noise = np.sqrt(1 - alpha_bar - variance)
+        return _at(np.sqrt(alpha_bar), t, x) * pred_xstart + _at(old_noise, t, x) * eps
 
     def ddim_sample_loop(
         self, model: Callable[..., Tensor], shape: Sequence[int], noise: Tensor | None = None, **options

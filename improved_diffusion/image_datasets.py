@@ -72,6 +72,7 @@ def read_images(
     :param log: called with each line about the cache that a user should see.
     :param progress: show a bar, on a terminal.
     :raises ValueError: nothing usable there; the message names the flag.
+    :raises OSError: the folder, or one in it, must not be read.
     """
     if not data_dir:
         raise ValueError("unspecified data directory: give --data_dir a folder of images, or builtin")

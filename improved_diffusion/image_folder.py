@@ -19,7 +19,7 @@ from improved_diffusion.image_cache import (
     read_cache,
     write_cache,
 )
-from improved_diffusion.image_reading import EXTENSIONS, UnusableImage, inspect_image, read_image
+from improved_diffusion.image_reading import EXTENSIONS, UNREADABLE, UnusableImage, inspect_image, read_image
 from improved_diffusion.storage import is_remote
 
 CHUNK = 64  # files per task of the decoding threads
@@ -83,7 +83,7 @@ def read_folder(
             log(f"reading {root} anew: {error}")
         info, images = _read_files(files, None if streamed else image_size, progress)
         cached = False
-        if files:
+        if files and UNREADABLE not in info["skipped"]:
             _try_to_write(cache, listing, info, images, log)
     unusable = {name for names in info["skipped"].values() for name in names}
     skipped = info["skipped"] | ({OTHER_FILE: others} if others else {})

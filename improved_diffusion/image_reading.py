@@ -12,6 +12,7 @@ from improved_diffusion.storage import is_remote
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
+UNREADABLE = "missing or not readable"  # the reason that may be gone tomorrow though the file is the same
 MAX_ASPECT = 1000  # longer ones would be enlarged to gigabytes, only for their middle to be cut out
 
 
@@ -80,10 +81,8 @@ def _reason(error: Exception) -> str:
         return "empty or not an image"
     if isinstance(error, Image.DecompressionBombError | MemoryError):
         return "too many pixels"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if isinstance(error, FileNotFoundError):
-        return "not found"
+    if isinstance(error, OSError) and error.errno:  # the system's errors have a number, Pillow's have none
+        return UNREADABLE
     return "damaged or truncated"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
-from .gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 
 
 def create_named_schedule_sampler(

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
-from .gaussian_diffusion import GaussianDiffusion, rescale_to_thousand
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion, rescale_to_thousand
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -15,7 +15,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     :param section_counts: ``"250"`` spreads 250 timesteps from the first to the last; ``"10,15,20"``, or a
         list of numbers, splits the range into as many equal sections and spreads that many over each;
-        ``"ddim50"`` takes 50 in equal strides from 0 on, as DDIM does (Song et al. 2020, appendix D.2).
+        ``"ddim50"`` takes 50 from 0 on, as DDIM does (Song et al. 2020, appendix D.2): at a whole stride
+        where one gives that many, otherwise as evenly as whole numbers can be.
     :return: as many distinct timesteps as were asked for.
     :raises ValueError: the text is malformed, or asks for more timesteps than there are.
     """
@@ -28,6 +29,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                 f"--timestep_respacing {text}: there are {num_timesteps} timesteps to choose from; "
                 f"use ddim{num_timesteps} at most"
             )
+        stride = -(-num_timesteps // count)
+        if len(range(0, num_timesteps, stride)) == count:
+            return set(range(0, num_timesteps, stride))
         return {i * num_timesteps // count for i in range(count)}
 
     size, remainder = divmod(num_timesteps, len(counts))
@@ -38,7 +42,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         if count > section:
             raise ValueError(
                 f"--timestep_respacing {text}: section {i + 1} of {len(counts)} covers {section} of the "
-                f"{num_timesteps} timesteps and cannot give {count}; use {section} at most, or fewer sections"
+                f"{num_timesteps} timesteps and cannot give {count}; ask for less or use fewer sections"
             )
         kept.update(start + offset for offset in _spread(count, section))
         start += section

@@ -3,6 +3,7 @@
 import datetime
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -332,8 +333,14 @@ class TrainLoop:
         self.logged_step = state["logged_step"]
         self.skipped = state["skipped"]
         self.log_state = state["log"]
-        if os.path.abspath(source.folder) == logger.get_dir():
+        if source.folder == logger.get_dir():
             self.saved_step = self.step
+        else:
+            # A run that branches off into a directory of its own brings its history along.
+            for name in ("progress.csv", "progress.jsonl"):
+                origin, target = (os.path.join(folder, name) for folder in (source.folder, logger.get_dir()))
+                if os.path.exists(origin) and not os.path.exists(target):
+                    shutil.copyfile(origin, target)
         if hasattr(self.data, "seek"):
             self.data.seek(self.samples)
         logger.log(

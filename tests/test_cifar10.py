@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "datasets" / "cifar10.py"
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_ancestral_sampling_reaches_the_data_distribution(schedule, var):
     diffusion = build(300, schedule=schedule, var=var)
     samples = diffusion.p_sample_loop(gaussian_model(300, schedule), (5000, 8), clip_denoised=False)
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.015)
-    assert samples.std().item() == pytest.approx(DATA_STD, rel=0.02)
+    assert samples.std().item() == pytest.approx(DATA_STD, rel=0.04)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -193,7 +193,7 @@ def test_ddim_reaches_the_data_distribution(eta, respacing):
     diffusion, model = build(steps, respacing=respacing), gaussian_model(steps)
     samples = diffusion.ddim_sample_loop(model, (5000, 8), clip_denoised=False, eta=eta)
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.015)
-    assert samples.std().item() == pytest.approx(DATA_STD, rel=0.02)
+    assert samples.std().item() == pytest.approx(DATA_STD, rel=0.04)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -227,6 +227,30 @@ def test_one_reverse_step_is_undone_by_one_forward_step():
     up = diffusion.ddim_reverse_sample(model, x, th.full((4,), 30), clip_denoised=False)["sample"]
     down = diffusion.ddim_sample(model, up, th.full((4,), 31), clip_denoised=False)["sample"]
     th.testing.assert_close(down, x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_step_is_equation_12_of_the_paper(eta):
+    diffusion, x, i = build(100), images(), 30
+    now, before = diffusion.alphas_cumprod[[i, i - 1]]
+    sigma = eta * math.sqrt((1 - before) / (1 - now)) * math.sqrt(1 - now / before)  # eq. 16
+    step = diffusion.ddim_sample(toy_model(), x, th.full((4,), i), eta=eta, randn_like=Streams(range(4)))
+    x_start = step["pred_xstart"]
+    eps = (x - math.sqrt(now) * x_start) / math.sqrt(1 - now)
+    expected = math.sqrt(before) * x_start + math.sqrt(1 - before - sigma**2) * eps
+    th.testing.assert_close(step["sample"], expected + sigma * Streams(range(4))(x), atol=1e-5, rtol=1e-5)
+
+
+def test_ddim_reverse_loop_ends_at_the_level_where_sampling_starts():
+    seen = []
+
+    def model(x, t):
+        seen.append(t[0].item())
+        return 0.1 * x
+
+    build(5).ddim_reverse_loop(model, images())
+    assert seen == [0, 1, 2, 3]
+    assert th.equal(build(1).ddim_reverse_loop(model, images()), images())
 
 
 def test_eta_outside_0_to_1_is_refused():
@@ -458,7 +482,7 @@ def test_malformed_respacing(text):
 def test_respacing_that_asks_for_too_much_names_the_limit():
     with pytest.raises(ValueError, match="--timestep_respacing ddim101: .* use ddim100 at most"):
         space_timesteps(100, "ddim101")
-    with pytest.raises(ValueError, match="section 2 of 3 covers 33 of the 100 .* use 33 at most"):
+    with pytest.raises(ValueError, match="section 2 of 3 covers 33 of the 100 timesteps and cannot give 34"):
         space_timesteps(100, "10,34,20")
     with pytest.raises(ValueError, match="section 1 of 1 covers 100 .* cannot give 250"):
         space_timesteps(100, "250")
@@ -474,6 +498,8 @@ def test_spaced_diffusion_keeps_alpha_bar(steps):
     )
     assert spaced.num_timesteps == 5 and spaced.original_num_steps == steps
     assert spaced.p_sample_loop(toy_model(), (2, 3, 4, 4)).isfinite().all()
+    # With 10 steps, going from the last to the first keeps 1e-17 of the signal, less than 1 - beta can tell.
+    assert build(steps, respacing="2").p_sample_loop(toy_model(), (2, 3, 4, 4)).isfinite().all()
     everything = build(steps, respacing=str(steps))
     np.testing.assert_allclose(everything.betas, original.betas, rtol=1e-9)
 

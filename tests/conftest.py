@@ -1,0 +1,51 @@
+"""Shared by all tests: small models, and every cache and run kept out of the user's folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Tests compare bits and share cores; one thread makes both easy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+TINY = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
+TINY_FLAGS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+
+
+@pytest.fixture
+def run_script():
+    """Run a script of the project as a user would; returns the finished process with its output as text."""
+
+    def run(name, *args, cwd=None, check=None, timeout=300):
+        command = [sys.executable, str(SCRIPTS / name), *map(str, args)]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def train(run_script):
+    """Run image_train.py on a tiny model and the built-in shapes; later flags override earlier ones."""
+
+    def run(*args, check=0, **kwargs):
+        return run_script("image_train.py", "--data_dir", "builtin", *TINY_FLAGS, *args, check=check, **kwargs)
+
+    return run
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))

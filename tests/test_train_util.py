@@ -1,0 +1,250 @@
+"""The training loop: gradients, averages, schedules, metrics, exact resume."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch as th
+
+from conftest import TINY
+from improved_diffusion import checkpoint, logger
+from improved_diffusion.image_datasets import BatchStream, read_images
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.train_util import (
+    NonFiniteError,
+    TrainLoop,
+    ema_decay,
+    learning_rate,
+    parse_ema_rates,
+)
+
+TIMING = {"images_per_sec", "elapsed"}
+
+
+def make_loop(folder, *, sampler="uniform", model_flags=None, batch_size=6, data=None, **kwargs):
+    logger.configure(str(folder))
+    th.manual_seed(0)
+    flags = {**TINY, **(model_flags or {})}
+    model, diffusion = create_model_and_diffusion(**flags)
+    # The last layers start at zero; filling them lets every gradient flow from the first step on.
+    for i, p in enumerate(model.parameters()):
+        if not p.any():
+            p.data.normal_(0, 0.02, generator=th.Generator().manual_seed(i))
+    images = read_images("builtin", flags["image_size"])
+    data = data or BatchStream(images, batch_size, class_cond=flags.get("class_cond", False), random_flip=True)
+    return TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        batch_size=batch_size,
+        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+        **{"lr": 1e-3, "log_interval": 2, "save_interval": 1000, **kwargs},
+    )
+
+
+def gradient(folder, microbatch):
+    loop = make_loop(folder, microbatch=microbatch, batch_size=7)
+    loop._forward_backward(*next(loop.data))
+    return th.cat([p.grad.flatten() for p in loop.params])
+
+
+def rows(folder):
+    with open(folder / "progress.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+def assert_same_tensors(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tensors(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            assert_same_tensors(x, y)
+    elif isinstance(a, th.Tensor):
+        assert th.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 5, 6])
+def test_microbatch_does_not_change_the_gradient(tmp_path, microbatch):
+    whole, parts = gradient(tmp_path / "a", -1), gradient(tmp_path / "b", microbatch)
+    assert whole.abs().max() > 1e-4
+    assert th.allclose(whole, parts, rtol=1e-3, atol=2e-6 * whole.abs().max().item() + 1e-8)
+
+
+def test_grad_norm_is_that_of_the_mean_loss_before_clipping(tmp_path):
+    norm = gradient(tmp_path / "a", 3).double().norm().item()
+    loop = make_loop(tmp_path / "b", microbatch=3, batch_size=7, grad_clip=1e-3, total_steps=1)
+    loop.run_loop()
+    assert float(rows(tmp_path / "b")[0]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    clipped = th.cat([p.grad.flatten() for p in loop.params]).norm().item()
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+CASES = {
+    "plain": {},
+    "class_cond": {"model_flags": {"class_cond": True, "num_classes": 10}},
+    "dropout": {"model_flags": {"dropout": 0.3}},
+    "learned_sigma": {"model_flags": {"learn_sigma": True}},
+    "loss_second_moment": {"sampler": "loss-second-moment", "model_flags": {"diffusion_steps": 4, "use_kl": True}},
+    "checkpointing": {"model_flags": {"use_checkpoint": True, "dropout": 0.2}},
+}
+
+
+@pytest.mark.parametrize("microbatch", [-1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(tmp_path, case, microbatch):
+    # The stop lies within a log interval, whose row must still cover all of its steps. 4 timesteps fill the
+    # history of the loss-second-moment sampler within the run.
+    settings = {**CASES[case], "microbatch": microbatch, "ema_rate": "0.9,0.99", "log_interval": 5}
+    total = 24 if case == "loss_second_moment" else 12
+    whole = make_loop(tmp_path / "whole", total_steps=total, **settings)
+    whole.run_loop()
+    first = make_loop(tmp_path / "parts", total_steps=total // 2 + 1, **settings)
+    first.run_loop()
+    th.manual_seed(99)  # a new process would be in another state
+    second = make_loop(
+        tmp_path / "parts", total_steps=total, resume_checkpoint=str(tmp_path / "parts"), **settings
+    )
+    assert second.step == total // 2 + 1
+    second.run_loop()
+    a, b = (checkpoint.read(str(tmp_path / name), total) for name in ("whole", "parts"))
+    for kind in ("model", "0.9", "0.99", "opt"):
+        assert_same_tensors(a.load(kind), b.load(kind))
+    assert a.state["schedule_sampler"] == b.state["schedule_sampler"]
+    assert a.state["samples"] == b.state["samples"] == 6 * total
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_microbatch_does_not_change_what_is_drawn(tmp_path):
+    draws = []
+    for microbatch in (2, 6):
+        loop = make_loop(tmp_path / str(microbatch), microbatch=microbatch)
+        loop.model.eval()
+        seen = []
+        original = loop.diffusion.training_losses
+
+        def spy(model, x, t, original=original, seen=seen, **kwargs):
+            seen.append((x, t, kwargs["noise"]))
+            return original(model, x, t, **kwargs)
+
+        loop.diffusion.training_losses = spy
+        loop._forward_backward(*next(loop.data))
+        draws.append([th.cat(parts) for parts in zip(*seen)])
+    assert_same_tensors(*draws)
+
+
+def test_seeds_differ(tmp_path):
+    draws = []
+    for seed in (0, 1):
+        loop = make_loop(tmp_path / str(seed), seed=seed)
+        draws.append(loop._forward_backward(*next(loop.data))[0])
+    assert not th.equal(*draws)
+
+
+def test_resume_takes_new_flags_and_restores_the_rest(tmp_path):
+    make_loop(tmp_path, total_steps=3, weight_decay=0.1).run_loop()
+    loop = make_loop(tmp_path, total_steps=5, lr=7e-4, weight_decay=0.2, resume_checkpoint=str(tmp_path))
+    assert (loop.step, loop.samples, loop.data.samples) == (3, 18, 18)
+    assert loop.opt.param_groups[0]["weight_decay"] == 0.2
+    assert loop.opt.state[loop.params[0]]["step"] == 3
+    loop.run_loop()
+    assert rows(tmp_path)[-1]["lr"] == "0.0007"
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5"]
+
+
+def test_branching_into_a_new_directory_brings_the_history_along(tmp_path):
+    make_loop(tmp_path / "a", total_steps=4).run_loop()
+    make_loop(tmp_path / "b", total_steps=6, resume_checkpoint=str(tmp_path / "a" / "model000004.pt")).run_loop()
+    assert [row["step"] for row in rows(tmp_path / "b")] == ["2", "4", "6"]
+    assert checkpoint.steps(str(tmp_path / "a")) == [4]
+
+
+class Poisoned:
+    """Batches of which those in `bad` hold a NaN."""
+
+    def __init__(self, stream, bad):
+        self.stream, self.bad, self.count = stream, bad, 0
+
+    def __next__(self):
+        batch, cond = next(self.stream)
+        self.count += 1
+        if self.count in self.bad:
+            batch[1, 0, 0, 0] = math.nan
+        return batch, cond
+
+
+def test_nonfinite_stops_before_anything_is_touched(tmp_path):
+    images = read_images("builtin", 8)
+    loop = make_loop(tmp_path / "a", total_steps=3, data=Poisoned(BatchStream(images, 6), {3}), save_interval=1)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss at timesteps \[\d+\].*gradient norm nan"):
+        loop.run_loop()
+    good = make_loop(tmp_path / "b", total_steps=2, data=Poisoned(BatchStream(images, 6), {}), save_interval=1)
+    good.run_loop()
+    assert_same_tensors(loop.params, good.params)
+    assert_same_tensors(loop.ema_params, good.ema_params)
+    assert checkpoint.steps(str(tmp_path / "a")) == [1, 2]
+
+
+def test_skip_nonfinite_goes_on_up_to_the_limit(tmp_path):
+    images = read_images("builtin", 8)
+
+    def loop(name, bad):
+        data = Poisoned(BatchStream(images, 6), bad)
+        return make_loop(tmp_path / name, total_steps=5, data=data, skip_nonfinite=2)
+
+    survivor = loop("a", {2, 3, 5})
+    survivor.run_loop()
+    assert survivor.step == 5 and survivor.samples == 8 * 6
+    assert all(th.isfinite(p).all() for p in survivor.params)
+    with pytest.raises(NonFiniteError):
+        loop("b", {2, 3, 4}).run_loop()
+
+
+def test_ema_warm_up_forgets_the_initial_weights(tmp_path):
+    share = 1.0
+    for step in range(1, 30001):
+        share *= ema_decay(0.9999, step)
+    assert share < 1e-9
+    assert ema_decay(0.9999, 10**6) == 0.9999
+    loop = make_loop(tmp_path, total_steps=1, ema_rate="0.5,0.0")
+    initial = [p.detach().clone() for p in loop.params]
+    loop.run_loop()
+    decay = ema_decay(0.5, 1)
+    for ema, start, now in zip(loop.ema_params["0.5"], initial, loop.params):
+        assert th.allclose(ema, decay * start + (1 - decay) * now, atol=1e-7)
+    assert_same_tensors(loop.ema_params["0.0"], [p.detach() for p in loop.params])
+
+
+def test_learning_rate_schedule():
+    assert [learning_rate(s, 1.0, warmup_steps=4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [learning_rate(s, 1.0, anneal_steps=4) for s in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+
+
+@pytest.mark.parametrize("text", ["1.0", "-0.1", "x", "0.9,0.9", "", "nan", "0.9,"])
+def test_bad_ema_rates(text):
+    with pytest.raises(ValueError, match="--ema_rate"):
+        parse_ema_rates(text)
+
+
+def test_metrics_are_means_over_the_interval(tmp_path):
+    every = make_loop(tmp_path / "every", total_steps=6, log_interval=1)
+    every.run_loop()
+    make_loop(tmp_path / "thirds", total_steps=6, log_interval=3).run_loop()
+    fine, coarse = rows(tmp_path / "every"), rows(tmp_path / "thirds")
+    assert list(fine[0]) == [name for name in every.columns() if name not in TIMING]
+    assert [row["step"] for row in coarse] == ["3", "6"] and coarse[-1]["samples"] == "36"
+    for key in ("loss", "mse", "grad_norm"):
+        expected = np.mean([float(row[key]) for row in fine[:3]])
+        assert float(coarse[0][key]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_reach_every_parameter(tmp_path):
+    loop = make_loop(tmp_path, model_flags={"class_cond": True, "num_classes": 10, "learn_sigma": True})
+    loop._forward_backward(*next(loop.data))
+    names = [name for name, p in loop.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert names == []
