@@ -27,6 +27,7 @@ setup(
         "torch>=2.4,<2.14",
         "numpy>=1.24",
         "blobfile>=2.0.2",
+        "filelock>=3.12",
         "mpi4py>=4.0",
         "tqdm>=4.60",
         "openpyxl>=3.1",

@@ -69,23 +69,48 @@ def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]
 
     :param tensors: by kind ("model", "opt", EMA rates), what `torch.save` shall write.
     :param state: what else belongs to it, JSON-able.
-    :raises OSError: it could not be written; earlier checkpoints are untouched.
+    :raises OSError: it could not be written; earlier checkpoints are untouched. The message names `folder`.
     """
     state_path = bf.join(folder, member_name("state", step))
-    if bf.exists(state_path):
-        # The files below are about to be replaced: until they all are, this step has no checkpoint.
-        bf.remove(state_path)
     files = {}
-    for kind, content in tensors.items():
-        name = member_name(kind, step)
-        with open_atomic(bf.join(folder, name)) as file:
-            writer = _HashingWriter(file)
-            th.save(content, writer)
-        files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
-    state = {"format": FORMAT, "step": step, **state, "files": files}
-    with open_atomic(state_path, "w") as file:
-        json.dump(state, file, indent=1)
+    try:
+        if bf.exists(state_path):
+            # The files below are about to be replaced: until they all are, this step has no checkpoint.
+            bf.remove(state_path)
+        for kind, content in tensors.items():
+            name = member_name(kind, step)
+            with open_atomic(bf.join(folder, name)) as file:
+                writer = _HashingWriter(file)
+                _save_tensors(content, writer)
+            files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
+        state = {"format": FORMAT, "step": step, **state, "files": files}
+        with open_atomic(state_path, "w") as file:
+            json.dump(state, file, indent=1)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot write checkpoint {step} ({error.strerror or error}); earlier checkpoints are "
+            "intact. Make room or mend the directory, then run the same command again"
+        ) from error
     return Checkpoint(folder, step, state)
+
+
+def rotate(folder: str, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
+
+    Only files that a checkpoint's state file lists are deleted, the state file first, so that what is left
+    of an interrupted deletion is no checkpoint.
+    """
+    assert keep_last >= 1
+    for step in steps(folder)[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
+        try:
+            old = read(folder, step)
+        except DamagedCheckpoint:
+            continue
+        bf.remove(old.path("state"))
+        for name in old.state["files"]:
+            bf.remove(bf.join(folder, os.path.basename(name)))
 
 
 def steps(folder: str) -> list[int]:
@@ -225,18 +250,33 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
+def _save_tensors(content: dict, writer: "_HashingWriter") -> None:
+    try:
+        th.save(content, writer)
+    except RuntimeError:
+        # torch's writer, stopped in the middle, reports its own state instead of the reason.
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
 class _HashingWriter:
-    """A file for writing that keeps the checksum of what passes through it."""
+    """A file for writing that keeps the checksum of what passes through it, and its first error."""
 
     def __init__(self, file):
         self.file = file
+        self.error: OSError | None = None
         self.sha256 = hashlib.sha256()
         self.bytes = 0
 
     def write(self, data) -> int:
         self.sha256.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class Interrupts(contextlib.AbstractContextManager):
     """While entered, turns signals into attributes that a loop looks at when it can act on them.
 
-    SIGINT and SIGTERM set `stop` to the signal's number; a second SIGINT ends the process at once. SIGUSR1,
+    SIGINT and SIGTERM set `stop` to the signal's name; a second SIGINT ends the process at once. SIGUSR1,
     where the system has it, sets `save`. Handlers are installed in the main thread only, which is where
     Python delivers signals; elsewhere the attributes just stay unset.
 
@@ -18,7 +18,7 @@ class Interrupts(contextlib.AbstractContextManager):
 
     def __init__(self, log: Callable[[str], None] = print):
         self.log = log
-        self.stop: int | None = None
+        self.stop: str | None = None
         self.save = False
         self._previous: dict[int, object] = {}
 
@@ -39,8 +39,8 @@ class Interrupts(contextlib.AbstractContextManager):
     def _on_stop(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.stop is not None:
             os._exit(130)
-        self.stop = number
-        self.log(f"{signal.Signals(number).name}: finishing this step and saving; Ctrl-C again exits at once")
+        self.stop = signal.Signals(number).name
+        self.log(f"{self.stop}: finishing this step and saving; Ctrl-C again exits at once")
 
     def _on_save(self, number: int, frame) -> None:
         self.save = True

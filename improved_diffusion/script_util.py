@@ -82,6 +82,9 @@ HELP = {
     "log_dir": "where the output goes; empty: $OPENAI_LOGDIR, or else a new dated directory",
     "log_interval": "steps per row of progress.csv",
     "save_interval": "steps between checkpoints",
+    "keep_last": "delete all but this many of the newest checkpoints; 0: keep all",
+    "keep_every": "with --keep_last, also keep the checkpoints whose step this divides",
+    "max_hours": "save and stop after this many hours of this session; 0: do not",
     "resume_checkpoint": "continue from this run directory (its newest intact checkpoint) or checkpoint file",
     "allow_changed_flags": "resume although flags that change the result differ from the checkpoint's",
     "skip_nonfinite": "skip up to this many steps in a row whose loss or gradient is not finite; 0: stop",
@@ -449,32 +452,42 @@ def new_directory(parent: str) -> str:
     return path
 
 
-def choose_run(flags: dict[str, Any], runs_dir: str) -> tuple[str, str]:
-    """Where a training run lives and what it continues.
-
-    :param runs_dir: new dated directories are made in it.
-    :return: the log directory, and the directory or file to resume from ("": start afresh).
-    :raises ValueError: going on would overwrite newer checkpoints.
-    """
-    resume = flags["resume_checkpoint"]
+def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:
+    """Where a training run lives: --log_dir, $OPENAI_LOGDIR, beside what it resumes, or new in `runs_dir`."""
     log_dir = flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
+    resume = flags["resume_checkpoint"]
     if not log_dir and resume:
         log_dir = resume if bf.isdir(resume) else bf.dirname(absolute(resume))
-    log_dir = absolute(log_dir or new_directory(runs_dir))
+    return absolute(log_dir or new_directory(runs_dir))
+
+
+def choose_source(
+    resume_checkpoint: str, log_dir: str, log: Callable[[str], None] = print
+) -> Checkpoint | None:
+    """The checkpoint that a run in `log_dir` continues, or None for a new run.
+
+    A directory that already holds checkpoints is continued, whatever that run had started from, so that the
+    same command can be given again.
+
+    :raises ValueError: there is no such checkpoint, or going on from it would overwrite newer ones.
+    """
     present = checkpoint.steps(log_dir)
-    if not present:
-        return log_dir, resume
-    if resume and not bf.isdir(resume) and bf.dirname(absolute(resume)) == log_dir:
-        source = checkpoint.find(resume)
-        if source.step < present[-1]:
-            raise ValueError(
-                f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer "
-                f"checkpoints up to step {present[-1]} beside it; give --log_dir a new directory to branch off, "
-                "or give the directory to continue from the newest"
-            )
-        return log_dir, resume
-    # The same command again: what this directory has reached counts, wherever it had started from.
-    return log_dir, log_dir
+    if not resume_checkpoint:
+        return checkpoint.find(log_dir, log=log) if present else None
+    resume = absolute(resume_checkpoint)
+    if present and (bf.isdir(resume) or bf.dirname(resume) != log_dir):
+        return checkpoint.find(log_dir, log=log)
+    try:
+        source = checkpoint.find(resume, log=log)
+    except ValueError as error:
+        raise ValueError(f"--resume_checkpoint {error}") from None
+    if present and source.step < present[-1]:
+        raise ValueError(
+            f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer checkpoints "
+            f"up to step {present[-1]} beside it; give --log_dir a new directory to branch off, or give the "
+            "directory to continue from the newest"
+        )
+    return source
 
 
 def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint) -> dict[str, Any]:
@@ -497,6 +510,16 @@ def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint)
                 f"out{hint}"
             )
     return merged
+
+
+def check_same_data(flags: dict[str, Any], source: Checkpoint, fingerprint: str) -> None:
+    """Refuse to resume on other data. :raises ValueError: `fingerprint` is not that of `source`."""
+    trained_on = source.state["data"].get("fingerprint", fingerprint)
+    if trained_on != fingerprint and not flags["allow_changed_flags"]:
+        raise ValueError(
+            f"--data_dir {flags['data_dir']}: its images are not those that the run to resume was trained on; give "
+            "the same data, or --allow_changed_flags True to go on all the same"
+        )
 
 
 def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step: int) -> None:

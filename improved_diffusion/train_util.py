@@ -40,11 +40,15 @@ class TrainLoop:
     :param microbatch: images per forward and backward pass, -1 for the whole batch. Each pass is weighted by
         its share of the batch, so this changes neither the gradient nor `grad_norm`.
     :param ema_rate: a rate, or several separated by commas, for the moving averages (see `ema_decay`).
-    :param resume_checkpoint: a run directory or any file of a checkpoint; empty: start afresh.
+    :param resume_checkpoint: a checkpoint, a run directory or any file of a checkpoint; empty: start afresh.
     :param schedule_sampler: draws the timesteps; uniformly by default.
     :param lr_anneal_steps: anneal the learning rate linearly to zero over so many steps; 0: do not.
     :param grad_clip: largest norm of the gradient; 0: unlimited.
     :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
+    :param max_hours: save and stop after so many hours of this session, as a batch system's limit demands;
+        0: unlimited.
+    :param keep_last: keep this many of the newest checkpoints and those whose step `keep_every` divides; 0:
+        keep all.
     :param tensorboard: also write TensorBoard event files.
     :param arguments: the flags of the run; they are stored in every checkpoint.
     :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
@@ -64,7 +68,7 @@ class TrainLoop:
         ema_rate: str | float = "0.9999",
         log_interval: int = 10,
         save_interval: int = 1000,
-        resume_checkpoint: str = "",
+        resume_checkpoint: str | Checkpoint = "",
         schedule_sampler=None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
@@ -73,6 +77,9 @@ class TrainLoop:
         total_steps: int = 30000,
         seed: int = 0,
         skip_nonfinite: int = 0,
+        max_hours: float = 0.0,
+        keep_last: int = 0,
+        keep_every: int = 0,
         tensorboard: bool = False,
         arguments: dict[str, Any] | None = None,
         data_facts: dict[str, Any] | None = None,
@@ -92,6 +99,9 @@ class TrainLoop:
         self.total_steps = total_steps
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
+        self.max_hours = max_hours
+        self.keep_last = keep_last
+        self.keep_every = keep_every
         self.tensorboard = tensorboard
         self.arguments = arguments or {}
         self.data_facts = data_facts or {}
@@ -110,19 +120,27 @@ class TrainLoop:
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
         if resume_checkpoint:
-            self._restore(checkpoint.find(resume_checkpoint, log=logger.log))
+            if not isinstance(resume_checkpoint, Checkpoint):
+                resume_checkpoint = checkpoint.find(resume_checkpoint, log=logger.log)
+            self._restore(resume_checkpoint)
 
     # -- the loop ----------------------------------------------------------------------------------------
 
-    def run_loop(self) -> int | None:
-        """Train until `total_steps`. :return: the number of the signal that ended it early, or None."""
+    def run_loop(self) -> str | None:
+        """Train until `total_steps`.
+
+        :return: what ended it early, the name of a signal or "--max_hours", or None.
+        :raises NonFiniteError: the loss or gradient was not finite more often than allowed.
+        :raises OSError: a checkpoint or row could not be written; what was saved before is intact.
+        """
         folder = logger.get_dir()
         logger.configure(folder, self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard)
         logger.load_state(self.log_state)
         self.checkpoint_table = CsvTable(os.path.join(folder, "checkpoints.csv"), CHECKPOINT_COLUMNS)
         self.checkpoint_table.keep_until(self.step)
         self.interval = _Stopwatch()
-        self.started = time.monotonic() - self.elapsed
+        session_started = time.monotonic()
+        self.started = session_started - self.elapsed
         self.model.train()
         bar = None
         if sys.stderr.isatty():
@@ -133,6 +151,9 @@ class TrainLoop:
             )
         with Interrupts(log=logger.log) as interrupts:
             while self.step < self.total_steps and interrupts.stop is None:
+                if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
+                    interrupts.stop = "--max_hours"
+                    break
                 with self.interval:
                     batch, cond = next(self.data)
                     self.run_step(batch, cond)
@@ -271,23 +292,21 @@ class TrainLoop:
             **{rate: self._named(ema) for rate, ema in self.ema_params.items()},
             "opt": self.opt.state_dict(),
         }
-        saved = checkpoint.save(
-            logger.get_dir(),
-            self.step,
-            tensors,
-            {
-                "samples": self.samples,
-                "elapsed": self.elapsed,
-                "arguments": self.arguments,
-                "data": self.data_facts,
-                "schedule_sampler": self.schedule_sampler.state_dict(),
-                "log": logger.state(),
-                "logged_step": self.logged_step,
-                "skipped": self.skipped,
-                "torch": th.__version__,
-            },
-        )
+        state = {
+            "samples": self.samples,
+            "elapsed": self.elapsed,
+            "arguments": self.arguments,
+            "data": self.data_facts,
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "log": logger.state(),
+            "logged_step": self.logged_step,
+            "skipped": self.skipped,
+            "torch": th.__version__,
+        }
+        saved = checkpoint.save(logger.get_dir(), self.step, tensors, state)
         self.saved_step = self.step
+        if self.keep_last:
+            checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every)
         self.checkpoint_table.append(
             {
                 "step": self.step,

@@ -1,17 +1,24 @@
 """Train a diffusion model on images. `--help` explains every flag; the README tells what to expect."""
 
 import os
+import sys
 
-from improved_diffusion import checkpoint, logger
+import torch as th
+
+from improved_diffusion import logger
+from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.cpu import describe_machine
-from improved_diffusion.image_datasets import BatchStream, describe, read_images
+from improved_diffusion.image_datasets import BatchStream, ImageSet, describe, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.run_lock import run_lock
 from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
     args_to_dict,
     check_range,
-    choose_run,
+    check_same_data,
+    choose_log_dir,
+    choose_source,
     create_model_and_diffusion,
     diffusion_defaults,
     find_data,
@@ -44,12 +51,16 @@ RUNNING = {
     "log_dir": "",
     "log_interval": 10,
     "save_interval": 1000,
+    "keep_last": 0,
+    "keep_every": 0,
+    "max_hours": 0.0,
     "resume_checkpoint": "",
     "allow_changed_flags": False,
     "tensorboard": False,
 }
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 LOOP_FLAGS = [name for name in TRAINING if name != "schedule_sampler"]
-LOOP_FLAGS += ["log_interval", "save_interval", "tensorboard"]
+LOOP_FLAGS += ["log_interval", "save_interval", "keep_last", "keep_every", "max_hours", "tensorboard"]
 AT_LEAST = {
     "batch_size": 1,
     "microbatch": -1,
@@ -62,6 +73,9 @@ AT_LEAST = {
     "skip_nonfinite": 0,
     "log_interval": 1,
     "save_interval": 1,
+    "keep_last": 0,
+    "keep_every": 0,
+    "max_hours": 0,
     "cache_limit_gb": 0,
     "data_workers": 0,
 }
@@ -79,16 +93,24 @@ def create_parser() -> Parser:
 
 def main() -> int:
     flags, given = create_parser().parse_flags()
-    log_dir, resume = choose_run(flags, os.path.join(PROJECT, "runs"))
-    source = checkpoint.find(resume) if resume else None
-    if source is not None:
-        flags = merge_for_resume(flags, given, source)
-    check_range(flags, AT_LEAST)
-    parse_ema_rates(flags["ema_rate"])
-    create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+    log_dir = choose_log_dir(flags, os.path.join(PROJECT, "runs"))
+    with run_lock(log_dir):
+        source = choose_source(flags["resume_checkpoint"], log_dir)
+        if source is not None:
+            flags = merge_for_resume(flags, given, source)
+        check_range(flags, AT_LEAST)
+        parse_ema_rates(flags["ema_rate"])
+        # A model that cannot be built is reported before any data are read.
+        create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+        flags["data_dir"] = find_data(flags["data_dir"], os.path.join(PROJECT, "datasets"))
+        images = read_images(flags["data_dir"], flags["image_size"], cache_limit_gb=flags["cache_limit_gb"])
+        if source is not None:
+            check_same_data(flags, source, images.fingerprint)
+        return train(flags, log_dir, source, images)
 
-    flags["data_dir"] = find_data(flags["data_dir"], os.path.join(PROJECT, "datasets"))
-    images = read_images(flags["data_dir"], flags["image_size"], cache_limit_gb=flags["cache_limit_gb"])
+
+def train(flags: dict, log_dir: str, source: Checkpoint | None, images: ImageSet) -> int:
+    """Train as `flags` say. :return: the exit code."""
     if flags["class_cond"] and not flags["num_classes"]:
         flags["num_classes"] = images.num_classes
     data = BatchStream(
@@ -99,38 +121,43 @@ def main() -> int:
         seed=flags["seed"],
         num_workers=flags["data_workers"],
     )
+    th.manual_seed(flags["seed"])
     model, diffusion = create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+    machine = describe_machine()
+    parameters = sum(p.numel() for p in model.parameters())
 
     logger.configure(log_dir)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
+    logger.log(
+        f"model: {parameters:,} parameters, on {machine['processor']} with {machine['threads']} threads"
+    )
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
         data=data,
         schedule_sampler=create_named_schedule_sampler(flags["schedule_sampler"], diffusion),
-        resume_checkpoint=resume,
+        resume_checkpoint=source or "",
         arguments=flags,
         data_facts={"fingerprint": images.fingerprint, "class_names": images.class_names},
         **args_to_dict(flags, LOOP_FLAGS),
     )
-    parameters = sum(p.numel() for p in model.parameters())
-    facts = {"data": images.summary, "machine": describe_machine(), "model": {"parameters": parameters}}
+    facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
     record_run(log_dir, flags, facts, loop.step)
-    logger.log(f"model: {parameters:,} parameters; {describe_machine()['processor']}")
     try:
         stopped_by = loop.run_loop()
     except NonFiniteError as error:
         logger.log(f"error: {error}")
         return 1
-    finally:
-        logger.log(f"run directory: {log_dir}")
     if stopped_by is not None:
         logger.log(
-            f"stopped at step {loop.step}; the same command with --log_dir {log_dir} goes on from there"
+            f"stopped by {stopped_by} at step {loop.step}; to go on: python {sys.argv[0]} --log_dir {log_dir}"
         )
-        return 128 + stopped_by
-    logger.log(f"done: {loop.step} steps; metrics in {os.path.join(log_dir, 'results.xlsx')}")
+        return EXIT_CODES.get(stopped_by, 0)
+    logger.log(f"done: {loop.step} steps. Metrics: {os.path.join(log_dir, 'results.xlsx')}")
+    logger.log(
+        f"To draw images: python {os.path.join(PROJECT, 'scripts', 'image_sample.py')} --model_path {log_dir}"
+    )
     return 0
 
 

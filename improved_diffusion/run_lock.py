@@ -1,0 +1,71 @@
+"""One process at a time in a run directory: a lock that dies with its owner and names it meanwhile."""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Iterator
+
+from filelock import FileLock, Timeout
+
+from improved_diffusion.storage import is_remote
+
+LOCK_NAME = ".lock"
+OWNER_NAME = ".lock-owner.json"
+
+
+@contextlib.contextmanager
+def run_lock(folder: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is created where needed, and goes again if nothing comes into it.
+
+    The operating system releases the lock when its owner ends, however it ends, so a crash blocks nobody.
+
+    :raises ValueError: another process holds it (the message says which), or `folder` cannot be written.
+    """
+    if is_remote(folder):
+        raise ValueError(f"--log_dir {folder}: logs grow line by line, which needs a local directory")
+    existed = os.path.isdir(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, LOCK_NAME), "a"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--log_dir {folder}: cannot be written ({error.strerror}); choose another"
+        ) from error
+    owner_path = os.path.join(folder, OWNER_NAME)
+    lock = FileLock(os.path.join(folder, LOCK_NAME))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--log_dir {folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give "
+            "another directory"
+        ) from None
+    try:
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.datetime.now().isoformat(timespec="seconds"),
+        }
+        with open(owner_path, "w", encoding="utf-8") as file:
+            json.dump(owner, file)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(owner_path)
+        lock.release()
+        if not existed and os.listdir(folder) == [LOCK_NAME]:
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, LOCK_NAME))
+                os.rmdir(folder)
+
+
+def _describe_owner(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            owner = json.load(file)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
