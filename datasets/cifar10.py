@@ -8,8 +8,8 @@ Needs only NumPy, Pillow and tqdm.
 """
 
 import argparse
-import codecs
 import contextlib
+import gzip
 import hashlib
 import http.client
 import io
@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,7 @@ BATCHES = {
 META = "batches.meta"
 MEMBERS = {META, *BATCHES["cifar_train"], *BATCHES["cifar_test"]}
 MAX_MEMBER_BYTES = 64_000_000  # a batch of the official archive has 31 million
+MAX_ARCHIVE_BYTES = 500_000_000  # unpacked; the official archive has 186 million
 MARKER = ".complete"  # in a finished folder: a text file with the number of its images
 NUM_CLASSES = 10
 
@@ -170,7 +171,7 @@ def read_archive(path: str) -> Cifar:
     """
     contents = {}
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with open(path, "rb") as file, tarfile.open(fileobj=_Unpacked(file), mode="r|") as archive:
             for member in archive:
                 if member.size > MAX_MEMBER_BYTES:
                     raise ValueError(f"{path} is not CIFAR-10: {member.name} has {member.size:,} bytes")
@@ -252,15 +253,43 @@ def _download_error(url: str, error: Exception) -> ValueError:
     )
 
 
+class _Unpacked:
+    """The bytes of `file`, decompressed where it is a gzip file; an error when there are absurdly many."""
+
+    def __init__(self, file: BinaryIO):
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        self._file = gzip.GzipFile(fileobj=file) if is_gzip else file
+        self._left = MAX_ARCHIVE_BYTES
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {MAX_ARCHIVE_BYTES:,} bytes")
+        return data
+
+
+def _empty_array(*_) -> np.ndarray:
+    return np.zeros(0, dtype=np.uint8)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    # Others, such as "hex", enlarge the text, and a pickle may do so again and again.
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
+    return text.encode("latin1")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """An unpickler for dicts of lists, strings, numbers and NumPy arrays: it can call nothing else."""
 
     ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy", "ndarray"): None,  # an argument of `_reconstruct`, nothing to call
         ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): codecs.encode,
+        ("_codecs", "encode"): _encode,
     }
 
     def find_class(self, module: str, name: str):

@@ -6,6 +6,7 @@ that share a batch changes what is trained on.
 """
 
 import itertools
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -106,6 +107,7 @@ class BatchStream:
                     batch_size=None,
                     sampler=itertools.count(first, self._batch_size),
                     num_workers=self._num_workers,
+                    worker_init_fn=_leave_signals_to_the_main_process,
                     generator=th.Generator(),  # or it would draw from, and so change, the global generator
                 )
             )
@@ -158,6 +160,12 @@ class _Batches(Dataset):
         flips = self._order.flips(first, self._share)
         pixels[flips] = pixels[flips, :, ::-1]
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches the whole process group, but the step under way still needs its data."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _random_words(seed: int, sequence: int, counter: int, count: int) -> np.ndarray:

@@ -1,17 +1,14 @@
 """Checkpoints on disk: complete or absent, verified by checksums, found again by directory or by any file.
 
 A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt`` and ``optN.pt`` (N with six digits or
-more, the number of completed optimizer updates) and, written last, ``stateN.json`` with everything else and
-the sizes and checksums of the others. Without its state file a checkpoint does not exist.
+more, the number of completed optimizer updates) and, written last, ``stateN.json`` with everything else, the
+sizes and checksums of the others and a checksum of itself. Without its state file a checkpoint does not exist.
 """
 
 import hashlib
-import io
 import json
-import os
-import pickle
 import re
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +16,21 @@ import blobfile as bf
 import torch as th
 
 from improved_diffusion.storage import absolute, is_remote, open_atomic
+from improved_diffusion.tensor_file import RefusedContent, parse_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of the state file
 _MEMBER = re.compile(r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_)(?P<step>\d{6,})\.(?:pt|json)")
+_STATE_TYPES = {
+    "samples": int,
+    "elapsed": int | float,
+    "arguments": dict,
+    "data": dict,
+    "schedule_sampler": dict,
+    "log": dict,
+    "logged_step": int,
+    "skipped": int,
+    "files": dict,
+}
 
 
 class DamagedCheckpoint(ValueError):
@@ -85,7 +94,7 @@ def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]
             files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
         state = {"format": FORMAT, "step": step, **state, "files": files}
         with open_atomic(state_path, "w") as file:
-            json.dump(state, file, indent=1)
+            json.dump({**state, "sha256": _state_checksum(state)}, file, indent=1)
     except OSError as error:
         raise OSError(
             f"{folder}: cannot write checkpoint {step} ({error.strerror or error}); earlier checkpoints are "
@@ -94,23 +103,38 @@ def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]
     return Checkpoint(folder, step, state)
 
 
-def rotate(folder: str, keep_last: int, keep_every: int = 0) -> None:
+def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str], object] = print) -> None:
     """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
 
     Only files that a checkpoint's state file lists are deleted, the state file first, so that what is left
-    of an interrupted deletion is no checkpoint.
+    of an interrupted deletion is no checkpoint. Unless one of those that stay is intact, all stay.
+
+    :param log: told what could not be deleted and why; that is no reason to stop training.
     """
     assert keep_last >= 1
-    for step in steps(folder)[:-keep_last]:
-        if keep_every and step % keep_every == 0:
-            continue
+    complete = steps(folder)
+    old = [step for step in complete[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    if not old:
+        return
+    if not any(_is_intact(folder, step) for step in reversed(complete) if step not in old):
+        log(f"WARNING: {folder}: all checkpoints are kept, because none of the newest is intact")
+        return
+    for step in old:
         try:
-            old = read(folder, step)
-        except DamagedCheckpoint:
-            continue
-        bf.remove(old.path("state"))
-        for name in old.state["files"]:
-            bf.remove(bf.join(folder, os.path.basename(name)))
+            checkpoint = read(folder, step)
+            bf.remove(checkpoint.path("state"))
+            for name in checkpoint.state["files"]:
+                bf.remove(bf.join(folder, name))
+        except (DamagedCheckpoint, OSError) as error:
+            log(f"WARNING: checkpoint {step} is not deleted: {error}")
+
+
+def _is_intact(folder: str, step: int) -> bool:
+    try:
+        verify(read(folder, step))
+    except (DamagedCheckpoint, OSError):
+        return False
+    return True
 
 
 def steps(folder: str) -> list[int]:
@@ -130,17 +154,14 @@ def read(folder: str, step: int) -> Checkpoint:
     try:
         with bf.BlobFile(path, "rb") as file:
             state = json.loads(file.read())
-        files = {
-            str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in state["files"].items()
-        }
-        if state["step"] != step:
-            raise ValueError("holds another step")
+        _check_state(state, step)
+        sizes = {name: int(entry["bytes"]) for name, entry in state["files"].items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: missing, so this checkpoint is not complete") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: damaged ({error})") from None
-    for name, (size, _) in files.items():
-        member = bf.join(folder, os.path.basename(name))
+    for name, size in sizes.items():
+        member = bf.join(folder, name)
         if not bf.exists(member):
             raise DamagedCheckpoint(f"{member}: missing, though {path} lists it")
         if bf.stat(member).size != size:
@@ -151,7 +172,7 @@ def read(folder: str, step: int) -> Checkpoint:
 def verify(checkpoint: Checkpoint) -> None:
     """Compare the checksum of every file. :raises DamagedCheckpoint: naming the first that differs."""
     for name, entry in checkpoint.state["files"].items():
-        path = bf.join(checkpoint.folder, os.path.basename(name))
+        path = bf.join(checkpoint.folder, name)
         if hashlib.sha256(_read(path)).hexdigest() != entry["sha256"]:
             raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
 
@@ -201,10 +222,10 @@ def state_beside(path: str) -> Checkpoint | None:
 
 
 def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
-    """What `torch.save` wrote to `path`, on the CPU, without executing anything in it.
+    """What `torch.save` wrote to `path`, on the CPU, without executing anything in it (see `parse_tensors`).
 
     :param sha256: the expected checksum, compared when given.
-    :raises DamagedCheckpoint: the file is missing, damaged, or not a dictionary of tensors.
+    :raises DamagedCheckpoint: the file is missing, damaged, or holds more than tensors.
     """
     try:
         content = _read(path)
@@ -213,33 +234,43 @@ def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
     try:
-        tensors = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DamagedCheckpoint(
-            f"{path}: refused, because it is damaged or holds more than tensors (it could execute code)"
-        ) from None
-    except (
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-        AssertionError,
-        OverflowError,
-        MemoryError,
-        zipfile.BadZipFile,
-        UnicodeDecodeError,
-    ) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DamagedCheckpoint(
-            f"{path}: not a readable checkpoint, truncated or damaged ({reason})"
-        ) from None
-    if not isinstance(tensors, dict):
-        raise DamagedCheckpoint(f"{path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
-    return tensors
+        return parse_tensors(content)
+    except RefusedContent as error:
+        raise DamagedCheckpoint(f"{path}: refused: {error}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from None
+
+
+def _state_checksum(state: dict[str, Any]) -> str:
+    """The checksum of a state file's content but for the checksum itself."""
+    return hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+
+
+def _check_state(state: dict[str, Any], step: int) -> None:
+    """Raise some error unless `state`, fresh from a state file, is whole and of the right types.
+
+    The checksum is removed. Names of files are what the checkpoint of `step` would call them, so that nobody
+    reads or deletes another file on account of them.
+    """
+    recorded = state.pop("sha256", None)
+    if state["format"] > 1 and recorded != _state_checksum(state):
+        raise ValueError("its checksum is not the recorded one")
+    if state["step"] != step:
+        raise ValueError("holds another step")
+    for key, kind in _STATE_TYPES.items():
+        if key in state and not isinstance(state[key], kind):
+            raise TypeError(f"its {key} is a {type(state[key]).__name__}")
+    class_names = state.get("data", {}).get("class_names", [])
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError("its class names are no list of texts")
+    for name, entry in state["files"].items():
+        kind = kind_of(name)
+        if kind in (None, "state") or name != member_name(kind, step):
+            raise ValueError(f"it lists {name!r}, which is no file of checkpoint {step}")
+        if kind not in ("model", "opt"):
+            float(kind)
+        if not isinstance(entry["sha256"], str):
+            raise TypeError(f"it has no checksum of {name}")
 
 
 def _read(path: str) -> bytes:

@@ -4,21 +4,25 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable
+from typing import BinaryIO
 
 import blobfile as bf
 import numpy as np
 from PIL import Image
 
 from improved_diffusion.batch_stream import BatchStream
-from improved_diffusion.builtin_images import CLASS_NAMES, builtin_set
+from improved_diffusion.builtin_images import BUILTIN_COUNT, CLASS_NAMES, builtin_set
+from improved_diffusion.cpu import memory_gb
 from improved_diffusion.image_folder import classify, fingerprint, read_folder
-from improved_diffusion.image_reading import fit_image
+from improved_diffusion.image_reading import MAX_ASPECT, fit_image
 from improved_diffusion.image_set import ImageSet
 from improved_diffusion.storage import absolute, is_remote
 
 BUILTIN = "builtin"
 NAMES_SHOWN = 5  # skipped files that a summary names for each reason
 CLASSES_SHOWN = 12
+MAX_UNPACKED = 10**9  # bytes of an array in an .npz; only beyond it does MAX_COMPRESSION count
+MAX_COMPRESSION = 200  # times the size of the .npz; pictures shrink to a tenth at best, zeros to a thousandth
 MAX_CLASSES = 100_000  # a label above it, in an .npz, is no class
 
 
@@ -144,6 +148,7 @@ def describe(images: ImageSet) -> str:
 
 
 def _read_builtin(image_size: int) -> ImageSet:
+    _check_memory(BUILTIN, BUILTIN_COUNT, image_size)
     images, labels = builtin_set(image_size)
     return ImageSet(
         image_size=image_size,
@@ -158,13 +163,17 @@ def _read_builtin(image_size: int) -> ImageSet:
 
 def _read_npz(path: str, image_size: int) -> ImageSet:
     try:
-        with bf.BlobFile(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            pixels = _find_images(arrays)
-            labels = next((arrays[name] for name in ("arr_1", "labels") if name in arrays.files), None)
+        with bf.BlobFile(path, "rb") as file:
+            _check_archive(file)
+            with np.load(file, allow_pickle=False) as arrays:
+                pixels = _find_images(arrays)
+                labels = next((arrays[name] for name in ("arr_1", "labels") if name in arrays.files), None)
     except FileNotFoundError:
         raise ValueError(f"--data_dir {path} does not exist") from None
-    except (OSError, EOFError, MemoryError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--data_dir {path} cannot be read as an .npz file of images: {error}") from None
+    except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--data_dir {path} cannot be read as an .npz file of images: {reason}") from None
+    _check_memory(path, len(pixels), image_size)
     class_names = []
     if labels is not None:
         labels = _checked_labels(labels, len(pixels), path)
@@ -182,11 +191,36 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
     )
 
 
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse what is no zip archive, or one that unpacks to more than pictures do, before it does."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no .npz archive")
+    file.seek(0, os.SEEK_END)
+    length = file.tell()
+    with zipfile.ZipFile(file) as archive:
+        unpacked = max((member.file_size for member in archive.infolist()), default=0)
+    if unpacked > max(MAX_UNPACKED, MAX_COMPRESSION * length):
+        raise ValueError(f"{length:,} bytes would unpack to {unpacked:,}, which no pictures do")
+    file.seek(0)
+
+
+def _check_memory(source: str, count: int, image_size: int) -> None:
+    """Refuse a set that is to be held in memory and cannot be."""
+    gigabytes, available = count * image_size**2 * 3 / 2**30, memory_gb()
+    if available is not None and gigabytes > available:
+        raise ValueError(
+            f"--data_dir {source}: {count:,} images of {image_size}x{image_size} pixels take {gigabytes:,.0f} GB of "
+            f"memory, and this machine has {available:,.0f}; give a smaller --image_size"
+        )
+
+
 def _find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
     """The array of images, uint8 [N, H, W, 3 or 1]."""
     for name in ["arr_0"] if "arr_0" in arrays.files else arrays.files:
         array = arrays[name]
         if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3) and array.size:
+            if max(array.shape[1:3]) > MAX_ASPECT * min(array.shape[1:3]):
+                raise ValueError(f"its images are more than {MAX_ASPECT} times as long as wide")
             return array
     raise ValueError("it holds no uint8 array of shape [N, H, W, 3] or [N, H, W, 1]")
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -12,12 +11,9 @@ class Interrupts(contextlib.AbstractContextManager):
     SIGINT and SIGTERM set `stop` to the signal's name; a second SIGINT ends the process at once. SIGUSR1,
     where the system has it, sets `save`. Handlers are installed in the main thread only, which is where
     Python delivers signals; elsewhere the attributes just stay unset.
-
-    :param log: told in one line what a signal will lead to.
     """
 
-    def __init__(self, log: Callable[[str], None] = print):
-        self.log = log
+    def __init__(self):
         self.stop: str | None = None
         self.save = False
         self._previous: dict[int, object] = {}
@@ -40,7 +36,9 @@ class Interrupts(contextlib.AbstractContextManager):
         if number == signal.SIGINT and self.stop is not None:
             os._exit(130)
         self.stop = signal.Signals(number).name
-        self.log(f"{self.stop}: finishing this step and saving; Ctrl-C again exits at once")
+        # The handler may have interrupted a print: Python's buffered files must not be entered again.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{self.stop}: finishing this step and saving; Ctrl-C now exits at once\n".encode())
 
     def _on_save(self, number: int, frame) -> None:
         self.save = True

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import datetime
 import errno
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from improved_diffusion.storage import absolute, is_remote, open_atomic
+from improved_diffusion.storage import absolute, is_remote, new_directory, open_atomic
 
 Value = int | float | str | None
 
@@ -33,7 +34,8 @@ class CsvTable:
 
     A new file gets its header at once. An existing one is continued: a last line that an interrupted write
     left without its end is dropped. When its columns differ from `columns`, it is rewritten with `columns`
-    first and its other columns after them, and the old rows keep their values.
+    first and its other columns after them, and the old rows keep their values. A file whose first line cannot
+    be a header is put aside.
 
     The file stays open, so that a spreadsheet program that looks at it cannot lock it between two rows.
 
@@ -45,6 +47,10 @@ class CsvTable:
         self.path = path
         self.columns = list(columns)
         header, rows = _read_csv(path)
+        if header and not _is_header(header):
+            os.replace(path, path + ".damaged")
+            log(f"WARNING: {path}: its first line is damaged; kept as {path}.damaged, and begun anew")
+            header, rows = [], []
         self.columns += [name for name in header if name not in self.columns]
         if header == self.columns:
             _drop_torn_line(path)
@@ -75,6 +81,11 @@ class CsvTable:
             self._rewrite([row for row in table if _number(row.get("step")) <= step])
         finally:
             self._open()
+
+    def sha256(self) -> str:
+        """The checksum of the file as it stands."""
+        with open(self.path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
 
     def close(self) -> None:
         """Close the file. Rows can no longer be appended."""
@@ -112,7 +123,7 @@ _run = _Run()
 
 
 def configure(
-    dir: str,
+    dir: str | None = None,
     columns: Sequence[str] | None = None,
     keep_until: float | None = None,
     tensorboard: bool = False,
@@ -122,12 +133,14 @@ def configure(
     `log` writes to ``log.txt``. With `columns`, `dumpkvs` writes to ``progress.csv`` and
     ``progress.jsonl``. Files that exist are continued, never erased.
 
+    :param dir: by default $OPENAI_LOGDIR, or else a new dated directory in ``runs``.
     :param columns: all keys that will be logged, in the order of the CSV file; ``step`` among them.
     :param keep_until: drop the rows after this step: those that a resumed run is going to repeat.
     :param tensorboard: write TensorBoard event files too.
     :raises ValueError: `dir` cannot be written, or TensorBoard is not installed.
     """
     global _run
+    dir = dir or os.environ.get("OPENAI_LOGDIR") or new_directory("runs")
     if is_remote(dir):
         raise ValueError(f"--log_dir {dir}: logs grow line by line, which needs a local directory")
     close()
@@ -229,12 +242,22 @@ def dumpkvs() -> dict[str, Value]:
 
 
 def state() -> dict:
-    """The unfinished row, as JSON-able values that `load_state` restores to the last bit."""
-    return {"values": dict(_run.values), "sums": {key: list(total) for key, total in _run.sums.items()}}
+    """The unfinished row, as JSON-able values that `load_state` restores to the last bit, and a checksum of
+    ``progress.csv`` with the rows before it."""
+    return {
+        "values": dict(_run.values),
+        "sums": {key: list(total) for key, total in _run.sums.items()},
+        "table": _run.table and _run.table.sha256(),
+    }
 
 
 def load_state(saved: dict) -> None:
-    """Continue the unfinished row that `state` returned."""
+    """Continue the unfinished row that `state` returned; warn when the rows before it are not as they were."""
+    if _run.table and saved.get("table") and saved["table"] != _run.table.sha256():
+        log(
+            f"WARNING: {_run.table.path}: the rows so far are not those that were written (damaged, edited or "
+            "lost); training is not affected"
+        )
     _run.values = dict(saved["values"])
     _run.sums = {key: list(total) for key, total in saved["sums"].items()}
 
@@ -277,6 +300,11 @@ def _number(text) -> float:
         return math.nan
 
 
+def _is_header(cells: list[str]) -> bool:
+    """Whether the first line of a CSV file can be one of ours."""
+    return "step" in cells and len(set(cells)) == len(cells) and all(map(str.isprintable, cells))
+
+
 def _csv_line(cells: list[str]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(cells)
@@ -290,9 +318,10 @@ def _append_line(file: io.FileIO, line: str) -> None:
     try:
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(size)
+        error.filename = file.name  # a failed write does not say of itself what was written
         raise
 
 

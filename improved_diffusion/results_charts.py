@@ -121,11 +121,14 @@ def draw(plot: Plot, sheet: Worksheet, titles: Sequence[str], points: np.ndarray
     chart.display_blanks = "span"
     chart.width, chart.height = 20.5, 10.5  # cm
 
-    columns = [titles.index(curve.title) for curve in plot.curves]
     rows = {"min_row": header_row + 1, "max_row": header_row + len(points)}
     steps = Reference(sheet, min_col=1, **rows)
-    for curve, column in zip(plot.curves, columns):
-        series = Series(Reference(sheet, min_col=column + 1, **rows), steps, title=curve.title)
+    # The smoothed curve belongs in front: for Excel that is the last by `order`, for LibreOffice the first in
+    # the file.
+    for position, curve in enumerate(sorted(plot.curves, key=lambda curve: not curve.smoothed)):
+        column = titles.index(curve.title) + 1
+        series = Series(Reference(sheet, min_col=column, **rows), steps, title=curve.title)
+        series.idx, series.order = position, plot.curves.index(curve)
         series.marker.symbol = "none"
         series.smooth = False
         width = BOLD_WIDTH if curve.smoothed else RAW_WIDTH
@@ -138,7 +141,7 @@ def draw(plot: Plot, sheet: Worksheet, titles: Sequence[str], points: np.ndarray
     chart.x_axis.scaling.min = 0
     chart.x_axis.scaling.max = max(float(points[:, 0].max()), 1.0)
     chart.x_axis.majorUnit = _round_unit(chart.x_axis.scaling.max / 6)
-    values = points[:, columns]
+    values = points[:, [titles.index(curve.title) for curve in plot.curves]]
     _scale(chart.y_axis, values[np.isfinite(values)])
     return chart
 

@@ -26,7 +26,8 @@ _COLUMNS = {
     "step": Column(
         COUNT,
         "updates",
-        "Optimizer updates completed. Every other value in the row covers the interval since the row before.",
+        "Optimizer updates completed. Losses and grad_norm in the row are means over the interval: the updates "
+        "since the row before.",
         "Rises by --log_interval from row to row.",
     ),
     "samples": Column(

@@ -26,7 +26,7 @@ from improved_diffusion.results_style import (
 )
 
 CHART_COLUMN = "E"
-LABEL, VALUE, LAST = 2, 3, 15  # columns; the banners reach across the chart, to the last
+LABEL, VALUE, LAST = 2, 3, 16  # columns; the banners reach across the chart, to the last
 WIDTHS = [2, 24, 50, 3]
 
 Fact = tuple[str, object, str]  # label, value, number format
@@ -41,7 +41,7 @@ def fill_overview(sheet: Worksheet, run: Run) -> int:
     put(sheet, 1, LABEL, os.path.basename(run.dir) or run.dir).font = TITLE
     sheet.row_dimensions[1].height = 30
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    put(sheet, 2, LABEL, f"{_coverage(run.metrics)}  Exported {now} from {run.dir}").font = SUBTLE
+    put(sheet, 2, LABEL, f"{_coverage(run.metrics)}  Exported {now}.").font = SUBTLE
 
     row = 4
     if run.data.get("source") == "builtin":

@@ -150,7 +150,7 @@ def _read_checkpoints(run_dir: str, notes: list[str]) -> Table:
 
 
 def _broken_note(name: str, count: int) -> str:
-    return f"{name}: {count:,} {'line' if count == 1 else 'lines'} could not be read and were left out."
+    return f"{name}: {count:,} unreadable {'line was' if count == 1 else 'lines were'} left out."
 
 
 def _read_json(run_dir: str, name: str, consequence: str, notes: list[str]) -> dict:

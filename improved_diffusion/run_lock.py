@@ -56,8 +56,8 @@ def run_lock(folder: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.remove(owner_path)
         lock.release()
-        if not existed and os.listdir(folder) == [LOCK_NAME]:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # somebody may have removed the folder meanwhile
+            if not existed and os.listdir(folder) == [LOCK_NAME]:
                 os.remove(os.path.join(folder, LOCK_NAME))
                 os.rmdir(folder)
 

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import blobfile as bf
+import torch as th
 
 from improved_diffusion import checkpoint
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.storage import absolute, new_directory, open_atomic
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 DEFAULT_NUM_CLASSES = 1000
@@ -126,6 +127,28 @@ TRAINED_WITH = (
     "dropout",
 )
 
+# Beyond these, a flag is a slip of the keyboard, and would fill the memory before anybody notices.
+AT_MOST = {
+    "image_size": 1024,
+    "num_channels": 4096,
+    "num_res_blocks": 32,
+    "num_heads": 1024,
+    "num_heads_upsample": 1024,
+    "num_classes": 100_000,
+    "batch_size": 10_000_000,
+    "microbatch": 10_000_000,
+    "num_samples": 10_000_000,
+    "diffusion_steps": 100_000,
+    "total_steps": 10**9,
+    "data_workers": 256,
+    "seed": 2**63 - 1,
+}
+MAX_LEVELS = 10  # of --channel_mult
+MAX_MULTIPLIER = 64
+MAX_ATTENTION_SIDE = 128  # pixels; attention there holds 2^28 numbers per head and image
+MAX_PARAMETERS = 2_000_000_000
+MAX_IMAGES_GB = 16
+
 
 def diffusion_defaults() -> dict[str, Any]:
     """Flags of the diffusion process, with their defaults."""
@@ -197,15 +220,26 @@ def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDi
 
 def create_model(**flags: Any) -> UNetModel:
     """Build a UNet from any of the flags of `model_defaults`."""
-    return UNetModel(in_channels=3, **_unet_arguments({**model_defaults(), **flags}))
+    return _build(UNetModel, {**model_defaults(), **flags})
 
 
 def sr_create_model(large_size: int, small_size: int, **flags: Any) -> SuperResModel:
     """Build a UNet that sees an image of `small_size` pixels while it makes one of `large_size`."""
     if not 0 < small_size < large_size:
         raise ValueError(f"--small_size {small_size}: must be positive and below --large_size {large_size}")
-    flags = {**model_defaults(), **flags, "image_size": large_size}
-    return SuperResModel(in_channels=3, **_unet_arguments(flags))
+    return _build(SuperResModel, {**model_defaults(), **flags, "image_size": large_size})
+
+
+def _build(model: type[UNetModel], flags: dict[str, Any]) -> UNetModel:
+    arguments = {"in_channels": 3, **_unet_arguments(flags)}
+    with th.device("meta"):  # a model without numbers, which takes no memory
+        parameters = sum(p.numel() for p in model(**arguments).parameters())
+    if parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"--num_channels, --channel_mult, --num_res_blocks: this model would have {parameters:,} parameters; "
+            f"{MAX_PARAMETERS:,} are the limit"
+        )
+    return model(**arguments)
 
 
 def create_gaussian_diffusion(
@@ -245,19 +279,20 @@ def create_gaussian_diffusion(
 
 
 def _diffusion_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    check_range(flags, {"diffusion_steps": 1})
     arguments = {key: flags[key] for key in diffusion_defaults()}
     return {"steps": arguments.pop("diffusion_steps"), "learn_sigma": flags["learn_sigma"], **arguments}
 
 
 def _unet_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `UNetModel` that the model flags stand for."""
-    for name, least in (("image_size", 1), ("num_channels", 1), ("num_res_blocks", 1), ("num_heads", 1)):
-        if flags[name] < least:
-            raise ValueError(f"--{name} {flags[name]}: must be at least {least}")
+    check_range(
+        flags, {"image_size": 1, "num_channels": 1, "num_res_blocks": 1, "num_heads": 1, "num_classes": 0}
+    )
     if not 0 <= flags["dropout"] < 1:
         raise ValueError(f"--dropout {flags['dropout']}: must lie in [0, 1)")
-    if flags["num_heads_upsample"] != -1 and flags["num_heads_upsample"] < 1:
-        raise ValueError(f"--num_heads_upsample {flags['num_heads_upsample']}: must be at least 1, or -1")
+    if flags["num_heads_upsample"] != -1:
+        check_range(flags, {"num_heads_upsample": 1})
     channel_mult = _channel_mult(flags["channel_mult"], flags["image_size"])
     return {
         "model_channels": flags["num_channels"],
@@ -279,6 +314,10 @@ def _unet_arguments(flags: dict[str, Any]) -> dict[str, Any]:
 def _channel_mult(text: str | Iterable[int], image_size: int) -> tuple[int, ...]:
     if text:
         multipliers = _integers(text, "channel_mult")
+        if len(multipliers) > MAX_LEVELS or max(multipliers) > MAX_MULTIPLIER:
+            raise ValueError(
+                f"--channel_mult: at most {MAX_LEVELS} levels and multipliers up to {MAX_MULTIPLIER}, please"
+            )
         divisor = 2 ** (len(multipliers) - 1)
         if image_size % divisor:
             raise ValueError(
@@ -312,6 +351,13 @@ def _attention_factors(text: str, image_size: int, levels: int) -> tuple[int, ..
                 f"--attention_resolutions {resolution}: does not divide the image size {image_size}; this model "
                 f"has the resolutions {', '.join(map(str, sizes))}"
             )
+    # The middle of the model, at its lowest resolution, always has attention.
+    largest = max([sizes[-1], *(resolution for resolution in resolutions if resolution in sizes)])
+    if largest > MAX_ATTENTION_SIDE:
+        raise ValueError(
+            f"--attention_resolutions, --channel_mult: attention at {largest}x{largest} pixels needs more memory "
+            f"than there is; at most {MAX_ATTENTION_SIDE}x{MAX_ATTENTION_SIDE}"
+        )
     return tuple(image_size // resolution for resolution in resolutions if resolution <= image_size)
 
 
@@ -384,10 +430,40 @@ _METAVAR = {str2bool: "True|False", str: "TEXT", int: "N", float: "X"}
 
 
 def check_range(flags: dict[str, Any], least: dict[str, float]) -> None:
-    """Check that flags are finite and not below `least`. :raises ValueError: naming the first that is."""
+    """Check that flags are finite, not below `least` and not above `AT_MOST`.
+
+    :raises ValueError: naming the first that is not.
+    """
     for name, minimum in least.items():
-        if not (math.isfinite(flags[name]) and flags[name] >= minimum):
-            raise ValueError(f"--{name} {flags[name]}: must be at least {minimum}")
+        maximum = AT_MOST.get(name, math.inf)
+        if not (minimum <= flags[name] <= maximum and flags[name] < math.inf):
+            limits = f"at least {minimum}" + (f" and at most {maximum}" if maximum < math.inf else "")
+            raise ValueError(f"--{name} {flags[name]}: must be {limits}")
+
+
+def check_images_fit(flags: dict[str, Any], name: str, bytes_per_number: int) -> None:
+    """Check that the memory of some machine holds as many images as the flag `name` says, all at a time.
+
+    :raises ValueError: naming the flag.
+    """
+    gigabytes = flags[name] * 3 * flags["image_size"] ** 2 * bytes_per_number / 1e9
+    if gigabytes > MAX_IMAGES_GB:
+        raise ValueError(
+            f"--{name} {flags[name]}: so many images of {flags['image_size']}x{flags['image_size']} pixels take "
+            f"{gigabytes:,.0f} GB of memory; {MAX_IMAGES_GB} GB are the limit"
+        )
+
+
+def _stored_arguments(source: Checkpoint, flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a checkpoint. :raises ValueError: one is of another type than the flag of this name."""
+    stored = source.state.get("arguments", {})
+    for name, value in stored.items():
+        kind = type(flags.get(name, value))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(
+                f"{source.path('state')}: damaged (its --{name} {value!r} should be a {kind.__name__})"
+            )
+    return stored
 
 
 def merge_stored_flags(
@@ -442,16 +518,6 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
     return "builtin"
 
 
-def new_directory(parent: str) -> str:
-    """A path in `parent`, named after the present time, that does not exist yet."""
-    path = stamp = os.path.join(parent, datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S"))
-    number = 1
-    while os.path.exists(path):
-        number += 1
-        path = f"{stamp}-{number}"
-    return path
-
-
 def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:
     """Where a training run lives: --log_dir, $OPENAI_LOGDIR, beside what it resumes, or new in `runs_dir`."""
     log_dir = flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
@@ -495,7 +561,7 @@ def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint)
 
     :raises ValueError: a given flag would make it another run; the message names it.
     """
-    stored = source.state["arguments"]
+    stored = _stored_arguments(source, flags)
     stays = {"log_dir", "resume_checkpoint", "allow_changed_flags"}
     merged = {
         name: value if name in given | stays else stored.get(name, value) for name, value in flags.items()
@@ -514,7 +580,7 @@ def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint)
 
 def check_same_data(flags: dict[str, Any], source: Checkpoint, fingerprint: str) -> None:
     """Refuse to resume on other data. :raises ValueError: `fingerprint` is not that of `source`."""
-    trained_on = source.state["data"].get("fingerprint", fingerprint)
+    trained_on = source.state.get("data", {}).get("fingerprint", fingerprint)
     if trained_on != fingerprint and not flags["allow_changed_flags"]:
         raise ValueError(
             f"--data_dir {flags['data_dir']}: its images are not those that the run to resume was trained on; give "
@@ -529,15 +595,18 @@ def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step:
     :param step: the step at which this session begins.
     """
     path = os.path.join(log_dir, "run.json")
-    before = {}
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        before = json.load(file)
+    before = []
+    # A damaged record of earlier sessions is no reason not to train; what can be read of it is kept.
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+        sessions = content.get("sessions") if isinstance(content, dict) else None
+        before = (
+            [s for s in sessions if isinstance(s, dict) and "started" in s]
+            if isinstance(sessions, list)
+            else []
+        )
     now = datetime.datetime.now().isoformat(timespec="seconds")
-    sessions = (
-        [*before.get("sessions", []), {"started": now, "step": step}]
-        if step
-        else [{"started": now, "step": 0}]
-    )
+    sessions = [*before, {"started": now, "step": step}] if step else [{"started": now, "step": 0}]
     facts = {
         **facts,
         "started": sessions[0]["started"],
@@ -576,7 +645,7 @@ def load_trained(
             )
         weights = checkpoint.load_tensors(path)
         source = checkpoint.state_beside(path)
-    stored = source.state["arguments"] if source else {}
+    stored = _stored_arguments(source, flags) if source else {}
     if not stored:
         log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
     flags = merge_stored_flags(flags, given, stored, [*model_and_diffusion_defaults()])
@@ -593,9 +662,9 @@ def load_trained(
         ) from None
     log(
         f"weights: {path}"
-        + (f" ({source.step:,} steps of {source.state['samples']:,} images)" if source else "")
+        + (f" ({source.step:,} steps of {source.state.get('samples', 0):,} images)" if source else "")
     )
-    class_names = source.state["data"].get("class_names", []) if source else []
+    class_names = source.state.get("data", {}).get("class_names", []) if source else []
     return model.eval(), diffusion, flags, class_names
 
 

@@ -1,6 +1,7 @@
 """Files that survive: atomic writes and paths, for local disks and blobfile URLs alike."""
 
 import contextlib
+import datetime
 import os
 import tempfile
 import uuid
@@ -19,6 +20,16 @@ def is_remote(path: str) -> bool:
 def absolute(path: str) -> str:
     """`path` as a user can find it again: absolute when local, unchanged when remote."""
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def new_directory(parent: str) -> str:
+    """A path in `parent`, named after the present time, that does not exist yet."""
+    path = stamp = os.path.join(parent, datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S"))
+    number = 1
+    while os.path.exists(path):
+        number += 1
+        path = f"{stamp}-{number}"
+    return path
 
 
 @contextlib.contextmanager
@@ -47,11 +58,22 @@ def open_atomic(path: str, mode: str = "wb") -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, os.path.join(folder, name))
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a failed write does not say of itself what was written
         raise
     _sync_folder(folder)
+
+
+def remove_temporaries(folder: str) -> None:
+    """Delete what a killed process left of its `open_atomic` files; nobody may be writing into `folder` now."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(TEMPORARY_PREFIX) and os.path.isfile(path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def _sync_folder(folder: str) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -122,7 +123,13 @@ class TrainLoop:
         if resume_checkpoint:
             if not isinstance(resume_checkpoint, Checkpoint):
                 resume_checkpoint = checkpoint.find(resume_checkpoint, log=logger.log)
-            self._restore(resume_checkpoint)
+            try:
+                self._restore(resume_checkpoint)
+            except (KeyError, TypeError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(
+                    f"{resume_checkpoint.path('state')}: this checkpoint does not fit this run ({reason})"
+                ) from error
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -149,7 +156,7 @@ class TrainLoop:
             logger.log(
                 f"training from step {self.step} to {self.total_steps}; the first step is under way..."
             )
-        with Interrupts(log=logger.log) as interrupts:
+        with Interrupts() as interrupts:
             while self.step < self.total_steps and interrupts.stop is None:
                 if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
                     interrupts.stop = "--max_hours"
@@ -323,7 +330,7 @@ class TrainLoop:
     def _export(self) -> None:
         try:
             results.export(logger.get_dir())
-        except OSError as error:
+        except Exception as error:  # whatever is wrong with a report, it is no reason to end a run of days
             logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
 
     def _restore(self, source: Checkpoint) -> None:
@@ -382,7 +389,8 @@ def parse_ema_rates(text: str | float) -> list[str]:
     rates = [part.strip() for part in str(text).split(",")]
     for rate in rates:
         try:
-            valid = 0 <= float(rate) < 1
+            # Short and plain, because it becomes a part of file names.
+            valid = re.fullmatch(r"[0-9.e-]{1,20}", rate) and 0 <= float(rate) < 1
         except ValueError:
             valid = False
         if not valid:

@@ -17,7 +17,7 @@ def main() -> None:
         sys.exit(_fail(str(error)))
     except PermissionError as error:
         name = error.filename2 or error.filename
-        sys.exit(_fail(f"cannot write {name}: close it in Excel, or name another file with --output"))
+        sys.exit(_fail(f"{name}: permission denied; close it in Excel, or name another file with --output"))
     except OSError as error:
         sys.exit(_fail(f"cannot write the workbook ({error}); name another file with --output"))
 

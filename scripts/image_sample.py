@@ -10,14 +10,14 @@ from improved_diffusion.sample_util import image_grid, parse_class_labels, sampl
 from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
+    check_images_fit,
     check_range,
     diffusion_defaults,
     load_trained,
     model_defaults,
-    new_directory,
     run_script,
 )
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.storage import absolute, new_directory, open_atomic
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -46,10 +46,12 @@ def create_parser() -> Parser:
 
 def main() -> int:
     flags, given = create_parser().parse_flags()
-    check_range(flags, {"num_samples": 1, "batch_size": 1})
+    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
     if not flags["model_path"]:
         raise ValueError(f"--model_path is missing: give a run directory or a .pt file{_newest_run()}")
     model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
+    check_images_fit(flags, "batch_size", bytes_per_number=4)
+    check_images_fit(flags, "num_samples", bytes_per_number=1)
     count = flags["num_samples"]
     labels = None
     if flags["class_cond"]:

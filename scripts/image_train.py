@@ -15,6 +15,7 @@ from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
     args_to_dict,
+    check_images_fit,
     check_range,
     check_same_data,
     choose_log_dir,
@@ -28,6 +29,7 @@ from improved_diffusion.script_util import (
     record_run,
     run_script,
 )
+from improved_diffusion.storage import remove_temporaries
 from improved_diffusion.train_util import NonFiniteError, TrainLoop, parse_ema_rates
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -78,6 +80,7 @@ AT_LEAST = {
     "max_hours": 0,
     "cache_limit_gb": 0,
     "data_workers": 0,
+    "seed": -(2**63),
 }
 
 
@@ -95,13 +98,17 @@ def main() -> int:
     flags, given = create_parser().parse_flags()
     log_dir = choose_log_dir(flags, os.path.join(PROJECT, "runs"))
     with run_lock(log_dir):
+        remove_temporaries(log_dir)
         source = choose_source(flags["resume_checkpoint"], log_dir)
         if source is not None:
             flags = merge_for_resume(flags, given, source)
         check_range(flags, AT_LEAST)
+        if flags["microbatch"] == 0:
+            raise ValueError("--microbatch 0: give the images per pass, or -1 for the whole batch")
         parse_ema_rates(flags["ema_rate"])
         # A model that cannot be built is reported before any data are read.
         create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+        check_images_fit(flags, "batch_size", bytes_per_number=4)
         flags["data_dir"] = find_data(flags["data_dir"], os.path.join(PROJECT, "datasets"))
         images = read_images(flags["data_dir"], flags["image_size"], cache_limit_gb=flags["cache_limit_gb"])
         if source is not None:
@@ -113,6 +120,8 @@ def train(flags: dict, log_dir: str, source: Checkpoint | None, images: ImageSet
     """Train as `flags` say. :return: the exit code."""
     if flags["class_cond"] and not flags["num_classes"]:
         flags["num_classes"] = images.num_classes
+    if flags["class_cond"] and images.num_classes > flags["num_classes"]:
+        raise ValueError(f"--num_classes {flags['num_classes']}: the data have {images.num_classes} classes")
     data = BatchStream(
         images,
         flags["batch_size"],

@@ -13,7 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-TINY = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
+TINY = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "4",
+}
 TINY_FLAGS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
 
 
@@ -42,7 +48,9 @@ def train(run_script):
     """Run image_train.py on a tiny model and the built-in shapes; later flags override earlier ones."""
 
     def run(*args, check=0, **kwargs):
-        return run_script("image_train.py", "--data_dir", "builtin", *TINY_FLAGS, *args, check=check, **kwargs)
+        return run_script(
+            "image_train.py", "--data_dir", "builtin", *TINY_FLAGS, *args, check=check, **kwargs
+        )
 
     return run
 

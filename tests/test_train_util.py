@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch as th
-
 from conftest import TINY
+
 from improved_diffusion import checkpoint, logger
 from improved_diffusion.image_datasets import BatchStream, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
@@ -33,7 +33,9 @@ def make_loop(folder, *, sampler="uniform", model_flags=None, batch_size=6, data
         if not p.any():
             p.data.normal_(0, 0.02, generator=th.Generator().manual_seed(i))
     images = read_images("builtin", flags["image_size"])
-    data = data or BatchStream(images, batch_size, class_cond=flags.get("class_cond", False), random_flip=True)
+    data = data or BatchStream(
+        images, batch_size, class_cond=flags.get("class_cond", False), random_flip=True
+    )
     return TrainLoop(
         model=model,
         diffusion=diffusion,
@@ -90,7 +92,10 @@ CASES = {
     "class_cond": {"model_flags": {"class_cond": True, "num_classes": 10}},
     "dropout": {"model_flags": {"dropout": 0.3}},
     "learned_sigma": {"model_flags": {"learn_sigma": True}},
-    "loss_second_moment": {"sampler": "loss-second-moment", "model_flags": {"diffusion_steps": 4, "use_kl": True}},
+    "loss_second_moment": {
+        "sampler": "loss-second-moment",
+        "model_flags": {"diffusion_steps": 4, "use_kl": True},
+    },
     "checkpointing": {"model_flags": {"use_checkpoint": True, "dropout": 0.2}},
 }
 
@@ -159,7 +164,9 @@ def test_resume_takes_new_flags_and_restores_the_rest(tmp_path):
 
 def test_branching_into_a_new_directory_brings_the_history_along(tmp_path):
     make_loop(tmp_path / "a", total_steps=4).run_loop()
-    make_loop(tmp_path / "b", total_steps=6, resume_checkpoint=str(tmp_path / "a" / "model000004.pt")).run_loop()
+    make_loop(
+        tmp_path / "b", total_steps=6, resume_checkpoint=str(tmp_path / "a" / "model000004.pt")
+    ).run_loop()
     assert [row["step"] for row in rows(tmp_path / "b")] == ["2", "4", "6"]
     assert checkpoint.steps(str(tmp_path / "a")) == [4]
 
@@ -180,10 +187,14 @@ class Poisoned:
 
 def test_nonfinite_stops_before_anything_is_touched(tmp_path):
     images = read_images("builtin", 8)
-    loop = make_loop(tmp_path / "a", total_steps=3, data=Poisoned(BatchStream(images, 6), {3}), save_interval=1)
+    loop = make_loop(
+        tmp_path / "a", total_steps=3, data=Poisoned(BatchStream(images, 6), {3}), save_interval=1
+    )
     with pytest.raises(NonFiniteError, match=r"step 3: the loss at timesteps \[\d+\].*gradient norm nan"):
         loop.run_loop()
-    good = make_loop(tmp_path / "b", total_steps=2, data=Poisoned(BatchStream(images, 6), {}), save_interval=1)
+    good = make_loop(
+        tmp_path / "b", total_steps=2, data=Poisoned(BatchStream(images, 6), {}), save_interval=1
+    )
     good.run_loop()
     assert_same_tensors(loop.params, good.params)
     assert_same_tensors(loop.ema_params, good.ema_params)

@@ -1,0 +1,92 @@
+"""Files of tensors, as `torch.save` writes them, read without trust: nothing in them is run or unpacked."""
+
+import io
+import pickletools
+import zipfile
+from typing import Any, BinaryIO
+
+import torch as th
+
+ZIP = b"PK\x03\x04"
+LEGACY_PICKLES = 5  # of the format before torch 1.6: magic number, version, system, content, storage keys
+
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+# All that state dicts are made of. The list that torch itself has for `weights_only` is longer, and some of
+# its functions can be called in a way that fills any memory from a file of a few hundred bytes.
+ALLOWED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {name}Storage" for name in STORAGES),
+}
+# Instructions of other pickles than torch's, which torch does not know; they are here to be called by name.
+OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+
+
+class RefusedContent(ValueError):
+    """The file would run or unpack something; the message says what."""
+
+
+def parse_tensors(content: bytes) -> dict[str, Any]:
+    """The dictionary (nested, with tensors, numbers and texts) that `torch.save` turned into `content`.
+
+    Its tensors are on the CPU and together take no more memory than a small multiple of `content`.
+
+    :raises RefusedContent: it holds anything else.
+    :raises ValueError: it is damaged; the message says how.
+    """
+    try:
+        if content.startswith(ZIP):
+            _check_zip(content)
+        else:
+            stream = io.BytesIO(content)
+            for _ in range(LEGACY_PICKLES):
+                _check_pickle(stream)
+        tensors = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except RefusedContent:
+        raise
+    except Exception as error:  # of damaged files, torch and zipfile raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"not a readable checkpoint, truncated or damaged ({reason})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise RefusedContent(f"holds a {type(tensors).__name__} that is no dictionary of tensors by name")
+    _check_tensors(tensors, len(content))
+    return tensors
+
+
+def _check_zip(content: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        # torch stores its records as they are; only a bomb has something to unpack.
+        if sum(member.file_size for member in members) > len(content):
+            raise RefusedContent("it would unpack to more than its size")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                _check_pickle(io.BytesIO(archive.read(member)))
+
+
+def _check_pickle(stream: BinaryIO) -> None:
+    """Read a pickle up to its end without executing it, and see what it would call."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if (opcode.name == "GLOBAL" and argument not in ALLOWED) or opcode.name in OTHER_CALLS:
+            name = argument.replace(" ", ".") if isinstance(argument, str) else "something to call"
+            raise RefusedContent(f"it asks for {name}, and holds more than tensors (it could execute code)")
+
+
+def _check_tensors(content: dict, size: int) -> None:
+    """Refuse tensors, at any depth of `content`, that claim more numbers than a file of `size` bytes holds."""
+    seen: set[int] = set()
+    to_visit: list[Any] = [content]
+    while to_visit:
+        item = to_visit.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            to_visit += item.values()
+        elif isinstance(item, list | tuple):
+            to_visit += item
+        elif isinstance(item, th.Tensor) and item.numel() * item.element_size() > size:
+            raise RefusedContent(
+                f"a tensor of shape {list(item.shape)} claims more numbers than the file holds"
+            )

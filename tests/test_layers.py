@@ -1,0 +1,89 @@
+"""The structure of the package: imports go downwards only, and nothing imports MPI or the GPU on the side."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "improved_diffusion"
+
+# From the bottom up. A module may import from layers below its own and from its own layer, without cycles.
+LAYERS = [
+    {"storage", "losses", "seeding", "nn", "cpu"},
+    {"gaussian_diffusion", "respace", "resample", "unet"},
+    {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
+    {"image_datasets"},
+    {"logger", "checkpoint", "interrupts", "run_lock"},
+    {"results_style", "results_columns", "results_run", "results_charts", "results_overview", "results"},
+    {"train_util", "sample_util"},
+    {"script_util"},
+]
+MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample"}
+WITHOUT_TORCH = {"storage", "logger", "results", "run_lock", "interrupts", *LAYERS[5]}
+
+
+def imports(module):
+    """The modules that a module imports at its top: (those of ours, others)."""
+    ours, others = set(), set()
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            names = [node.module]
+            if node.module == "improved_diffusion":
+                names = [f"improved_diffusion.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("improved_diffusion."):
+                ours.add(name.split(".")[1])
+            elif node.col_offset == 0:
+                others.add(name.split(".")[0])
+    return ours, others
+
+
+MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def test_every_module_has_a_place():
+    assert set().union(*LAYERS) == MODULES
+
+
+def test_imports_go_downwards():
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    for module in MODULES:
+        for imported in imports(module)[0]:
+            assert level[imported] <= level[module], f"{module} imports {imported} from a layer above"
+
+
+def test_no_cycles():
+    graph = {module: imports(module)[0] for module in MODULES}
+    done = set()
+    while ready := {module for module in graph if module not in done and graph[module] <= done}:
+        done |= ready
+    assert done == MODULES, f"cycle among {MODULES - done}"
+
+
+def test_mathematics_knows_nothing_else():
+    for module in MATHEMATICS:
+        assert imports(module)[0] <= MATHEMATICS
+
+
+def test_services_that_do_without_torch():
+    for module in WITHOUT_TORCH:
+        assert "torch" not in imports(module)[1], module
+
+
+def test_every_module_says_what_it_is_for():
+    for module in MODULES:
+        docstring = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+        assert docstring and len(docstring.splitlines()[0]) > 20, module
+
+
+def test_importing_everything_touches_no_mpi():
+    code = "import sys\n" + "\n".join(f"import improved_diffusion.{module}" for module in sorted(MODULES))
+    code += "\nassert not [name for name in sys.modules if name.startswith('mpi4py')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
