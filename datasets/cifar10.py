@@ -302,7 +302,8 @@ def _unpickle(data: bytes, where: str) -> dict:
     try:
         content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{where} is damaged or malicious: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where} is damaged or malicious: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{where} is not a CIFAR-10 batch")
     return content

@@ -167,7 +167,8 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
             _check_archive(file)
             with np.load(file, allow_pickle=False) as arrays:
                 pixels = _find_images(arrays)
-                labels = next((arrays[name] for name in ("arr_1", "labels") if name in arrays.files), None)
+                names = [name for name in ("arr_1", "labels") if name in arrays.files]
+                labels = np.asarray(arrays[names[0]]) if names else None
     except FileNotFoundError:
         raise ValueError(f"--data_dir {path} does not exist") from None
     except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
@@ -217,7 +218,7 @@ def _check_memory(source: str, count: int, image_size: int) -> None:
 def _find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
     """The array of images, uint8 [N, H, W, 3 or 1]."""
     for name in ["arr_0"] if "arr_0" in arrays.files else arrays.files:
-        array = arrays[name]
+        array = np.asarray(arrays[name])
         if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3) and array.size:
             if max(array.shape[1:3]) > MAX_ASPECT * min(array.shape[1:3]):
                 raise ValueError(f"its images are more than {MAX_ASPECT} times as long as wide")

@@ -69,18 +69,21 @@ class CsvTable:
         assert not unknown, f"{self.path} has no column {sorted(unknown)}"
         _append_line(self._file, _csv_line([_cell(row.get(name)) for name in self.columns]))
 
-    def keep_until(self, step: float) -> None:
+    def keep_until(self, step: float) -> float | None:
         """Drop the rows after `step` and the lines that are no rows at all, as a resumed run must.
 
+        :return: the step of the last row that stays, or None.
         :raises OSError: the file cannot be rewritten; it is then as it was.
         """
         header, rows = _read_csv(self.path)
         table = [dict(zip(header, row)) for row in rows if len(row) == len(header)]
+        kept = [row for row in table if _number(row.get("step")) <= step]
         self.close()
         try:
-            self._rewrite([row for row in table if _number(row.get("step")) <= step])
+            self._rewrite(kept)
         finally:
             self._open()
+        return _number(kept[-1]["step"]) if kept else None
 
     def sha256(self) -> str:
         """The checksum of the file as it stands."""

@@ -51,8 +51,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 def _parse_counts(text: str) -> list[int]:
     """The positive numbers in ``"250"``, ``"10,15,20"`` or ``"ddim50"``."""
-    counts = [int(number) for number in re.findall("[0-9]+", text)]
-    if not re.fullmatch("ddim[0-9]+|[0-9]+( *, *[0-9]+)*", text) or 0 in counts:
+    counts = [int(number) for number in re.findall("[0-9]{1,9}", text)]
+    if not re.fullmatch("ddim[0-9]{1,9}|[0-9]{1,9}( *, *[0-9]{1,9})*", text) or 0 in counts:
         raise ValueError(
             f"--timestep_respacing {text!r} is not understood; use a number of timesteps (250), one number "
             "per section (10,15,20), or ddim and a number (ddim50); none may be 0"

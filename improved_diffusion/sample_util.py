@@ -1,6 +1,7 @@
 """Drawing images from a trained model: each image has its own random stream, so batches do not matter."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np

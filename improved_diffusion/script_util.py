@@ -383,7 +383,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; --help explains every flag\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}; --help explains every flag\n")
 
     def parse_flags(self, argv: list[str] | None = None) -> tuple[dict[str, Any], set[str]]:
         """Parse `argv`. :return: all flags with their values, and the names of those that were given."""
@@ -675,6 +675,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        message = re.sub(r"\s*\n\s*", " ", str(error))
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(message: str) -> str:
+    """`message` without line ends and what else a terminal might act upon; file names can hold anything."""
+    return re.sub(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]\s*", " ", message)

@@ -112,6 +112,7 @@ class TrainLoop:
         self.elapsed = 0.0  # seconds of wall-clock over all sessions
         self.logged_step = 0  # the last step with a row for its whole interval
         self.saved_step: int | None = None
+        self.resumed_here: Checkpoint | None = None  # what this run continues, when it is its own
         self.skipped = 0  # steps in a row that were not finite
         self.log_state: dict[str, Any] = {"values": {}, "sums": {}}  # the row that a resumed run goes on with
 
@@ -141,10 +142,18 @@ class TrainLoop:
         :raises OSError: a checkpoint or row could not be written; what was saved before is intact.
         """
         folder = logger.get_dir()
+        self.checkpoint_table = CsvTable(os.path.join(folder, "checkpoints.csv"), CHECKPOINT_COLUMNS)
+        if self.checkpoint_table.keep_until(self.step) != self.step and self.resumed_here is not None:
+            # The process that saved it was killed before it could do this.
+            self._add_row_of(self.resumed_here)
+            self._export()
+        if self.step >= self.total_steps:
+            logger.log(
+                f"nothing left to do: this run has reached step {self.step}; raise --total_steps to go on"
+            )
+            return None
         logger.configure(folder, self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard)
         logger.load_state(self.log_state)
-        self.checkpoint_table = CsvTable(os.path.join(folder, "checkpoints.csv"), CHECKPOINT_COLUMNS)
-        self.checkpoint_table.keep_until(self.step)
         self.interval = _Stopwatch()
         session_started = time.monotonic()
         self.started = session_started - self.elapsed
@@ -152,10 +161,7 @@ class TrainLoop:
         bar = None
         if sys.stderr.isatty():
             bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
-        if self.step < self.total_steps:
-            logger.log(
-                f"training from step {self.step} to {self.total_steps}; the first step is under way..."
-            )
+        logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
         with Interrupts() as interrupts:
             while self.step < self.total_steps and interrupts.stop is None:
                 if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
@@ -169,14 +175,18 @@ class TrainLoop:
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
                     self._log_row(bar)
                     self.logged_step = self.step
-                if interrupts.save or (self.step % self.save_interval == 0 and self.saved_step != self.step):
+                due = interrupts.save or self.step % self.save_interval == 0
+                if due and self.saved_step != self.step and self.step < self.total_steps:
                     interrupts.save = False
-                    self.save()
-            if self.saved_step != self.step:
-                self.save()
+                    self.save(logger.state())
+            unfinished_row = logger.state()
             if self.logged_step < self.step:
                 # Written for the reader; a run that goes on replaces this row by that of the whole interval.
                 self._log_row(bar)
+            # The last checkpoint comes after the last row: with it, the run is complete.
+            if self.saved_step != self.step:
+                self.save(unfinished_row)
+            else:
                 self._export()
         if bar is not None:
             bar.close()
@@ -272,26 +282,28 @@ class TrainLoop:
         logger.logkv("step", self.step)
         logger.logkv("samples", self.samples)
         logger.logkv("param_norm", th.nn.utils.get_total_norm([p.detach() for p in self.params]).item())
-        logger.logkv(
-            "images_per_sec", self.interval.laps * self.batch_size / max(self.interval.seconds, 1e-9)
-        )
+        # A session that is stopped before its first step may have a row to write, but has no speed yet.
+        speed = self.interval.laps * self.batch_size / self.interval.seconds if self.interval.laps else None
+        logger.logkv("images_per_sec", speed)
         logger.logkv("elapsed", self.elapsed)
         self.interval.reset()
         row = logger.dumpkvs()
-        speed = row["images_per_sec"]
+        pace, left = "", ""
+        if speed is not None:
+            pace = f"{speed:.1f} images/s"
+            left = datetime.timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
         if bar is not None:
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.1f} images/s")
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
         else:
-            left = (self.total_steps - self.step) * self.batch_size / speed
             logger.log(
                 f"step {self.step}/{self.total_steps}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  "
-                f"{speed:.1f} images/s  {datetime.timedelta(seconds=round(left))} left"
+                f"{pace}  {left} left"
             )
 
     # -- state on disk -----------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of this step and bring the workbook up to date."""
+    def save(self, unfinished_row: dict[str, Any]) -> None:
+        """Write a checkpoint of this step, with the state of the logger, and bring the workbook up to date."""
         before = time.monotonic()
         self.elapsed = before - self.started
         tensors = {
@@ -305,27 +317,33 @@ class TrainLoop:
             "arguments": self.arguments,
             "data": self.data_facts,
             "schedule_sampler": self.schedule_sampler.state_dict(),
-            "log": logger.state(),
+            "log": unfinished_row,
             "logged_step": self.logged_step,
             "skipped": self.skipped,
+            "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
         }
         saved = checkpoint.save(logger.get_dir(), self.step, tensors, state)
         self.saved_step = self.step
+        self._add_row_of(saved, seconds=time.monotonic() - before)
         if self.keep_last:
-            checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every)
+            checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
+        self._export()
+
+    def _add_row_of(self, saved: Checkpoint, seconds: float | None = None) -> None:
+        """Add the row of a checkpoint to checkpoints.csv; `seconds` is what saving took, where that is known."""
+        files = saved.state["files"]
         self.checkpoint_table.append(
             {
-                "step": self.step,
-                "samples": self.samples,
-                "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
-                "elapsed": self.elapsed,
-                "seconds": time.monotonic() - before,
-                "megabytes": sum(entry["bytes"] for entry in saved.state["files"].values()) / 1e6,
-                "files": " ".join(saved.state["files"]),
+                "step": saved.step,
+                "samples": saved.state["samples"],
+                "saved_at": saved.state.get("saved_at"),
+                "elapsed": saved.state["elapsed"],
+                "seconds": seconds,
+                "megabytes": sum(entry["bytes"] for entry in files.values()) / 1e6,
+                "files": " ".join(files),
             }
         )
-        self._export()
 
     def _export(self) -> None:
         try:
@@ -361,6 +379,7 @@ class TrainLoop:
         self.log_state = state["log"]
         if source.folder == logger.get_dir():
             self.saved_step = self.step
+            self.resumed_here = source
         else:
             # A run that branches off into a directory of its own brings its history along.
             for name in ("progress.csv", "progress.jsonl"):

@@ -107,7 +107,8 @@ def main() -> int:
             raise ValueError("--microbatch 0: give the images per pass, or -1 for the whole batch")
         parse_ema_rates(flags["ema_rate"])
         # A model that cannot be built is reported before any data are read.
-        create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+        _, diffusion = create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+        create_named_schedule_sampler(flags["schedule_sampler"], diffusion)
         check_images_fit(flags, "batch_size", bytes_per_number=4)
         flags["data_dir"] = find_data(flags["data_dir"], os.path.join(PROJECT, "datasets"))
         images = read_images(flags["data_dir"], flags["image_size"], cache_limit_gb=flags["cache_limit_gb"])
@@ -152,7 +153,8 @@ def train(flags: dict, log_dir: str, source: Checkpoint | None, images: ImageSet
         **args_to_dict(flags, LOOP_FLAGS),
     )
     facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
-    record_run(log_dir, flags, facts, loop.step)
+    if loop.step < loop.total_steps:
+        record_run(log_dir, flags, facts, loop.step)
     try:
         stopped_by = loop.run_loop()
     except NonFiniteError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,20 @@ def run_script():
         return done
 
     return run
+
+
+@pytest.fixture
+def call_script(monkeypatch, capsys):
+    """Run a script within this process: without its start-up time, for the mistakes it should refuse at once."""
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, exit.value.code, output.out, output.err)
+
+    return call
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "improved_diffusion"
 
 # From the bottom up. A module may import from layers below its own and from its own layer, without cycles.
 LAYERS = [
-    {"storage", "losses", "seeding", "nn", "cpu"},
+    {"storage", "losses", "seeding", "nn", "cpu", "tensor_file"},
     {"gaussian_diffusion", "respace", "resample", "unet"},
     {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
     {"image_datasets"},

@@ -1,0 +1,162 @@
+"""Real processes of image_train.py that a test can watch, signal, starve and kill, at the cost of a fork each.
+
+Where the system offers it, they are forked from a server that has imported everything once.
+"""
+
+import contextlib
+import csv
+import itertools
+import multiprocessing
+import os
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch as th
+from conftest import SCRIPTS, TINY_FLAGS
+from tqdm import tqdm
+
+from improved_diffusion import checkpoint
+
+TIMING = {"images_per_sec", "elapsed"}
+PATIENCE = 120  # seconds until a process that does not end or do what is waited for has failed the test
+
+_METHODS = multiprocessing.get_all_start_methods()
+_context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
+if "forkserver" in _METHODS:
+    _context.set_forkserver_preload(
+        ["improved_diffusion.train_util", "improved_diffusion.script_util", "improved_diffusion.run_lock"]
+    )
+_numbers = itertools.count()
+
+
+class Training(contextlib.AbstractContextManager):
+    """A process of image_train.py: a tiny model, the built-in shapes, the run directory `folder`.
+
+    :param flags: more flags; they override those.
+    :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
+    """
+
+    def __init__(self, folder: Path, *flags: object, file_size_limit: int | None = None):
+        self.folder = folder
+        number = next(_numbers)
+        self._out, self._err = (folder.parent / f"{folder.name}-{number}.{name}" for name in ("out", "err"))
+        argv = ["--data_dir", "builtin", *TINY_FLAGS, "--log_dir", str(folder), *map(str, flags)]
+        self._process = _context.Process(target=_main, args=(argv, self._out, self._err, file_size_limit))
+        self._process.start()
+
+    def __exit__(self, *exc_info) -> None:
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text() if self._err.exists() else ""
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; negative for the signal that killed it."""
+        self._process.join(PATIENCE)
+        assert self._process.exitcode is not None, f"it does not end\n{self.stdout}\n{self.stderr}"
+        return self._process.exitcode
+
+    def wait_until(self, condition) -> None:
+        """Wait until `condition()` holds, which must happen while the process lives."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.is_alive and time.monotonic() < deadline, f"{self.stdout}\n{self.stderr}"
+            time.sleep(0.001)
+
+    def wait_for_rows(self, count: int) -> None:
+        """Wait until `count` rows of metrics are in progress.csv: training is well under way."""
+        self.wait_until(lambda: len(rows(self.folder)) >= count)
+
+
+def run_training(folder: Path, *flags: object, check: int = 0, **limits) -> Training:
+    """Run image_train.py to its end, which is to be the exit code `check`; what it said can then be read."""
+    with Training(folder, *flags, **limits) as training:
+        code = training.wait()
+    assert code == check, f"exit code {code}\n{training.stdout}\n{training.stderr}"
+    return training
+
+
+def _main(argv: list[str], out: Path, err: Path, file_size_limit: int | None) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if file_size_limit is not None:
+        import resource  # not on Windows
+
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, hard))
+    tqdm.set_lock(threading.RLock())  # its own lock is between processes, and would outlive a killed one
+    sys.argv = [str(SCRIPTS / "image_train.py"), *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def rows(folder: Path, name: str = "progress.csv") -> list[dict[str, str]]:
+    """The whole rows of a CSV file, without the columns that measure time."""
+    try:
+        with open(folder / name, newline="", encoding="utf-8") as file:
+            lines = file.read().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(lines)]
+
+
+def assert_one_line_error(training: Training, *parts: str) -> None:
+    """The process said in a single line of stderr, with all of `parts` in it, what is wrong."""
+    assert training.stderr.count("\n") == 1, training.stderr
+    assert training.stderr.startswith("image_train.py: error: "), training.stderr
+    for part in parts:
+        assert part in training.stderr
+    assert "Traceback" not in training.stdout
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Two runs have come to the same end, to the last bit: tensors, sampler, unfinished row, and all rows."""
+    a, b = (checkpoint.find(str(folder / f"state{step:06d}.json")) for folder in (one, other))
+    assert a.ema_rates == b.ema_rates
+    for kind in ("model", "opt", *a.ema_rates):
+        assert_same_tensors(a.load(kind), b.load(kind))
+    for key in ("samples", "logged_step", "skipped", "schedule_sampler", "data"):
+        assert a.state[key] == b.state[key], key
+    for key in ("values", "sums"):
+        assert _without_timing(a.state["log"][key]) == _without_timing(b.state["log"][key])
+    assert rows(one) == rows(other)
+
+
+def assert_same_tensors(a, b) -> None:
+    """Nested dictionaries and lists of tensors are equal bit by bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tensors(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same_tensors(x, y)
+    elif isinstance(a, th.Tensor):
+        assert th.equal(a, b)
+    else:
+        assert a == b
+
+
+def _without_timing(values: dict) -> dict:
+    return {key: value for key, value in values.items() if key not in TIMING}
