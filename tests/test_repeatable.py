@@ -21,7 +21,7 @@ FLAGS += ["--total_steps", str(STEPS), "--log_interval", "2", "--save_interval",
 STREAMED = ["--cache_limit_gb", "0"]
 RUNS = {
     "in memory": [],
-    "decoded again": [],  # the cache of "in memory" is of another folder
+    "a copy of the folder": [],
     "streamed by the main process": [*STREAMED, "--data_workers", "0"],
     "streamed by a worker": [*STREAMED, "--data_workers", "1"],
     "streamed by two workers": [*STREAMED, "--data_workers", "2"],
@@ -49,7 +49,7 @@ def runs(tmp_path_factory, pictures):
     """The directory of a finished run for each of `RUNS`."""
     root = tmp_path_factory.mktemp("repeatable")
     for name, flags in RUNS.items():
-        data = make_pictures(root / "pictures") if name == "decoded again" else pictures
+        data = make_pictures(root / "copy") if name == "a copy of the folder" else pictures
         run_training(root / name, "--data_dir", data, *FLAGS, *flags)
     return {name: root / name for name in RUNS}
 

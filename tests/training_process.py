@@ -27,7 +27,7 @@ _METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 if "forkserver" in _METHODS:
     _context.set_forkserver_preload(
-        ["improved_diffusion.train_util", "improved_diffusion.script_util", "improved_diffusion.run_lock"]
+        ["improved_diffusion.train_util", "improved_diffusion.script_util", "torch._dynamo"]
     )
 _numbers = itertools.count()
 
