@@ -12,7 +12,6 @@ Nothing here ever erases a history: existing files are appended to.
 import contextlib
 import csv
 import datetime
-import errno
 import hashlib
 import io
 import json
@@ -87,8 +86,8 @@ class CsvTable:
 
     def sha256(self) -> str:
         """The checksum of the file as it stands."""
-        with open(self.path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        self._file.seek(0)  # rows are appended wherever this leaves the position
+        return hashlib.sha256(self._file.readall()).hexdigest()
 
     def close(self) -> None:
         """Close the file. Rows can no longer be appended."""
@@ -96,7 +95,7 @@ class CsvTable:
 
     def _open(self) -> None:
         # Unbuffered: a row is one write call, in the file before `append` returns.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         with open_atomic(self.path, "w") as file:
@@ -315,12 +314,13 @@ def _csv_line(cells: list[str]) -> str:
 
 
 def _append_line(file: io.FileIO, line: str) -> None:
-    """Append `line` in a single write, or nothing at all."""
+    """Append `line` as a whole, or nothing at all."""
     data = line.encode("utf-8", "replace")
     size = os.fstat(file.fileno()).st_size
     try:
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        # One write is enough, unless there is no room: then a second one says why.
+        while data:
+            data = data[file.write(data) :]
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(size)

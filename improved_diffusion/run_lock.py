@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
 
-from improved_diffusion.storage import is_remote
+from improved_diffusion.storage import is_remote, open_atomic
 
 LOCK_NAME = ".lock"
 OWNER_NAME = ".lock-owner.json"
@@ -49,7 +49,7 @@ def run_lock(folder: str) -> Iterator[None]:
             "host": socket.gethostname(),
             "since": datetime.datetime.now().isoformat(timespec="seconds"),
         }
-        with open(owner_path, "w", encoding="utf-8") as file:
+        with open_atomic(owner_path, "w") as file:
             json.dump(owner, file)
         yield
     finally:

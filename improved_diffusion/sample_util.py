@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch as th
@@ -15,7 +15,7 @@ from improved_diffusion.seeding import Purpose
 
 
 def sample_images(
-    model: th.nn.Module,
+    model: Callable[..., th.Tensor],
     diffusion: GaussianDiffusion,
     *,
     num_samples: int,
@@ -59,7 +59,27 @@ def sample_images(
             yield to_uint8(x)
 
 
-def per_image_noise(seed: int, numbers: Sequence[int]):
+def guide(model: Callable[..., th.Tensor], scale: float, null_label: int) -> Callable[..., th.Tensor]:
+    """`model` with classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
+
+    Its prediction is moved from that without a class towards, and for `scale` > 1 beyond, that for the class
+    given. A learned variance is taken from the latter as it is.
+
+    :param model: a class-conditional model that was trained with class dropout.
+    :param null_label: the label that stands for "no class".
+    """
+
+    def guided(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor) -> th.Tensor:
+        both = th.cat([y, th.full_like(y, null_label)])
+        given, free = model(th.cat([x, x]), th.cat([timesteps, timesteps]), y=both).float().chunk(2)
+        channels = x.shape[1]
+        prediction = th.lerp(free[:, :channels], given[:, :channels], scale)
+        return th.cat([prediction, given[:, channels:]], dim=1)
+
+    return guided
+
+
+def per_image_noise(seed: int, numbers: Sequence[int]) -> Callable[[th.Tensor], th.Tensor]:
     """A stand-in for `torch.randn_like` on a batch whose image k gets the random stream of image `numbers[k]`."""
     streams = [seeding.generator(seed, Purpose.SAMPLE, number) for number in numbers]
 

@@ -49,6 +49,7 @@ HELP = {
     "learn_sigma": "let the model predict the variance too",
     "class_cond": "condition the model on the class of the image",
     "num_classes": "number of classes with --class_cond True; 0: as many as the data have",
+    "class_dropout": "share of training images whose class is withheld, for guidance in sampling; 0.1 is usual",
     "use_checkpoint": "recompute activations in the backward pass: less memory, about a third more time",
     "use_scale_shift_norm": "let the timestep scale and shift the normalisation instead of being added",
     "large_size": "side of the high-resolution images in pixels",
@@ -96,6 +97,8 @@ HELP = {
     "use_ddim": "sample with DDIM (deterministic) instead of ancestral sampling",
     "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
     "class_label": "comma-separated class names or numbers to draw; empty: all classes in turn",
+    "guidance_scale": "strengthen the class's influence (classifier-free guidance, needs --class_dropout in training); "
+    "1: as trained",
     "save_png": "also write every image as a PNG of its own",
 }
 
@@ -111,6 +114,7 @@ ARCHITECTURE = (
     "learn_sigma",
     "class_cond",
     "num_classes",
+    "class_dropout",
     "use_scale_shift_norm",
     "large_size",
     "small_size",
@@ -178,6 +182,7 @@ def model_defaults() -> dict[str, Any]:
         "learn_sigma": False,
         "class_cond": False,
         "num_classes": 0,
+        "class_dropout": 0.0,
         "use_checkpoint": False,
         "use_scale_shift_norm": True,
     }
@@ -303,12 +308,23 @@ def _unet_arguments(flags: dict[str, Any]) -> dict[str, Any]:
         ),
         "dropout": flags["dropout"],
         "channel_mult": channel_mult,
-        "num_classes": (flags["num_classes"] or DEFAULT_NUM_CLASSES) if flags["class_cond"] else None,
+        "num_classes": _embedded_classes(flags),
         "use_checkpoint": flags["use_checkpoint"],
         "num_heads": flags["num_heads"],
         "num_heads_upsample": flags["num_heads_upsample"],
         "use_scale_shift_norm": flags["use_scale_shift_norm"],
     }
+
+
+def _embedded_classes(flags: dict[str, Any]) -> int | None:
+    """The labels that the model knows: its classes and, with class dropout, a last one for "no class"."""
+    if not 0 <= flags["class_dropout"] < 1:
+        raise ValueError(f"--class_dropout {flags['class_dropout']}: must lie in [0, 1)")
+    if not flags["class_cond"]:
+        if flags["class_dropout"]:
+            raise ValueError(f"--class_dropout {flags['class_dropout']}: needs --class_cond True")
+        return None
+    return (flags["num_classes"] or DEFAULT_NUM_CLASSES) + (flags["class_dropout"] > 0)
 
 
 def _channel_mult(text: str | Iterable[int], image_size: int) -> tuple[int, ...]:

@@ -126,14 +126,27 @@ class ResBlock(nn.Module):
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
         h = self.in_layers(x)
         emb = self.emb_layers(emb)
-        emb = emb.reshape(*emb.shape, *[1] * (h.dim() - 2))
         norm, activation, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = th.addcmul(shift, norm(h), 1 + scale)
+            h = _scale_shift_norm(norm, h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb)
+            h = norm(h + emb.reshape(*emb.shape, *[1] * (h.dim() - 2)))
         return self.skip_connection(x) + conv(dropout(activation(h)))
+
+
+def _scale_shift_norm(norm: nn.GroupNorm, x: th.Tensor, scale: th.Tensor, shift: th.Tensor) -> th.Tensor:
+    """norm(x) * (1 + scale) + shift, with `scale` and `shift` [N, C], in one pass over `x` [N, C, *size].
+
+    Every image's channels become channels of a single image, whose normalisation then has weights and biases
+    of its own for each of them.
+    """
+    n, channels = scale.shape
+    weight = norm.weight * (1 + scale)
+    bias = norm.bias * (1 + scale) + shift
+    stacked = x.reshape(1, n * channels, *x.shape[2:])
+    return F.group_norm(stacked, n * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps).reshape(
+        x.shape
+    )
 
 
 class AttentionBlock(nn.Module):

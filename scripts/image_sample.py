@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from improved_diffusion.checkpoint import steps
-from improved_diffusion.sample_util import image_grid, parse_class_labels, sample_images
+from improved_diffusion.sample_util import guide, image_grid, parse_class_labels, sample_images
 from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
@@ -28,6 +28,7 @@ SAMPLING = {
     "use_ddim": False,
     "clip_denoised": True,
     "class_label": "",
+    "guidance_scale": 1.0,
     "seed": 0,
     "log_dir": "",
     "save_png": False,
@@ -55,11 +56,17 @@ def main() -> int:
     count = flags["num_samples"]
     labels = None
     if flags["class_cond"]:
-        classes = parse_class_labels(flags["class_label"], model.num_classes, class_names)
-        labels = np.resize(classes, count)
+        num_classes = model.num_classes - (flags["class_dropout"] > 0)
+        labels = np.resize(parse_class_labels(flags["class_label"], num_classes, class_names), count)
     elif flags["class_label"]:
         raise ValueError(f"--class_label {flags['class_label']}: this model was trained without classes")
 
+    if flags["guidance_scale"] != 1:
+        if not flags["class_dropout"]:
+            raise ValueError(
+                f"--guidance_scale {flags['guidance_scale']}: this model was trained without --class_dropout"
+            )
+        model = guide(model, flags["guidance_scale"], null_label=num_classes)
     out_dir = absolute(
         flags["log_dir"]
         or os.environ.get("OPENAI_LOGDIR", "")

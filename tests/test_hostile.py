@@ -231,9 +231,9 @@ def test_tensors_that_claim_more_than_there_is(tmp_path, numel, shape, stride):
 
 @pytest.mark.parametrize("claimed", [1000, 2**31 - 1])
 def test_the_legacy_format_claims_more_than_there_is(tmp_path, claimed):
-    """There, the size of a tensor stands in the pickle too; a storage of 77 numbers is easily found in it."""
+    """Numbers of 77 are easily found in its pickle: that of the storage and that of the tensor."""
     content = legacy_torch_file({"w": th.zeros(77)})
-    assert content.count(b"K\x4d") == 3  # of the storage, of the tensor
+    assert content.count(b"K\x4d") == 2
     path = tmp_path / "w.pt"
     path.write_bytes(content.replace(b"K\x4d", b"J" + struct.pack("<i", claimed)))
     with pytest.raises(DamagedCheckpoint, match=r"w\.pt"):
@@ -398,7 +398,7 @@ def pickled_call(module, name, *arguments) -> bytes:
     "call",
     [
         pickled_call("_codecs", "encode", "Vx\n", "Vhex\n"),  # can be repeated, and doubles each time
-        pickled_call("numpy", "ndarray", "I1000000000000\n"),
+        pickled_call("numpy", "ndarray", "I1000000000\n"),
         pickled_call("builtins", "bytearray", "I1000000000000\n"),
         pickled_call("numpy", "zeros", "I1000000000000\n"),
     ],
@@ -434,7 +434,14 @@ def test_links_in_place_of_the_batches_are_not_followed(cifar10, capsys, tmp_pat
     assert "lacks test_batch" in refused_archive(cifar10, capsys, archive, tmp_path / "out")
 
 
-@pytest.mark.parametrize("part", ["a member", "a header", "many members"])
+BOMBS = {
+    "a member": "padding_0 has 20,000,000 bytes",
+    "a header": "unpacks to more than 5,000,000 bytes",
+    "many members": "unpacks to more than 5,000,000 bytes",
+}
+
+
+@pytest.mark.parametrize("part", BOMBS)
 def test_an_archive_that_unpacks_without_end(cifar10, capsys, tmp_path, part, monkeypatch):
     """The official limits, at a hundredth of the size so that the test is quick."""
     monkeypatch.setattr(cifar10, "MAX_ARCHIVE_BYTES", 5_000_000)
@@ -449,7 +456,7 @@ def test_an_archive_that_unpacks_without_end(cifar10, capsys, tmp_path, part, mo
         sizes = [20_000_000] if part == "a member" else [600_000] * 30
         cifar_archive(archive, {f"padding_{i}": bytes(size) for i, size in enumerate(sizes)})
     assert archive.stat().st_size < 50_000
-    assert "bytes" in refused_archive(cifar10, capsys, archive, tmp_path / "out")
+    assert BOMBS[part] in refused_archive(cifar10, capsys, archive, tmp_path / "out")
 
 
 def png(width, height, data=b"") -> bytes:
@@ -504,7 +511,7 @@ def test_objects_in_an_npz_are_not_unpickled(tmp_path):
     with pytest.raises(ValueError, match=r"--data_dir .*labels\.npz cannot be read"):
         read_images(str(tmp_path / "labels.npz"), 8)
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Exploit(marker)))
-    with pytest.raises(ValueError, match=r"--data_dir .*pickle\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"--data_dir .*pickle\.npz cannot be read.*it is no \.npz archive"):
         read_images(str(tmp_path / "pickle.npz"), 8)
     assert not marker.exists()
 

@@ -37,12 +37,21 @@ class Training(contextlib.AbstractContextManager):
 
     :param flags: more flags; they override those.
     :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
+    :param output: the folder for what it says; by default that of `folder`.
     """
 
-    def __init__(self, folder: Path, *flags: object, file_size_limit: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *flags: object,
+        file_size_limit: int | None = None,
+        output: Path | None = None,
+    ):
         self.folder = folder
         number = next(_numbers)
-        self._out, self._err = (folder.parent / f"{folder.name}-{number}.{name}" for name in ("out", "err"))
+        self._out, self._err = (
+            (output or folder.parent) / f"process{number}.{name}" for name in ("out", "err")
+        )
         argv = ["--data_dir", "builtin", *TINY_FLAGS, "--log_dir", str(folder), *map(str, flags)]
         self._process = _context.Process(target=_main, args=(argv, self._out, self._err, file_size_limit))
         self._process.start()
@@ -88,9 +97,9 @@ class Training(contextlib.AbstractContextManager):
         self.wait_until(lambda: len(rows(self.folder)) >= count)
 
 
-def run_training(folder: Path, *flags: object, check: int = 0, **limits) -> Training:
+def run_training(folder: Path, *flags: object, check: int = 0, **options) -> Training:
     """Run image_train.py to its end, which is to be the exit code `check`; what it said can then be read."""
-    with Training(folder, *flags, **limits) as training:
+    with Training(folder, *flags, **options) as training:
         code = training.wait()
     assert code == check, f"exit code {code}\n{training.stdout}\n{training.stderr}"
     return training
@@ -124,7 +133,7 @@ def assert_one_line_error(training: Training, *parts: str) -> None:
     assert training.stderr.count("\n") == 1, training.stderr
     assert training.stderr.startswith("image_train.py: error: "), training.stderr
     for part in parts:
-        assert part in training.stderr
+        assert part in training.stderr, training.stderr
     assert "Traceback" not in training.stdout
 
 
