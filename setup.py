@@ -34,8 +34,17 @@ setup(
         "Pillow>=9.5",
     ],
     extras_require={
-        "test": ["pytest>=7", "hypothesis>=6", "ruff>=0.6"],
+        "test": [
+            "pytest>=7",
+            "hypothesis>=6",
+            "lmdb>=1.4",
+            "ruff>=0.6",
+            "diffusers>=0.30",
+            "safetensors>=0.4",
+        ],
         "mpi": ["mpich>=4"],
+        "diffusers": ["safetensors>=0.4"],
         "tensorboard": ["tensorboard>=2.12"],
+        "lsun": ["lmdb>=1.4"],
     },
 )

@@ -15,6 +15,7 @@ import http.client
 import io
 import os
 import pickle
+import pickletools
 import re
 import sys
 import tarfile
@@ -300,6 +301,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _unpickle(data: bytes, where: str) -> dict:
     try:
+        for opcode, argument, position in pickletools.genops(data):
+            # Python makes room for as many objects to remember as the number of one of them says.
+            if opcode.name in ("PUT", "LONG_BINPUT") and argument > position:
+                raise pickle.UnpicklingError("it asks for more memory than it has objects")
         content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())

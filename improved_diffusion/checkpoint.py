@@ -7,6 +7,7 @@ sizes and checksums of the others and a checksum of itself. Without its state fi
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +142,9 @@ def steps(folder: str) -> list[int]:
     """The steps of all complete checkpoints in `folder`, ascending; a missing folder has none."""
     if not bf.isdir(folder):
         return []
-    matches = (_MEMBER.fullmatch(name) for name in bf.listdir(folder))
+    # blobfile's listing of a local folder fails when a file goes away meanwhile, as in a run under way.
+    names = bf.listdir(folder) if is_remote(folder) else os.listdir(folder)
+    matches = (_MEMBER.fullmatch(name) for name in names)
     return sorted(int(match["step"]) for match in matches if match and match["kind"] == "state")
 
 
@@ -173,7 +176,11 @@ def verify(checkpoint: Checkpoint) -> None:
     """Compare the checksum of every file. :raises DamagedCheckpoint: naming the first that differs."""
     for name, entry in checkpoint.state["files"].items():
         path = bf.join(checkpoint.folder, name)
-        if hashlib.sha256(_read(path)).hexdigest() != entry["sha256"]:
+        try:
+            content = _read(path)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{path}: missing") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
 
 
@@ -253,6 +260,8 @@ def _check_state(state: dict[str, Any], step: int) -> None:
     reads or deletes another file on account of them.
     """
     recorded = state.pop("sha256", None)
+    if state["format"] > FORMAT:
+        raise ValueError(f"its format {state['format']} is that of a newer version of this program")
     if state["format"] > 1 and recorded != _state_checksum(state):
         raise ValueError("its checksum is not the recorded one")
     if state["step"] != step:
@@ -260,6 +269,8 @@ def _check_state(state: dict[str, Any], step: int) -> None:
     for key, kind in _STATE_TYPES.items():
         if key in state and not isinstance(state[key], kind):
             raise TypeError(f"its {key} is a {type(state[key]).__name__}")
+        if key in state and kind is int and not 0 <= state[key] < 2**53:
+            raise ValueError(f"its {key} is {state[key]}")
     class_names = state.get("data", {}).get("class_names", [])
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise TypeError("its class names are no list of texts")

@@ -1,8 +1,10 @@
 """Signals as requests: what Ctrl-C, a batch system or a colleague asks of a running job, honoured between steps."""
 
 import contextlib
+import math
 import os
 import signal
+import time
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -11,9 +13,14 @@ class Interrupts(contextlib.AbstractContextManager):
     SIGINT and SIGTERM set `stop` to the signal's name; a second SIGINT ends the process at once. SIGUSR1,
     where the system has it, sets `save`. Handlers are installed in the main thread only, which is where
     Python delivers signals; elsewhere the attributes just stay unset.
+
+    :param echo: seconds after a signal to stop within which another one is its echo: launchers pass on what
+        the terminal has sent to every process already.
     """
 
-    def __init__(self):
+    def __init__(self, echo: float = 0.0):
+        self._echo = echo
+        self._stopped_at = -math.inf
         self.stop: str | None = None
         self.save = False
         self._previous: dict[int, object] = {}
@@ -33,8 +40,12 @@ class Interrupts(contextlib.AbstractContextManager):
         self._previous.clear()
 
     def _on_stop(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if now - self._stopped_at < self._echo:
+            return
         if number == signal.SIGINT and self.stop is not None:
             os._exit(130)
+        self._stopped_at = now
         self.stop = signal.Signals(number).name
         # The handler may have interrupted a print: Python's buffered files must not be entered again.
         with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ Nothing here ever erases a history: existing files are appended to.
 import contextlib
 import csv
 import datetime
+import errno
 import hashlib
 import io
 import json
@@ -254,14 +255,20 @@ def state() -> dict:
 
 
 def load_state(saved: dict) -> None:
-    """Continue the unfinished row that `state` returned; warn when the rows before it are not as they were."""
+    """Continue the unfinished row that `state` returned; warn when the rows before it are not as they were.
+
+    :raises ValueError: it was not `state` that returned it.
+    """
     if _run.table and saved.get("table") and saved["table"] != _run.table.sha256():
         log(
             f"WARNING: {_run.table.path}: the rows so far are not those that were written (damaged, edited or "
             "lost); training is not affected"
         )
-    _run.values = dict(saved["values"])
-    _run.sums = {key: list(total) for key, total in saved["sums"].items()}
+    try:
+        _run.values = dict(saved["values"])
+        _run.sums = {key: [float(total), float(weight)] for key, (total, weight) in saved["sums"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{_run.dir}: the checkpoint's state of the log is damaged ({error})") from None
 
 
 def _open_tensorboard(dir: str, keep_until: float | None):
@@ -318,9 +325,12 @@ def _append_line(file: io.FileIO, line: str) -> None:
     data = line.encode("utf-8", "replace")
     size = os.fstat(file.fileno()).st_size
     try:
-        # One write is enough, unless there is no room: then a second one says why.
+        # One write is enough, unless there is no room: then the next one says why.
         while data:
-            data = data[file.write(data) :]
+            written = file.write(data)
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[written:]
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(size)

@@ -47,17 +47,22 @@ def normalization(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(NUM_GROUPS, channels)
 
 
-def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
+def timestep_embedding(
+    timesteps: th.Tensor, dim: int, max_period: float = 10000, reach_end: bool = False
+) -> th.Tensor:
     """Sinusoidal embedding of (possibly fractional) timesteps, cosines first (Vaswani et al. 2017, sec. 3.5).
 
     :param timesteps: shape [N].
     :param dim: width of the embedding; an odd one is padded with a zero.
-    :param max_period: the longest wavelength, in timesteps, is 2 pi times this.
+    :param max_period: the wavelengths, in timesteps, grow geometrically from 2 pi towards 2 pi times this.
+    :param reach_end: let the last one be that long; otherwise the one after it would be.
     :return: float32, shape [N, dim].
     """
     half = dim // 2
     frequencies = th.exp(
-        -math.log(max_period) * th.arange(half, dtype=th.float32, device=timesteps.device) / half
+        -math.log(max_period)
+        * th.arange(half, dtype=th.float32, device=timesteps.device)
+        / (half - 1 if reach_end else half)
     )
     angles = timesteps[:, None].float() * frequencies[None]
     embedding = th.cat([angles.cos(), angles.sin()], dim=-1)

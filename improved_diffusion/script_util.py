@@ -16,9 +16,11 @@ from typing import Any
 import blobfile as bf
 import torch as th
 
-from improved_diffusion import checkpoint
+from improved_diffusion import checkpoint, dist_util
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.image_datasets import read_images
+from improved_diffusion.image_set import ImageSet
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.storage import absolute, new_directory, open_atomic
 from improved_diffusion.unet import SuperResModel, UNetModel
@@ -52,6 +54,7 @@ HELP = {
     "class_dropout": "share of training images whose class is withheld, for guidance in sampling; 0.1 is usual",
     "use_checkpoint": "recompute activations in the backward pass: less memory, about a third more time",
     "use_scale_shift_norm": "let the timestep scale and shift the normalisation instead of being added",
+    "ddpm_details": "compute as the code of Ho et al. 2020 does in detail; set by convert_checkpoint.py where needed",
     "large_size": "side of the high-resolution images in pixels",
     "small_size": "side of the low-resolution images in pixels",
     # diffusion
@@ -64,7 +67,8 @@ HELP = {
     "rescale_timesteps": "hand the model timesteps scaled to 0..1000",
     "rescale_learned_sigmas": "with --learn_sigma, weigh the variational term against the mean squared error",
     # data
-    "data_dir": "folder of images or .npz file; 'builtin': the built-in shapes; empty: CIFAR-10, or else the shapes",
+    "data_dir": "folder of images or .npz file; 'builtin': the built-in shapes; empty, in training: "
+    "CIFAR-10, or else the shapes",
     "random_flip": "mirror each training image left-right with probability 1/2",
     "cache_limit_gb": "data sets up to this size, decoded, live in memory; larger ones are streamed",
     "data_workers": "processes that decode images of a streamed data set",
@@ -73,9 +77,11 @@ HELP = {
     "lr": "learning rate of AdamW",
     "weight_decay": "decoupled weight decay of AdamW",
     "lr_anneal_steps": "anneal the learning rate linearly to zero over this many steps; 0: do not",
+    "use_fp16": "train in 16 bits; not available: it is said so, and the training is in 32 bits",
+    "fp16_scale_growth": "with --use_fp16, how fast the loss scale grows; without effect in 32 bits",
     "lr_warmup_steps": "raise the learning rate linearly from zero over this many steps",
     "grad_clip": "clip the gradient's norm to this; 0: do not",
-    "batch_size": "images per optimizer step (training) or drawn at a time (sampling)",
+    "batch_size": "images per optimizer step (training) or at a time (drawing, measuring), in each process",
     "microbatch": "images per forward and backward pass; -1: the whole batch; changes memory, not the result",
     "ema_rate": "comma-separated rates of the moving averages of the weights",
     "total_steps": "stop after this many optimizer steps in total",
@@ -91,9 +97,13 @@ HELP = {
     "allow_changed_flags": "resume although flags that change the result differ from the checkpoint's",
     "skip_nonfinite": "skip up to this many steps in a row whose loss or gradient is not finite; 0: stop",
     "tensorboard": "also write TensorBoard event files",
+    # conversion
+    "to_diffusers": "new folder for the model of --model_path, as diffusers saves its models",
+    "from_diffusers": "folder of a model that diffusers has saved; it becomes a run in --log_dir",
     # sampling
     "model_path": "run directory (its newest EMA weights are used) or .pt file",
-    "num_samples": "number of images",
+    "num_samples": "number of images; where they are made or measured from others, at most as many as there are",
+    "base_samples": "images to enlarge: an .npz file (such as image_sample.py writes) or a folder",
     "use_ddim": "sample with DDIM (deterministic) instead of ancestral sampling",
     "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
     "class_label": "comma-separated class names or numbers to draw; empty: all classes in turn",
@@ -116,6 +126,7 @@ ARCHITECTURE = (
     "num_classes",
     "class_dropout",
     "use_scale_shift_norm",
+    "ddpm_details",
     "large_size",
     "small_size",
 )
@@ -130,6 +141,9 @@ TRAINED_WITH = (
     "rescale_learned_sigmas",
     "dropout",
 )
+
+# Where to read from may be another place on each machine.
+MACHINE_PATHS = ("data_dir", "model_path", "base_samples")
 
 # Beyond these, a flag is a slip of the keyboard, and would fill the memory before anybody notices.
 AT_MOST = {
@@ -185,7 +199,14 @@ def model_defaults() -> dict[str, Any]:
         "class_dropout": 0.0,
         "use_checkpoint": False,
         "use_scale_shift_norm": True,
+        "ddpm_details": False,
     }
+
+
+def sr_model_defaults() -> dict[str, Any]:
+    """Flags of the super-resolution UNet, with their defaults."""
+    sizes = {"large_size": 256, "small_size": 64}
+    return {**sizes, **{name: value for name, value in model_defaults().items() if name != "image_size"}}
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -195,9 +216,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """All arguments of `sr_create_model_and_diffusion`, with their defaults."""
-    defaults = {**model_and_diffusion_defaults(), "large_size": 256, "small_size": 64}
-    del defaults["image_size"]
-    return defaults
+    return {**sr_model_defaults(), **diffusion_defaults()}
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
@@ -223,6 +242,23 @@ def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDi
     )
 
 
+def is_super_resolution(flags: dict[str, Any]) -> bool:
+    """Whether `flags`, of a command or a checkpoint, are those of a super-resolution model."""
+    return "large_size" in flags
+
+
+def output_size(flags: dict[str, Any]) -> int:
+    """The side in pixels of the images that the model described by `flags` makes."""
+    return flags["large_size"] if is_super_resolution(flags) else flags["image_size"]
+
+
+def create_from_flags(flags: dict[str, Any]) -> tuple[UNetModel, SpacedDiffusion]:
+    """Build the model, super-resolution or not, and the diffusion that the flags of a script describe."""
+    if is_super_resolution(flags):
+        return sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
+    return create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+
+
 def create_model(**flags: Any) -> UNetModel:
     """Build a UNet from any of the flags of `model_defaults`."""
     return _build(UNetModel, {**model_defaults(), **flags})
@@ -232,7 +268,10 @@ def sr_create_model(large_size: int, small_size: int, **flags: Any) -> SuperResM
     """Build a UNet that sees an image of `small_size` pixels while it makes one of `large_size`."""
     if not 0 < small_size < large_size:
         raise ValueError(f"--small_size {small_size}: must be positive and below --large_size {large_size}")
-    return _build(SuperResModel, {**model_defaults(), **flags, "image_size": large_size})
+    try:
+        return _build(SuperResModel, {**model_defaults(), **flags, "image_size": large_size})
+    except ValueError as error:
+        raise ValueError(str(error).replace("--image_size", "--large_size")) from None
 
 
 def _build(model: type[UNetModel], flags: dict[str, Any]) -> UNetModel:
@@ -313,6 +352,7 @@ def _unet_arguments(flags: dict[str, Any]) -> dict[str, Any]:
         "num_heads": flags["num_heads"],
         "num_heads_upsample": flags["num_heads_upsample"],
         "use_scale_shift_norm": flags["use_scale_shift_norm"],
+        "ddpm_details": flags["ddpm_details"],
     }
 
 
@@ -462,10 +502,11 @@ def check_images_fit(flags: dict[str, Any], name: str, bytes_per_number: int) ->
 
     :raises ValueError: naming the flag.
     """
-    gigabytes = flags[name] * 3 * flags["image_size"] ** 2 * bytes_per_number / 1e9
+    side = output_size(flags)
+    gigabytes = flags[name] * 3 * side**2 * bytes_per_number / 1e9
     if gigabytes > MAX_IMAGES_GB:
         raise ValueError(
-            f"--{name} {flags[name]}: so many images of {flags['image_size']}x{flags['image_size']} pixels take "
+            f"--{name} {flags[name]}: so many images of {side}x{side} pixels take "
             f"{gigabytes:,.0f} GB of memory; {MAX_IMAGES_GB} GB are the limit"
         )
 
@@ -480,6 +521,15 @@ def _stored_arguments(source: Checkpoint, flags: dict[str, Any]) -> dict[str, An
                 f"{source.path('state')}: damaged (its --{name} {value!r} should be a {kind.__name__})"
             )
     return stored
+
+
+def _check_same_kind(where: str, stored: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Refuse a super-resolution model where `flags` are those of a plain one, and the other way round."""
+    if stored and is_super_resolution(stored) != is_super_resolution(flags):
+        problem = "holds no super-resolution model; use the scripts image_..."
+        if is_super_resolution(stored):
+            problem = "holds a super-resolution model, which is for the scripts super_res_... only"
+        raise ValueError(f"{where}: {problem}")
 
 
 def merge_stored_flags(
@@ -543,6 +593,50 @@ def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:
     return absolute(log_dir or new_directory(runs_dir))
 
 
+def join_processes(flags: dict[str, Any]) -> None:
+    """Join the other processes of the job, if a launcher started several (see `dist_util.setup_dist`).
+
+    :raises ValueError: they were started with other flags; only paths to read from may differ.
+    """
+    dist_util.setup_dist()
+    shared = {name: value for name, value in flags.items() if name not in MACHINE_PATHS}
+    dist_util.check_alike(shared, "start all processes with the same flags")
+
+
+def read_images_alike(data_dir: str, image_size: int, cache_limit_gb: float = 2.0) -> ImageSet:
+    """The images of `data_dir` (see `read_images`), in all processes of the job.
+
+    Rank 0 reads first, so that the others on its machine find its cache.
+
+    :raises ValueError: they are unusable, or not the same in all processes.
+    """
+    with dist_util.rank_0_first():
+        images = read_images(
+            data_dir, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
+        )
+    contents = f"{len(images):,} images (fingerprint {images.fingerprint[:12]})"
+    dist_util.check_alike({"data_dir": contents}, "all processes need the same images")
+    return images
+
+
+def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
+    """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
+    out_dir = absolute(flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
+    if dist_util.get_rank() == 0:
+        os.makedirs(out_dir, exist_ok=True)
+    return out_dir
+
+
+def check_model_path(flags: dict[str, Any], runs_dir: str) -> None:
+    """Check that --model_path is given. :raises ValueError: naming the newest run in `runs_dir`, if any."""
+    if flags["model_path"]:
+        return
+    found = [os.path.join(runs_dir, name) for name in os.listdir(runs_dir)] if os.path.isdir(runs_dir) else []
+    found = [run for run in found if checkpoint.steps(run)]
+    example = f", such as {max(found, key=os.path.getmtime)}" if found else ""
+    raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
+
+
 def choose_source(
     resume_checkpoint: str, log_dir: str, log: Callable[[str], None] = print
 ) -> Checkpoint | None:
@@ -578,6 +672,7 @@ def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint)
     :raises ValueError: a given flag would make it another run; the message names it.
     """
     stored = _stored_arguments(source, flags)
+    _check_same_kind(source.folder, stored, flags)
     stays = {"log_dir", "resume_checkpoint", "allow_changed_flags"}
     merged = {
         name: value if name in given | stays else stored.get(name, value) for name, value in flags.items()
@@ -642,8 +737,8 @@ def load_trained(
 
     :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
     :param flags: the flags of this command; `given` names those that the user gave.
-    :return: the model in eval mode, the diffusion, all flags after the checkpoint's have been taken over, and
-        the names of the classes (empty when unknown).
+    :return: the model in eval mode, the diffusion, all flags after the checkpoint's have been taken over
+        ("model_path" is the weights file), and the names of the classes (empty when unknown).
     :raises ValueError: there are no such weights, or a given flag contradicts them.
     """
     path = absolute(model_path)
@@ -655,19 +750,23 @@ def load_trained(
         kind = rates[-1] if rates else "model"
         path, weights = source.path(kind), source.load(kind)
     else:
-        if checkpoint.kind_of(path) in ("opt", "state"):
+        kind = checkpoint.kind_of(path)
+        if kind in ("opt", "state"):
             raise ValueError(
                 f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
             )
-        weights = checkpoint.load_tensors(path)
         source = checkpoint.state_beside(path)
+        weights = source.load(kind) if source else checkpoint.load_tensors(path)
     stored = _stored_arguments(source, flags) if source else {}
+    _check_same_kind(f"--model_path {path}", stored, flags)
     if not stored:
         log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
-    flags = merge_stored_flags(flags, given, stored, [*model_and_diffusion_defaults()])
+    super_resolution = is_super_resolution(flags)
+    described = sr_model_and_diffusion_defaults() if super_resolution else model_and_diffusion_defaults()
+    flags = {**merge_stored_flags(flags, given, stored, described), "model_path": path}
     if "timestep_respacing" not in given:
         flags["timestep_respacing"] = ""
-    model, diffusion = create_model_and_diffusion(**args_to_dict(flags, model_and_diffusion_defaults()))
+    model, diffusion = create_from_flags(flags)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -687,7 +786,9 @@ def load_trained(
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: users' mistakes in one line and code 2, without a traceback."""
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        dist_util.finish()
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

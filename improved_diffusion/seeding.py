@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     NOISE = 2
     DROPOUT = 3
     SAMPLE = 4
+    CLASS_DROPOUT = 5
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:

@@ -70,7 +70,7 @@ def _check_pickle(stream: BinaryIO) -> None:
     for opcode, argument, _ in pickletools.genops(stream):
         if (opcode.name == "GLOBAL" and argument not in ALLOWED) or opcode.name in OTHER_CALLS:
             name = argument.replace(" ", ".") if isinstance(argument, str) else "something to call"
-            raise RefusedContent(f"it asks for {name}, and holds more than tensors (it could execute code)")
+            raise RefusedContent(f"it asks for {name!r}, and holds more than tensors (it could execute code)")
 
 
 def _check_tensors(content: dict, size: int) -> None:

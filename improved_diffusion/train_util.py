@@ -14,7 +14,7 @@ import torch as th
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from improved_diffusion import checkpoint, logger, results, seeding
+from improved_diffusion import checkpoint, dist_util, logger, results, seeding
 from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.interrupts import Interrupts
@@ -23,6 +23,8 @@ from improved_diffusion.nn import dropout_seed, update_ema
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.seeding import Purpose
 
+STOP_REASONS = ("SIGINT", "SIGTERM", "--max_hours")
+ECHO = 2.0  # seconds within which a launcher has passed on a signal
 CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
 
 
@@ -36,8 +38,14 @@ class TrainLoop:
     Everything random in step n (timesteps, noise, dropout) is a function of (`seed`, n), and the data of
     their position, so a resumed run repeats exactly what an undisturbed one would have done.
 
-    :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), B = `batch_size`.
+    With several processes (see `dist_util`) each makes a loop with the same arguments but its own part of the
+    data, and all stay alike: R processes with batches of B images do what one does with R * B. Rank 0 alone
+    reads checkpoints, writes and keeps the moving averages.
+
+    :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), B = `batch_size`:
+        with several processes, the part of the batch that falls to this one, in the order of the ranks.
         When it has a method ``seek(samples)``, a resumed run continues the data where it stopped.
+    :param batch_size: images per step and process.
     :param microbatch: images per forward and backward pass, -1 for the whole batch. Each pass is weighted by
         its share of the batch, so this changes neither the gradient nor `grad_norm`.
     :param ema_rate: a rate, or several separated by commas, for the moving averages (see `ema_decay`).
@@ -46,6 +54,8 @@ class TrainLoop:
     :param lr_anneal_steps: anneal the learning rate linearly to zero over so many steps; 0: do not.
     :param grad_clip: largest norm of the gradient; 0: unlimited.
     :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
+    :param class_dropout: share of the images whose class is withheld (Ho & Salimans 2022, algorithm 1): their
+        label becomes the model's last one.
     :param max_hours: save and stop after so many hours of this session, as a batch system's limit demands;
         0: unlimited.
     :param keep_last: keep this many of the newest checkpoints and those whose step `keep_every` divides; 0:
@@ -78,6 +88,7 @@ class TrainLoop:
         total_steps: int = 30000,
         seed: int = 0,
         skip_nonfinite: int = 0,
+        class_dropout: float = 0.0,
         max_hours: float = 0.0,
         keep_last: int = 0,
         keep_every: int = 0,
@@ -89,6 +100,8 @@ class TrainLoop:
         self.diffusion = diffusion
         self.data = data
         self.batch_size = batch_size
+        self.global_batch = batch_size * dist_util.get_world_size()
+        self.writes = dist_util.get_rank() == 0
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr = lr
         self.log_interval = log_interval
@@ -100,6 +113,7 @@ class TrainLoop:
         self.total_steps = total_steps
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
+        self.class_dropout = class_dropout
         self.max_hours = max_hours
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -108,7 +122,7 @@ class TrainLoop:
         self.data_facts = data_facts or {}
 
         self.step = 0  # completed optimizer updates
-        self.samples = 0  # images consumed
+        self.samples = 0  # images consumed, by all processes together
         self.elapsed = 0.0  # seconds of wall-clock over all sessions
         self.logged_step = 0  # the last step with a row for its whole interval
         self.saved_step: int | None = None
@@ -121,7 +135,9 @@ class TrainLoop:
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
-        if resume_checkpoint:
+        if not self.writes:
+            self.ema_params = {}
+        elif resume_checkpoint:
             if not isinstance(resume_checkpoint, Checkpoint):
                 resume_checkpoint = checkpoint.find(resume_checkpoint, log=logger.log)
             try:
@@ -131,6 +147,10 @@ class TrainLoop:
                 raise ValueError(
                     f"{resume_checkpoint.path('state')}: this checkpoint does not fit this run ({reason})"
                 ) from error
+        if dist_util.get_world_size() > 1:
+            self._make_all_alike()
+        if self.samples and hasattr(data, "seek"):
+            data.seek(self.samples)
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -141,32 +161,24 @@ class TrainLoop:
         :raises NonFiniteError: the loss or gradient was not finite more often than allowed.
         :raises OSError: a checkpoint or row could not be written; what was saved before is intact.
         """
-        folder = logger.get_dir()
-        self.checkpoint_table = CsvTable(os.path.join(folder, "checkpoints.csv"), CHECKPOINT_COLUMNS)
-        if self.checkpoint_table.keep_until(self.step) != self.step and self.resumed_here is not None:
-            # The process that saved it was killed before it could do this.
-            self._add_row_of(self.resumed_here)
-            self._export()
+        if self.writes:
+            self._continue_checkpoint_table()
         if self.step >= self.total_steps:
             logger.log(
                 f"nothing left to do: this run has reached step {self.step}; raise --total_steps to go on"
             )
+            if self.writes:
+                self._export()  # the process that came to the end may have been killed before it could
             return None
-        logger.configure(folder, self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard)
-        logger.load_state(self.log_state)
+        bar = self._open_records() if self.writes else None
         self.interval = _Stopwatch()
         session_started = time.monotonic()
         self.started = session_started - self.elapsed
         self.model.train()
-        bar = None
-        if sys.stderr.isatty():
-            bar = tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
         logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
-        with Interrupts() as interrupts:
-            while self.step < self.total_steps and interrupts.stop is None:
-                if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
-                    interrupts.stop = "--max_hours"
-                    break
+        with Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0) as interrupts:
+            stopped_by, save = self._requests(interrupts, session_started)
+            while self.step < self.total_steps and stopped_by is None:
                 with self.interval:
                     batch, cond = next(self.data)
                     self.run_step(batch, cond)
@@ -175,9 +187,11 @@ class TrainLoop:
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
                     self._log_row(bar)
                     self.logged_step = self.step
-                due = interrupts.save or self.step % self.save_interval == 0
+                stopped_by, requested = self._requests(interrupts, session_started)
+                save = save or requested
+                due = save or self.step % self.save_interval == 0
                 if due and self.saved_step != self.step and self.step < self.total_steps:
-                    interrupts.save = False
+                    save = False
                     self.save(logger.state())
             unfinished_row = logger.state()
             if self.logged_step < self.step:
@@ -186,18 +200,30 @@ class TrainLoop:
             # The last checkpoint comes after the last row: with it, the run is complete.
             if self.saved_step != self.step:
                 self.save(unfinished_row)
-            else:
+            elif self.writes:
                 self._export()
         if bar is not None:
             bar.close()
-        self.checkpoint_table.close()
-        return interrupts.stop
+        if self.writes:
+            self.checkpoint_table.close()
+        return stopped_by
+
+    def _requests(self, interrupts: Interrupts, session_started: float) -> tuple[str | None, bool]:
+        """What was asked of any process, so that all act on it at the same step: a reason to stop, and whether
+        to save."""
+        if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
+            interrupts.stop = interrupts.stop or "--max_hours"
+        asked = th.tensor([*(interrupts.stop == reason for reason in STOP_REASONS), interrupts.save]).int()
+        interrupts.save = False
+        dist_util.all_reduce(asked)
+        *stops, save = asked.tolist()
+        return next((reason for reason, count in zip(STOP_REASONS, stops) if count), None), save > 0
 
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
         """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
         t, weights, losses = self._forward_backward(batch, cond)
         grad_norm = th.nn.utils.get_total_norm([p.grad for p in self.params]).item()
-        self.samples += len(batch)
+        self.samples += len(t)
         if not (math.isfinite(grad_norm) and th.isfinite(losses["loss"]).all()):
             self._on_nonfinite(t, losses["loss"], grad_norm)
             return
@@ -220,31 +246,60 @@ class TrainLoop:
     def _forward_backward(
         self, batch: th.Tensor, cond: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        """Leave the gradient in the parameters. :return: timesteps, their weights and the loss terms, each [B]."""
+        """Leave the gradient in the parameters.
+
+        :return: timesteps, their weights and the loss terms, each [B], B the batch of all processes together.
+        """
         # The position in the data, not the step, numbers the draws, so that a skipped step is not drawn again.
         position = self.samples
-        size = len(batch)
+        size, offset = len(batch), len(batch) * dist_util.get_rank()
+        total = size * dist_util.get_world_size()
         rng = seeding.generator(self.seed, Purpose.TIMESTEPS, position)
-        t, weights = self.schedule_sampler.sample(size, batch.device, rng)
-        noise = seeding.normal(seeding.generator(self.seed, Purpose.NOISE, position), tuple(batch.shape))
-        noise = noise.to(batch.device)
+        t, weights = self.schedule_sampler.sample(total, batch.device, rng)
+        shape = (total, *batch.shape[1:])
+        noise = seeding.normal(seeding.generator(self.seed, Purpose.NOISE, position), shape).to(batch.device)
+        if self.class_dropout:
+            draws = seeding.generator(self.seed, Purpose.CLASS_DROPOUT, position).random(total)
+            withheld = th.from_numpy(draws[offset : offset + size] < self.class_dropout)
+            cond = {**cond, "y": cond["y"].masked_fill(withheld, self.model.num_classes - 1)}
         self.opt.zero_grad(set_to_none=True)
         parts: list[dict[str, th.Tensor]] = []
         for start in range(0, size, self.microbatch):
-            part = slice(start, start + self.microbatch)
-            masks = seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + start))
+            part = slice(start, min(start + self.microbatch, size))
+            drawn = slice(offset + part.start, offset + part.stop)
+            masks = seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + drawn.start))
             with dropout_seed(masks):
                 terms = self.diffusion.training_losses(
                     self.model,
                     batch[part],
-                    t[part],
+                    t[drawn],
                     model_kwargs={key: value[part] for key, value in cond.items()},
-                    noise=noise[part],
+                    noise=noise[drawn],
                 )
                 # The sum over all parts is the mean over the batch, also when the last part is smaller.
-                ((terms["loss"] * weights[part]).sum() / size).backward()
+                ((terms["loss"] * weights[drawn]).sum() / total).backward()
             parts.append({key: value.detach() for key, value in terms.items()})
-        return t, weights, {key: th.cat([terms[key] for terms in parts]) for key in parts[0]}
+        losses = {key: th.cat([terms[key] for terms in parts]) for key in parts[0]}
+        return t, weights, self._exchange(losses)
+
+    def _exchange(self, losses: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+        """Add up the gradients of all processes, and collect their losses, in a single message.
+
+        :param losses: this process's loss terms, each [B / R].
+        :return: the terms of the whole batch, each [B], in the order of the ranks.
+        """
+        ranks = dist_util.get_world_size()
+        if ranks == 1:
+            return losses
+        mine = th.stack(list(losses.values()))
+        table = th.zeros(len(mine), ranks, mine.shape[1])
+        table[:, dist_util.get_rank()] = mine
+        message = th.cat([*(p.grad.flatten() for p in self.params), table.flatten()])
+        dist_util.all_reduce(message)
+        *gradients, table = message.split([*(p.numel() for p in self.params), table.numel()])
+        for p, gradient in zip(self.params, gradients):
+            p.grad = gradient.view_as(p)
+        return dict(zip(losses, table.view(len(mine), -1)))
 
     def _on_nonfinite(self, t: th.Tensor, losses: th.Tensor, grad_norm: float) -> None:
         bad = t[~th.isfinite(losses)].tolist()
@@ -271,6 +326,8 @@ class TrainLoop:
         return ["step", "samples", *quartiles, *tail]
 
     def _log_losses(self, t: th.Tensor, losses: dict[str, th.Tensor]) -> None:
+        if not self.writes:
+            return
         quartiles = (4 * t // self.diffusion.num_timesteps).tolist()
         for key, values in losses.items():
             for quartile, value in zip(quartiles, values.tolist()):
@@ -278,12 +335,14 @@ class TrainLoop:
                 logger.logkv_mean(f"{key}_q{quartile}", value)
 
     def _log_row(self, bar: tqdm | None) -> None:
+        if not self.writes:
+            return
         self.elapsed = time.monotonic() - self.started
         logger.logkv("step", self.step)
         logger.logkv("samples", self.samples)
         logger.logkv("param_norm", th.nn.utils.get_total_norm([p.detach() for p in self.params]).item())
         # A session that is stopped before its first step may have a row to write, but has no speed yet.
-        speed = self.interval.laps * self.batch_size / self.interval.seconds if self.interval.laps else None
+        speed = self.interval.laps * self.global_batch / self.interval.seconds if self.interval.laps else None
         logger.logkv("images_per_sec", speed)
         logger.logkv("elapsed", self.elapsed)
         self.interval.reset()
@@ -291,7 +350,8 @@ class TrainLoop:
         pace, left = "", ""
         if speed is not None:
             pace = f"{speed:.1f} images/s"
-            left = datetime.timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
+            left = (self.total_steps - self.step) * self.global_batch / speed
+            left = datetime.timedelta(seconds=round(left))
         if bar is not None:
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
         else:
@@ -302,8 +362,32 @@ class TrainLoop:
 
     # -- state on disk -----------------------------------------------------------------------------------
 
+    def _continue_checkpoint_table(self) -> None:
+        self.checkpoint_table = CsvTable(
+            os.path.join(logger.get_dir(), "checkpoints.csv"), CHECKPOINT_COLUMNS
+        )
+        last = self.checkpoint_table.keep_until(self.step)
+        if last != self.step and self.resumed_here is not None and self.step > 0:
+            # The process that saved it was killed before it could do this. (Step 0 is that of an imported model.)
+            self._add_row_of(self.resumed_here)
+
+    def _open_records(self) -> tqdm | None:
+        """Continue the tables of metrics. :return: a progress bar, on a terminal."""
+        logger.configure(
+            logger.get_dir(), self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard
+        )
+        logger.load_state(self.log_state)
+        if not sys.stderr.isatty():
+            return None
+        return tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
+
     def save(self, unfinished_row: dict[str, Any]) -> None:
         """Write a checkpoint of this step, with the state of the logger, and bring the workbook up to date."""
+        # Machines that round differently drift apart by last digits; equal ones lose nothing by this.
+        dist_util.sync_params(self.params)
+        self.saved_step = self.step
+        if not self.writes:
+            return
         before = time.monotonic()
         self.elapsed = before - self.started
         tensors = {
@@ -313,6 +397,7 @@ class TrainLoop:
         }
         state = {
             "samples": self.samples,
+            "global_batch": self.global_batch,
             "elapsed": self.elapsed,
             "arguments": self.arguments,
             "data": self.data_facts,
@@ -324,7 +409,6 @@ class TrainLoop:
             "torch": th.__version__,
         }
         saved = checkpoint.save(logger.get_dir(), self.step, tensors, state)
-        self.saved_step = self.step
         self._add_row_of(saved, seconds=time.monotonic() - before)
         if self.keep_last:
             checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
@@ -377,6 +461,12 @@ class TrainLoop:
         self.logged_step = state["logged_step"]
         self.skipped = state["skipped"]
         self.log_state = state["log"]
+        before = state.get("global_batch", self.global_batch)
+        if before != self.global_batch:
+            logger.log(
+                f"WARNING: --batch_size: {self.global_batch} images per step in all processes together; before, "
+                f"it was {before}"
+            )
         if source.folder == logger.get_dir():
             self.saved_step = self.step
             self.resumed_here = source
@@ -386,12 +476,27 @@ class TrainLoop:
                 origin, target = (os.path.join(folder, name) for folder in (source.folder, logger.get_dir()))
                 if os.path.exists(origin) and not os.path.exists(target):
                     shutil.copyfile(origin, target)
-        if hasattr(self.data, "seek"):
-            self.data.seek(self.samples)
         logger.log(
             f"resumed step {self.step} from {source.folder}: model, optimizer, "
             f"EMA {', '.join(self.ema_params)}, {self.samples} images seen"
         )
+
+    def _make_all_alike(self) -> None:
+        """Give every process what rank 0 has, which may have read a checkpoint."""
+        position = {
+            name: getattr(self, name) for name in ("step", "samples", "logged_step", "saved_step", "skipped")
+        }
+        position, history = dist_util.broadcast([position, self.schedule_sampler.state_dict()])
+        vars(self).update(position)
+        self.schedule_sampler.load_state_dict(history)
+        dist_util.sync_params(self.params)
+        if self.step == 0:
+            return
+        for p in self.params:
+            if not self.writes:
+                self.opt.state[p] = {name: th.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.opt.state[p]["step"] = th.zeros(())
+            dist_util.sync_params(value for _, value in sorted(self.opt.state[p].items()))
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
         """A state dict like the model's with `params` in the place of its parameters."""

@@ -18,6 +18,8 @@ from improved_diffusion.nn import (
     zero_module,
 )
 
+DDPM_EPSILON = 1e-6  # of normalisations in the code of Ho et al. 2020; torch's default is 1e-5
+
 
 class TimestepEmbedSequential(nn.Sequential):
     """Layers in sequence, of which the residual blocks are also given the timestep embedding."""
@@ -51,20 +53,25 @@ class Downsample(nn.Module):
     """Downsampling by 2: a strided 3x3 convolution when `use_conv`, otherwise average pooling.
 
     In three dimensions only the inner two shrink. Input [N, C, *size], output [N, C, *size/2].
+
+    :param pad_end: where the convolution's zeros go, in two dimensions: below and to the right of the image
+        only, instead of all around it.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2):
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, pad_end: bool = False):
         super().__init__()
         self.channels = channels
+        self.pad_end = pad_end and use_conv
+        assert dims == 2 or not self.pad_end
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
+            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=0 if pad_end else 1)
         else:
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         assert x.shape[1] == self.channels
-        return self.op(x)
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class ResBlock(nn.Module):
@@ -211,6 +218,9 @@ class UNetModel(nn.Module):
     :param use_checkpoint: trade compute for memory by recomputing blocks in the backward pass.
     :param num_heads: attention heads; `num_heads_upsample` sets another number for the way up.
     :param use_scale_shift_norm: let the timestep scale and shift the normalisation (see `ResBlock`).
+    :param ddpm_details: compute as the code of Ho et al. 2020 does where that differs, for weights that come
+        from it: other frequencies of the timestep embedding, a smaller epsilon in the normalisation, and
+        downsampling that pads at the end. The parameters are the same.
     :raises ValueError: the channels do not divide into groups or heads.
     """
 
@@ -230,6 +240,7 @@ class UNetModel(nn.Module):
         num_heads: int = 1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        ddpm_details: bool = False,
     ):
         super().__init__()
         if num_heads_upsample == -1:
@@ -237,6 +248,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.num_levels = len(channel_mult)
+        self.ddpm_details = ddpm_details
         emb_channels = 4 * model_channels
 
         def res_block(channels: int, out: int) -> ResBlock:
@@ -269,7 +281,8 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(channels, conv_resample, dims)))
+                downsample = Downsample(channels, conv_resample, dims, pad_end=ddpm_details)
+                self.input_blocks.append(TimestepEmbedSequential(downsample))
                 skip_channels.append(channels)
                 factor *= 2
 
@@ -298,6 +311,10 @@ class UNetModel(nn.Module):
         )
         for layer, module in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             module.layer = layer
+        if ddpm_details:
+            for module in self.modules():
+                if isinstance(module, nn.GroupNorm):
+                    module.eps = DDPM_EPSILON
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """Evaluate the model.
@@ -322,7 +339,8 @@ class UNetModel(nn.Module):
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y must be given exactly when the model is class-conditional")
         dtype = self.dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        embedding = timestep_embedding(timesteps, self.model_channels, reach_end=self.ddpm_details)
+        emb = self.time_embed(embedding.to(dtype))
         if y is not None:
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y: expected shape [{x.shape[0]}], got {list(y.shape)}")

@@ -3,21 +3,21 @@
 import os
 
 import numpy as np
-from PIL import Image
 
-from improved_diffusion.checkpoint import steps
-from improved_diffusion.sample_util import guide, image_grid, parse_class_labels, sample_images
+from improved_diffusion.sample_util import guide, parse_class_labels, sample_images, save_samples
 from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
     check_images_fit,
+    check_model_path,
     check_range,
+    choose_out_dir,
     diffusion_defaults,
+    join_processes,
     load_trained,
     model_defaults,
     run_script,
 )
-from improved_diffusion.storage import absolute, new_directory, open_atomic
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -47,9 +47,9 @@ def create_parser() -> Parser:
 
 def main() -> int:
     flags, given = create_parser().parse_flags()
+    join_processes(flags)
     check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
-    if not flags["model_path"]:
-        raise ValueError(f"--model_path is missing: give a run directory or a .pt file{_newest_run()}")
+    check_model_path(flags, os.path.join(PROJECT, "runs"))
     model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
     check_images_fit(flags, "batch_size", bytes_per_number=4)
     check_images_fit(flags, "num_samples", bytes_per_number=1)
@@ -67,55 +67,20 @@ def main() -> int:
                 f"--guidance_scale {flags['guidance_scale']}: this model was trained without --class_dropout"
             )
         model = guide(model, flags["guidance_scale"], null_label=num_classes)
-    out_dir = absolute(
-        flags["log_dir"]
-        or os.environ.get("OPENAI_LOGDIR", "")
-        or new_directory(os.path.join(PROJECT, "samples"))
-    )
-    os.makedirs(out_dir, exist_ok=True)
+    out_dir = choose_out_dir(flags, os.path.join(PROJECT, "samples"))
     print(f"drawing {count} images in {diffusion.num_timesteps} steps each, into {out_dir}")
-    images: list[np.ndarray] = []
-    interrupted = False
-    try:
-        for batch in sample_images(
-            model,
-            diffusion,
-            num_samples=count,
-            batch_size=flags["batch_size"],
-            image_size=flags["image_size"],
-            seed=flags["seed"],
-            use_ddim=flags["use_ddim"],
-            clip_denoised=flags["clip_denoised"],
-            labels=labels,
-        ):
-            if flags["save_png"]:
-                for number, image in enumerate(batch, start=sum(map(len, images))):
-                    Image.fromarray(image).save(os.path.join(out_dir, f"{number:06d}.png"))
-            images.append(batch)
-    except KeyboardInterrupt:
-        interrupted = True
-    if images:
-        write_samples(out_dir, np.concatenate(images), labels)
-    return 130 if interrupted else 0
-
-
-def write_samples(out_dir: str, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """Write ``samples_NxHxWx3.npz`` (arr_0 images, arr_1 labels where there are classes) and ``grid.png``."""
-    path = os.path.join(out_dir, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    arrays = [images] if labels is None else [images, labels[: len(images)]]
-    with open_atomic(path) as file:
-        np.savez(file, *arrays)
-    grid = os.path.join(out_dir, "grid.png")
-    with open_atomic(grid) as file:
-        image_grid(images).save(file, format="PNG")
-    print(f"{len(images)} images: {path}\npicture:   {grid}")
-
-
-def _newest_run() -> str:
-    runs = os.path.join(PROJECT, "runs")
-    found = [os.path.join(runs, name) for name in os.listdir(runs)] if os.path.isdir(runs) else []
-    found = [run for run in found if steps(run)]
-    return f", such as {max(found, key=os.path.getmtime)}" if found else ""
+    batches = sample_images(
+        model,
+        diffusion,
+        num_samples=count,
+        batch_size=flags["batch_size"],
+        image_size=flags["image_size"],
+        seed=flags["seed"],
+        use_ddim=flags["use_ddim"],
+        clip_denoised=flags["clip_denoised"],
+        labels=labels,
+    )
+    return 0 if save_samples(batches, out_dir, labels=labels, save_png=flags["save_png"]) else 130
 
 
 if __name__ == "__main__":

@@ -72,3 +72,27 @@ def train(run_script):
 
 def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def save_trained(folder, step=4, class_names=(), **arguments):
+    """A run directory with one checkpoint of a model whose weights are random, not trained; returns `folder`.
+
+    :param arguments: flags that differ from `TINY`; with `large_size`, it is a super-resolution model.
+    """
+    import torch as th
+
+    from improved_diffusion import checkpoint, script_util
+
+    defaults = script_util.model_and_diffusion_defaults()
+    if "large_size" in arguments:
+        defaults = script_util.sr_model_and_diffusion_defaults()
+    tiny = {name: value for name, value in TINY.items() if name in defaults}
+    arguments = {**defaults, **tiny, "diffusion_steps": 20, **arguments}
+    th.manual_seed(0)
+    weights = script_util.create_from_flags(arguments)[0].state_dict()
+    weights = {name: 0.9 * value + 0.02 * th.randn_like(value) for name, value in weights.items()}
+    state = {"samples": 8 * step, "arguments": arguments, "data": {"class_names": list(class_names)}}
+    tensors = {"model": weights, "0.99": weights, "opt": {"state": {}, "param_groups": []}}
+    Path(folder).mkdir(exist_ok=True)
+    checkpoint.save(str(folder), step, tensors, state)
+    return folder

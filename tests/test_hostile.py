@@ -395,16 +395,18 @@ def pickled_call(module, name, *arguments) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "call",
+    "content",
     [
         pickled_call("_codecs", "encode", "Vx\n", "Vhex\n"),  # can be repeated, and doubles each time
         pickled_call("numpy", "ndarray", "I1000000000\n"),
         pickled_call("builtins", "bytearray", "I1000000000000\n"),
         pickled_call("numpy", "zeros", "I1000000000000\n"),
+        b"}r" + struct.pack("<I", 2**28) + b".",  # a place among the remembered objects: gigabytes
+        b"}p268435456\n.",
     ],
 )
-def test_pickles_that_would_fill_the_memory(cifar10, capsys, tmp_path, call):
-    archive = cifar_archive(tmp_path / "evil.tar.gz", cifar_members(test_batch=call))
+def test_pickles_that_would_fill_the_memory(cifar10, capsys, tmp_path, content):
+    archive = cifar_archive(tmp_path / "evil.tar.gz", cifar_members(test_batch=content))
     assert "damaged or malicious" in refused_archive(cifar10, capsys, archive, tmp_path / "out")
 
 

@@ -13,14 +13,15 @@ LAYERS = [
     {"storage", "losses", "seeding", "nn", "cpu", "tensor_file"},
     {"gaussian_diffusion", "respace", "resample", "unet"},
     {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
-    {"image_datasets"},
-    {"logger", "checkpoint", "interrupts", "run_lock"},
+    {"image_datasets", "low_res"},
+    {"logger", "checkpoint", "interrupts", "run_lock", "heartbeat", "dist_util"},
     {"results_style", "results_columns", "results_run", "results_charts", "results_overview", "results"},
-    {"train_util", "sample_util"},
-    {"script_util"},
+    {"train_util", "sample_util", "bits_per_dim"},
+    {"script_util", "diffusers_config"},
+    {"train_job", "convert"},
 ]
 MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample"}
-WITHOUT_TORCH = {"storage", "logger", "results", "run_lock", "interrupts", *LAYERS[5]}
+WITHOUT_TORCH = {"storage", "logger", "results", "run_lock", "interrupts", "heartbeat", *LAYERS[5]}
 
 
 def imports(module):

@@ -3,9 +3,8 @@
 import csv
 
 import numpy as np
-from PIL import Image
-
 from conftest import TINY_FLAGS
+from PIL import Image
 
 TOP, BOTTOM = (200, 60, 40), (30, 90, 210)  # a red sky over a blue sea
 

@@ -6,6 +6,7 @@ import torch as th
 from conftest import TINY
 
 from improved_diffusion.sample_util import (
+    guide,
     image_grid,
     parse_class_labels,
     per_image_noise,
@@ -57,6 +58,26 @@ def test_grid_shows_every_image_in_order():
         row, column = divmod(i, 3)
         assert (grid[row * 80 + 50, column * 80 + 50] == 20 * i).all()
     assert np.asarray(image_grid(np.zeros((1, 100, 60, 3), np.uint8))).shape == (104, 64, 3)
+
+
+def test_grid_gives_each_class_a_row():
+    images = np.stack([np.full((64, 64, 3), 20 * i, np.uint8) for i in range(5)])
+    grid = np.asarray(image_grid(images, np.array([7, 2, 7, 2, 2])))
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    shown = [[int(grid[30 + 66 * row, 30 + 66 * column, 0]) for column in range(3)] for row in range(2)]
+    assert shown == [[0, 40, 255], [20, 60, 80]]  # the classes in the order in which they were asked for
+
+
+def test_guidance_extrapolates_from_the_prediction_without_a_class():
+    def model(x, t, y):
+        prediction = y.float()[:, None, None, None] * th.ones_like(x) + x
+        return th.cat([prediction, 10 * prediction], dim=1)
+
+    x, t, y = th.zeros(2, 3, 4, 4), th.zeros(2), th.tensor([1, 2])
+    guided = guide(model, 3.0, null_label=5)(x, t, y)
+    assert guided[:, :3, 0, 0].tolist() == [[5 + 3 * (1 - 5)] * 3, [5 + 3 * (2 - 5)] * 3]
+    assert guided[:, 3:, 0, 0].tolist() == [[10.0] * 3, [20.0] * 3]  # the variance is the class's own
+    assert th.equal(guide(model, 1.0, null_label=5)(x, t, y), model(x, t, y))
 
 
 def test_class_labels():

@@ -102,6 +102,14 @@ def test_classes():
         forward(model, 8)
 
 
+def test_class_dropout_adds_a_label():
+    assert build(class_cond=True, num_classes=7, class_dropout=0.1)[0].label_emb.num_embeddings == 8
+    with pytest.raises(ValueError, match="--class_dropout 0.1: needs --class_cond"):
+        build(class_dropout=0.1)
+    with pytest.raises(ValueError, match="--class_dropout 1"):
+        build(class_cond=True, class_dropout=1.0)
+
+
 def test_super_resolution():
     flags = {**{k: v for k, v in TINY.items() if k != "image_size"}, "large_size": 8, "small_size": 4}
     model, _ = su.sr_create_model_and_diffusion(**flags, sigma_small=True)
@@ -149,7 +157,7 @@ def test_str2bool():
 def test_every_flag_of_every_script_is_explained():
     import importlib.util
 
-    for script in ("image_train", "image_sample"):
+    for script in ("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"):
         spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -187,9 +187,25 @@ def test_ddim_and_respacing(trained, tmp_path, run_script, flags):
     assert set(load(tmp_path)[1]) == {7, 3}
 
 
+def test_guidance(tmp_path, train, run_script, call_script):
+    run = tmp_path / "run"
+    classes = ["--class_cond", "True", "--class_dropout", "0.2", "--diffusion_steps", "10"]
+    train(*SHORT, *classes, "--log_dir", run)
+    for scale in ("1", "4"):
+        sample(run_script, run, tmp_path / scale, "--guidance_scale", scale)
+    assert np.abs(load(tmp_path / "1")[0] - load(tmp_path / "4")[0]).max() > 0
+    done = call_script(
+        "image_sample.py", "--model_path", run, "--class_label", "10", "--log_dir", tmp_path / "x"
+    )
+    assert (
+        done.returncode == 2 and "no such class" in done.stderr
+    )  # the label for "no class" is none to ask for
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--guidance_scale", "2"], "--guidance_scale 2.0: this model was trained without --class_dropout"),
         (["--num_channels", "64"], "--num_channels 64: contradicts the checkpoint"),
         (["--class_label", "unicorn"], "--class_label 'unicorn'.*circle"),
         (["--timestep_respacing", "21"], "--timestep_respacing"),

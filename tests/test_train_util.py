@@ -90,6 +90,10 @@ def test_grad_norm_is_that_of_the_mean_loss_before_clipping(tmp_path):
 CASES = {
     "plain": {},
     "class_cond": {"model_flags": {"class_cond": True, "num_classes": 10}},
+    "class_dropout": {
+        "model_flags": {"class_cond": True, "num_classes": 10, "class_dropout": 0.5},
+        "class_dropout": 0.5,
+    },
     "dropout": {"model_flags": {"dropout": 0.3}},
     "learned_sigma": {"model_flags": {"learn_sigma": True}},
     "loss_second_moment": {
@@ -141,6 +145,20 @@ def test_microbatch_does_not_change_what_is_drawn(tmp_path):
         loop._forward_backward(*next(loop.data))
         draws.append([th.cat(parts) for parts in zip(*seen)])
     assert_same_tensors(*draws)
+
+
+def test_class_dropout_withholds_its_share_of_the_labels(tmp_path):
+    flags = {"class_cond": True, "num_classes": 10, "class_dropout": 0.25}
+    loop = make_loop(tmp_path, model_flags=flags, class_dropout=0.25, batch_size=400)
+    seen = []
+    loop.diffusion.training_losses = lambda model, x, t, model_kwargs, noise: (
+        seen.append(model_kwargs["y"]) or {"loss": 0 * loop.params[0].sum() + th.zeros(len(x))}
+    )
+    batch, cond = next(loop.data)
+    loop._forward_backward(batch, cond)
+    withheld = seen[0] == 10
+    assert 70 < withheld.sum() < 130
+    assert th.equal(seen[0][~withheld], cond["y"][~withheld]) and cond["y"].max() == 9
 
 
 def test_seeds_differ(tmp_path):

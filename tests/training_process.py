@@ -26,9 +26,7 @@ PATIENCE = 120  # seconds until a process that does not end or do what is waited
 _METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 if "forkserver" in _METHODS:
-    _context.set_forkserver_preload(
-        ["improved_diffusion.train_util", "improved_diffusion.script_util", "torch._dynamo"]
-    )
+    _context.set_forkserver_preload(["improved_diffusion.train_job", "torch._dynamo"])
 _numbers = itertools.count()
 
 
@@ -38,6 +36,7 @@ class Training(contextlib.AbstractContextManager):
     :param flags: more flags; they override those.
     :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
     :param output: the folder for what it says; by default that of `folder`.
+    :param environment: variables that are set for it.
     """
 
     def __init__(
@@ -46,6 +45,7 @@ class Training(contextlib.AbstractContextManager):
         *flags: object,
         file_size_limit: int | None = None,
         output: Path | None = None,
+        environment: dict[str, str] | None = None,
     ):
         self.folder = folder
         number = next(_numbers)
@@ -53,7 +53,8 @@ class Training(contextlib.AbstractContextManager):
             (output or folder.parent) / f"process{number}.{name}" for name in ("out", "err")
         )
         argv = ["--data_dir", "builtin", *TINY_FLAGS, "--log_dir", str(folder), *map(str, flags)]
-        self._process = _context.Process(target=_main, args=(argv, self._out, self._err, file_size_limit))
+        arguments = (argv, self._out, self._err, file_size_limit, environment or {})
+        self._process = _context.Process(target=_main, args=arguments)
         self._process.start()
 
     def __exit__(self, *exc_info) -> None:
@@ -78,6 +79,10 @@ class Training(contextlib.AbstractContextManager):
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, or what the system has in its place; a process that has ended is left in peace."""
+        self._process.kill()
 
     def wait(self) -> int:
         """The exit code; negative for the signal that killed it."""
@@ -105,7 +110,10 @@ def run_training(folder: Path, *flags: object, check: int = 0, **options) -> Tra
     return training
 
 
-def _main(argv: list[str], out: Path, err: Path, file_size_limit: int | None) -> None:
+def _main(
+    argv: list[str], out: Path, err: Path, file_size_limit: int | None, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if file_size_limit is not None:

@@ -1,0 +1,347 @@
+"""Several processes that do one job together, on one machine or many: who takes part, and what they exchange.
+
+They are started by ``torchrun`` or ``mpiexec`` and talk through torch.distributed's gloo. A process started
+alone is rank 0 of 1: then nothing is imported or opened, and every function here returns at once.
+"""
+
+import atexit
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+
+from improved_diffusion.cpu import usable_cores
+from improved_diffusion.heartbeat import Heartbeat, Listener, LostContact, connect
+
+MEETING_TIME = datetime.timedelta(minutes=2)  # for all processes to find each other
+# Others may wait while rank 0 reads images for hours; that nobody waits for the dead is the heartbeat's work.
+WAITING_TIME = datetime.timedelta(days=30)
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class _Meeting:
+    """Where processes have found each other: what their launcher knows."""
+
+    rank: int
+    size: int
+    store: Any  # a torch.distributed store, through which the first addresses are told
+    host: str  # of rank 0
+    one_host: bool
+
+
+@dataclass
+class _Job:
+    """This process's place in the job."""
+
+    rank: int
+    size: int
+    turn: int  # in `rank_0_first`
+    heartbeat: Heartbeat
+
+
+_job: _Job | None = None
+
+
+# -- taking part -----------------------------------------------------------------------------------------
+
+
+def setup_dist() -> None:
+    """Join the other processes that ``torchrun`` or an MPI launcher started; do nothing in one started alone.
+
+    The processes of a machine share its cores (unless OMP_NUM_THREADS says how many threads each shall have),
+    and all but rank 0 fall silent: their standard output goes nowhere.
+
+    :raises ValueError: the launcher and the installed MPI library or network do not work together.
+    :raises LostContact: the others cannot be reached.
+    """
+    global _job
+    if _job is not None:
+        return
+    try:
+        if _started_by_torchrun():
+            meeting = _meet_through_torchrun()
+        elif _mpi_size() > 1:
+            meeting = _meet_through_mpi()
+        else:
+            return
+        _choose_interface(meeting.one_host)
+        heartbeat = _start_heartbeat(meeting)
+        dist.init_process_group(
+            "gloo",
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=meeting.size,
+            timeout=WAITING_TIME,
+        )
+    except (RuntimeError, OSError) as error:
+        raise LostContact(
+            f"the processes of this job cannot reach each other ({_reason(error)}); where machines have several "
+            "networks, GLOO_SOCKET_IFNAME names the interface to use"
+        ) from error
+    atexit.register(_close)  # at an exit for an error; without it, gloo's threads end in a crash
+    _job = _Job(meeting.rank, meeting.size, 0, heartbeat)
+    _settle()
+    if meeting.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def finish() -> None:
+    """Wait until all processes have done their work, and part; do nothing in a process alone."""
+    global _job
+    if _job is not None:
+        barrier()
+        _job.heartbeat.stop()
+        _job = None
+        _close()
+
+
+def get_rank() -> int:
+    """The number of this process, from 0. Rank 0 alone writes files and speaks."""
+    return _job.rank if _job else 0
+
+
+def get_world_size() -> int:
+    """The number of processes."""
+    return _job.size if _job else 1
+
+
+def dev() -> th.device:
+    """The device that models are put on: the CPU."""
+    return th.device("cpu")
+
+
+# -- what is exchanged -----------------------------------------------------------------------------------
+
+
+def all_reduce(tensor: th.Tensor) -> None:
+    """Replace `tensor` by the sum over all ranks, in place; the result is the same on all to the last bit.
+
+    :raises LostContact: a process has ended. So do all functions below.
+    """
+    if _job is not None:
+        with _contact():
+            dist.all_reduce(tensor)
+
+
+def sync_params(params: Iterable[th.Tensor]) -> None:
+    """Give every rank the values that `params` have on rank 0."""
+    if _job is not None:
+        with _contact(), th.no_grad():
+            for p in params:
+                dist.broadcast(p, 0)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The JSON-able `value` of every rank, in the order of the ranks."""
+    if _job is None:
+        return [value]
+    text = th.frombuffer(bytearray(json.dumps(value).encode()), dtype=th.uint8)
+    lengths = th.zeros(_job.size, dtype=th.int64)
+    lengths[_job.rank] = len(text)
+    all_reduce(lengths)
+    texts = [th.empty(int(lengths.max()), dtype=th.uint8) for _ in range(_job.size)]
+    padded = th.zeros_like(texts[0])
+    padded[: len(text)] = text
+    with _contact():
+        dist.all_gather(texts, padded)
+    return [json.loads(bytes(t[:length].tolist())) for t, length in zip(texts, lengths)]
+
+
+def broadcast(value: Any) -> Any:
+    """The JSON-able `value` of rank 0."""
+    return all_gather(value)[0] if _job else value
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if _job is not None:
+        with _contact():
+            dist.barrier()
+
+
+def check_alike(values: dict[str, Any], advice: str) -> None:
+    """Check that all ranks have the same JSON-able `values`, by names of flags.
+
+    :param advice: what the message tells the user to do.
+    :raises ValueError: they differ; it is raised on every rank and names the first flag.
+    """
+    everybody = all_gather(values)
+    for rank, theirs in enumerate(everybody):
+        for name, value in everybody[0].items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"--{name}: rank {rank} has {theirs.get(name)!r}, rank 0 {value!r}; {advice}"
+                )
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 do the body, then one process of each other machine, then the rest.
+
+    So what one has prepared, the others on its machine, or on a file system they share, find done.
+    """
+    for turn in range(3):
+        if turn == (_job.turn if _job else 0):
+            yield
+        barrier()
+
+
+def share(numbers: range) -> range:
+    """The part of `numbers` that this rank works on: consecutive, and sizes differ by at most one."""
+    first, last = (len(numbers) * n // get_world_size() for n in (get_rank(), get_rank() + 1))
+    return numbers[first:last]
+
+
+def gather_arrays(array: np.ndarray) -> np.ndarray:
+    """Rank 0: the arrays of all ranks, one after the other along the first axis. Others: their own.
+
+    :param array: [n, ...], where only n may differ between ranks.
+    """
+    if _job is None:
+        return array
+    lengths = all_gather(len(array))
+    if _job.rank > 0:
+        if len(array):
+            with _contact():
+                dist.send(th.from_numpy(np.ascontiguousarray(array)), 0)
+        return array
+    parts = [array]
+    for rank in range(1, _job.size):
+        part = np.empty((lengths[rank], *array.shape[1:]), array.dtype)
+        if len(part):
+            with _contact():
+                dist.recv(th.from_numpy(part), rank)
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def _contact() -> Iterator[None]:
+    """Where this process depends on the others: the end of one of them becomes `LostContact`."""
+    with _job.heartbeat:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostContact(
+                f"another process of this job has ended; see what it said ({_reason(error)})"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of torch's, without the place in its source."""
+    return re.sub(r"^\[.*?\]\s*", "", re.split(r"\n|\. ", str(error))[0])
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- how processes meet ----------------------------------------------------------------------------------
+
+
+def _started_by_torchrun() -> bool:
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _mpi_size() -> int:
+    """The number of processes that an MPI launcher says it has started; 1 without one."""
+    for name in MPI_SIZES:
+        if name in os.environ:
+            return int(os.environ[name])
+    # Slurm's launcher with PMIx. A batch script has its other variables too, but was started once.
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "PMIX_RANK" in os.environ else 1
+
+
+def _meet_through_torchrun() -> _Meeting:
+    store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return _Meeting(rank, size, store, os.environ["MASTER_ADDR"], one_host)
+
+
+def _meet_through_mpi() -> _Meeting:
+    """MPI tells rank 0's address to the others and is left again: an end is then noticed by gloo alone."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # at an exit for an error that would wait for the others
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"started by an MPI launcher, but mpi4py finds no MPI library ({_reason(error)}); "
+            'pip install "improved_diffusion[mpi]", or start with torchrun'
+        ) from error
+    comm = MPI.COMM_WORLD
+    rank, size = comm.Get_rank(), comm.Get_size()
+    if size != _mpi_size():
+        raise ValueError(
+            f"mpiexec started {_mpi_size()} processes, but the MPI library that mpi4py found sees {size}: they "
+            f"are of different MPI installations; use the mpiexec that belongs to {MPI.get_vendor()[0]}"
+        )
+    one_host = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
+    host = "127.0.0.1" if one_host else os.environ.get("MASTER_ADDR") or socket.gethostname()
+    port = int(os.environ.get("MASTER_PORT", 0))  # 0: any that is free
+
+    def open_store(host: str, port: int) -> dist.TCPStore:
+        return dist.TCPStore(host, port, size, rank == 0, timeout=MEETING_TIME, wait_for_workers=False)
+
+    store = open_store(host, port) if rank == 0 else None
+    host, port = comm.bcast((host, store and store.port))
+    store = store or open_store(host, port)
+    MPI.Finalize()
+    return _Meeting(rank, size, store, host, one_host)
+
+
+def _choose_interface(one_host: bool) -> None:
+    """See to it that gloo, which listens at the address of this machine's name, can be reached by the others."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    interfaces = [name for _, name in socket.if_nameindex()]
+    if one_host:
+        # A laptop's other interfaces come and go within days of training.
+        for loopback in {"lo", "lo0"}.intersection(interfaces):
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        return
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if ipaddress.ip_address(address).is_loopback:
+            raise ValueError(
+                f"this machine's name, {socket.gethostname()}, stands for {address}, where other machines cannot "
+                f"reach it: set GLOO_SOCKET_IFNAME to its network interface, one of {', '.join(interfaces)}"
+            )
+
+
+def _start_heartbeat(meeting: _Meeting) -> Heartbeat:
+    seconds = MEETING_TIME.total_seconds()
+    if meeting.rank == 0:
+        listener = Listener()
+        meeting.store.set("heartbeat", listener.address)
+        return Heartbeat(listener.accept(meeting.size - 1, seconds))
+    address = meeting.store.get("heartbeat").decode()
+    return Heartbeat(connect(meeting.host, address, meeting.rank, seconds))
+
+
+def _settle() -> None:
+    """Find this process's place among those of its machine: its turn, and its share of the cores."""
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    places = all_gather([socket.gethostname(), affinity])
+    hosts = [host for host, _ in places]
+    first_here = hosts.index(hosts[_job.rank]) == _job.rank
+    _job.turn = 0 if _job.rank == 0 else 1 if first_here else 2
+    # torchrun says 1 where the user has said nothing.
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        th.set_num_threads(max(1, usable_cores() // places.count(places[_job.rank])))

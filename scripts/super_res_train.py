@@ -1,0 +1,24 @@
+"""Train a model that enlarges images from --small_size to --large_size. `--help` explains every flag.
+
+It is shown images of --data_dir, fitted to --large_size, and beside each the same image shrunk to --small_size.
+"""
+
+import os
+
+from improved_diffusion.script_util import Parser, run_script, sr_model_defaults
+from improved_diffusion.train_job import create_training_parser, run_training
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def create_parser() -> Parser:
+    return create_training_parser(__doc__, sr_model_defaults())
+
+
+def main() -> int:
+    flags, given = create_parser().parse_flags()
+    return run_training(flags, given, PROJECT)
+
+
+if __name__ == "__main__":
+    run_script(main)
