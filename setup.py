@@ -24,7 +24,7 @@ setup(
     install_requires=[
         # The package index offers torch 2.13.0 as a CPU build where it has one; newer releases there are
         # CUDA builds that bring gigabytes of GPU libraries no CPU run needs.
-        "torch>=2.4,<2.14",
+        "torch>=2.6,<2.14",
         "numpy>=1.24",
         "blobfile>=2.0.2",
         "filelock>=3.12",
@@ -37,12 +37,14 @@ setup(
         "test": [
             "pytest>=7",
             "hypothesis>=6",
+            "mpich>=4; platform_system != 'Windows'",
             "lmdb>=1.4",
             "ruff>=0.6",
             "diffusers>=0.30",
             "safetensors>=0.4",
         ],
-        "mpi": ["mpich>=4"],
+        # mpich has no wheel for Windows.
+        "mpi": ["mpich>=4; platform_system != 'Windows'", "impi-rt>=2021; platform_system == 'Windows'"],
         "diffusers": ["safetensors>=0.4"],
         "tensorboard": ["tensorboard>=2.12"],
         "lsun": ["lmdb>=1.4"],

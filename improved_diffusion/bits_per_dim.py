@@ -5,10 +5,10 @@ term, which no model can change, and one term "vb" per timestep.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 import torch as th
 from tqdm import tqdm
@@ -125,9 +125,9 @@ class BoundTally:
         [N]), and ``nll.json`` with the mean bound and `facts`, which say what was measured.
         """
         for name in TERMS:
-            with open_atomic(os.path.join(out_dir, f"{name}_terms.npz")) as file:
+            with open_atomic(bf.join(out_dir, f"{name}_terms.npz")) as file:
                 np.savez(file, self.mean_terms(name))
-        with open_atomic(os.path.join(out_dir, "bpd.npz")) as file:
+        with open_atomic(bf.join(out_dir, "bpd.npz")) as file:
             np.savez(file, total_bpd=self.total_bpd, prior_bpd=self.prior_bpd)
         result = {
             "bits_per_dim": self.mean,
@@ -135,6 +135,6 @@ class BoundTally:
             "prior_bits_per_dim": float(self.prior_bpd.mean()),
             "images": len(self.total_bpd),
         }
-        with open_atomic(os.path.join(out_dir, "nll.json"), "w") as file:
+        with open_atomic(bf.join(out_dir, "nll.json"), "w") as file:
             json.dump({**result, **facts}, file, indent=1)
             file.write("\n")

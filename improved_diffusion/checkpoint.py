@@ -262,7 +262,7 @@ def _check_state(state: dict[str, Any], step: int) -> None:
     recorded = state.pop("sha256", None)
     if state["format"] > FORMAT:
         raise ValueError(f"its format {state['format']} is that of a newer version of this program")
-    if state["format"] > 1 and recorded != _state_checksum(state):
+    if recorded != _state_checksum(state):
         raise ValueError("its checksum is not the recorded one")
     if state["step"] != step:
         raise ValueError("holds another step")

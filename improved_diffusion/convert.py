@@ -105,8 +105,10 @@ def _imported_state(model: UNetModel, weights: dict[str, th.Tensor], num_heads: 
         for name in theirs:
             part = weights.pop(name, None)
             expected = (shape[0] // len(theirs), *(shape[1:2] if len(shape) == 3 else shape[1:]))
-            if part is None or part.shape != expected:
-                found = "is not in the file" if part is None else f"has the shape {list(part.shape)}"
+            if not isinstance(part, th.Tensor) or part.shape != expected:
+                found = "is no tensor in the file"
+                if isinstance(part, th.Tensor):
+                    found = f"has the shape {list(part.shape)}"
                 raise ValueError(f"{name} {found}; the configuration asks for the shape {list(expected)}")
             parts.append(part)
         if len(parts) > 1:

@@ -1,7 +1,7 @@
 """Several processes that do one job together, on one machine or many: who takes part, and what they exchange.
 
 They are started by ``torchrun`` or ``mpiexec`` and talk through torch.distributed's gloo. A process started
-alone is rank 0 of 1: then nothing is imported or opened, and every function here returns at once.
+alone is rank 0 of 1: then MPI is not touched, no port is opened, and every function here returns at once.
 """
 
 import atexit
@@ -78,14 +78,14 @@ def setup_dist() -> None:
         else:
             return
         _choose_interface(meeting.one_host)
-        heartbeat = _start_heartbeat(meeting)
-        dist.init_process_group(
-            "gloo",
-            store=meeting.store,
-            rank=meeting.rank,
-            world_size=meeting.size,
-            timeout=WAITING_TIME,
-        )
+        with _start_heartbeat(meeting) as heartbeat:
+            dist.init_process_group(
+                "gloo",
+                store=meeting.store,
+                rank=meeting.rank,
+                world_size=meeting.size,
+                timeout=WAITING_TIME,
+            )
     except (RuntimeError, OSError) as error:
         raise LostContact(
             f"the processes of this job cannot reach each other ({_reason(error)}); where machines have several "
@@ -178,13 +178,12 @@ def check_alike(values: dict[str, Any], advice: str) -> None:
     :param advice: what the message tells the user to do.
     :raises ValueError: they differ; it is raised on every rank and names the first flag.
     """
-    everybody = all_gather(values)
+    # As text: a number that is none, such as nan, is not even equal to itself.
+    everybody = all_gather({name: repr(value) for name, value in values.items()})
     for rank, theirs in enumerate(everybody):
         for name, value in everybody[0].items():
             if theirs.get(name) != value:
-                raise ValueError(
-                    f"--{name}: rank {rank} has {theirs.get(name)!r}, rank 0 {value!r}; {advice}"
-                )
+                raise ValueError(f"--{name}: rank {rank} has {theirs.get(name)}, rank 0 {value}; {advice}")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Drawing images from a trained model: each image has its own random stream, so batches do not matter."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import blobfile as bf
 import numpy as np
 import torch as th
 from PIL import Image
@@ -141,17 +141,18 @@ def save_samples(
         for batch in batches:
             if save_png:
                 for number, image in enumerate(batch, start=sum(map(len, images))):
-                    Image.fromarray(image).save(os.path.join(out_dir, f"{number:06d}.png"))
+                    with open_atomic(bf.join(out_dir, f"{number:06d}.png")) as file:
+                        Image.fromarray(image).save(file, format="PNG")
             images.append(batch)
         complete = True
     except KeyboardInterrupt:
         if not images:
             return False
     drawn = np.concatenate(images)
-    path = os.path.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
+    path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
     with open_atomic(path) as file:
         np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
-    grid = os.path.join(out_dir, "grid.png")
+    grid = bf.join(out_dir, "grid.png")
     with open_atomic(grid) as file:
         image_grid(drawn, labels).save(file, format="PNG")
     print(f"{len(drawn)} images: {path}\npicture:   {grid}")

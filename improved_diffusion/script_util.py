@@ -277,7 +277,10 @@ def sr_create_model(large_size: int, small_size: int, **flags: Any) -> SuperResM
 def _build(model: type[UNetModel], flags: dict[str, Any]) -> UNetModel:
     arguments = {"in_channels": 3, **_unet_arguments(flags)}
     with th.device("meta"):  # a model without numbers, which takes no memory
-        parameters = sum(p.numel() for p in model(**arguments).parameters())
+        # Embeddings apart: to initialise one there, torch loads its compiler.
+        skeleton = model(**{**arguments, "num_classes": None})
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    parameters += 4 * arguments["model_channels"] * (arguments["num_classes"] or 0)
     if parameters > MAX_PARAMETERS:
         raise ValueError(
             f"--num_channels, --channel_mult, --num_res_blocks: this model would have {parameters:,} parameters; "
@@ -623,7 +626,7 @@ def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
     """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
     out_dir = absolute(flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
     if dist_util.get_rank() == 0:
-        os.makedirs(out_dir, exist_ok=True)
+        bf.makedirs(out_dir)
     return out_dir
 
 
@@ -791,7 +794,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, bf.Error) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 

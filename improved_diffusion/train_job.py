@@ -3,8 +3,10 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import blobfile as bf
 import torch as th
 
 from improved_diffusion import dist_util, logger
@@ -12,6 +14,7 @@ from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.cpu import describe_machine
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.low_res import LowResStream
+from improved_diffusion.remote_run import working_folder
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.run_lock import run_lock
 from improved_diffusion.script_util import (
@@ -34,7 +37,7 @@ from improved_diffusion.script_util import (
     read_images_alike,
     record_run,
 )
-from improved_diffusion.storage import remove_temporaries
+from improved_diffusion.storage import is_remote, remove_temporaries
 from improved_diffusion.train_util import NonFiniteError, TrainLoop, parse_ema_rates
 
 DATA = {"data_dir": "", "random_flip": False, "cache_limit_gb": 2.0, "data_workers": 1}
@@ -123,11 +126,13 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
     join_processes(flags)
     first = dist_util.get_rank() == 0
     log_dir = dist_util.broadcast(choose_log_dir(flags, os.path.join(project, "runs")))
-    with run_lock(log_dir) if first else contextlib.nullcontext():
-        source = None
+    with contextlib.ExitStack() as stack:
+        source, folder, publish = None, log_dir, None
         if first:
-            remove_temporaries(log_dir)
-            source = choose_source(flags["resume_checkpoint"], log_dir)
+            folder, publish = stack.enter_context(working_folder(log_dir))
+            stack.enter_context(run_lock(folder))
+            remove_temporaries(folder)
+            source = choose_source(_as_local(flags["resume_checkpoint"], log_dir, folder), folder)
         if source is not None:
             flags = merge_for_resume(flags, given, source)
         flags = dist_util.broadcast(flags) | args_to_dict(flags, given & set(MACHINE_PATHS))
@@ -146,12 +151,26 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
         images = read_images_alike(flags["data_dir"], output_size(flags), flags["cache_limit_gb"])
         if source is not None:
             check_same_data(flags, source, images.fingerprint)
-        return _train(flags, log_dir, source, images, project)
+        return _train(flags, log_dir, folder, publish, source, images, project)
+
+
+def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
+    """What is to be resumed; a file in the remote `log_dir` is in `folder` too."""
+    if is_remote(log_dir) and bf.dirname(resume_checkpoint) == log_dir.rstrip("/"):
+        return os.path.join(folder, bf.basename(resume_checkpoint))
+    return resume_checkpoint
 
 
 def _train(
-    flags: dict[str, Any], log_dir: str, source: Checkpoint | None, images: ImageSet, project: str
+    flags: dict[str, Any],
+    log_dir: str,
+    folder: str,
+    publish: Callable[[], None] | None,
+    source: Checkpoint | None,
+    images: ImageSet,
+    project: str,
 ) -> int:
+    """Train in `folder`; `log_dir` is what users know it as."""
     if flags["class_cond"] and not flags["num_classes"]:
         flags["num_classes"] = images.num_classes
     if flags["class_cond"] and images.num_classes > flags["num_classes"]:
@@ -175,7 +194,7 @@ def _train(
     parameters = sum(p.numel() for p in model.parameters())
 
     if dist_util.get_rank() == 0:
-        logger.configure(log_dir)
+        logger.configure(folder)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
     logger.log(
@@ -191,13 +210,14 @@ def _train(
         data=data,
         schedule_sampler=create_named_schedule_sampler(flags["schedule_sampler"], diffusion),
         resume_checkpoint=source or "",
+        publish=publish,
         arguments=flags,
         data_facts={"fingerprint": images.fingerprint, "class_names": images.class_names},
         **args_to_dict(flags, LOOP_FLAGS),
     )
     facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
     if dist_util.get_rank() == 0 and loop.step < loop.total_steps:
-        record_run(log_dir, flags, facts, loop.step)
+        record_run(folder, flags, facts, loop.step)
     try:
         stopped_by = loop.run_loop()
     except NonFiniteError as error:
@@ -209,7 +229,7 @@ def _train(
             command = f"the same command with --log_dir {log_dir}, in any number of processes"
         logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {command}")
         return EXIT_CODES.get(stopped_by, 0)
-    logger.log(f"done: {loop.step} steps. Metrics: {os.path.join(log_dir, 'results.xlsx')}")
+    logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, 'results.xlsx')}")
     sampler = "super_res_sample.py --base_samples IMAGES" if is_super_resolution(flags) else "image_sample.py"
     logger.log(f"To draw images: python {os.path.join(project, 'scripts', sampler)} --model_path {log_dir}")
     return 0

@@ -4,12 +4,12 @@ import datetime
 import math
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import blobfile as bf
 import torch as th
 from torch.optim import AdamW
 from tqdm import tqdm
@@ -64,6 +64,7 @@ class TrainLoop:
     :param arguments: the flags of the run; they are stored in every checkpoint.
     :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
         resumed on other data.
+    :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
     :raises ValueError: a parameter or the checkpoint is unusable.
     """
 
@@ -95,6 +96,7 @@ class TrainLoop:
         tensorboard: bool = False,
         arguments: dict[str, Any] | None = None,
         data_facts: dict[str, Any] | None = None,
+        publish: Callable[[], object] | None = None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -120,6 +122,7 @@ class TrainLoop:
         self.tensorboard = tensorboard
         self.arguments = arguments or {}
         self.data_facts = data_facts or {}
+        self.publish = publish
 
         self.step = 0  # completed optimizer updates
         self.samples = 0  # images consumed, by all processes together
@@ -413,6 +416,8 @@ class TrainLoop:
         if self.keep_last:
             checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
         self._export()
+        if self.publish is not None:
+            self.publish()
 
     def _add_row_of(self, saved: Checkpoint, seconds: float | None = None) -> None:
         """Add the row of a checkpoint to checkpoints.csv; `seconds` is what saving took, where that is known."""
@@ -473,9 +478,9 @@ class TrainLoop:
         else:
             # A run that branches off into a directory of its own brings its history along.
             for name in ("progress.csv", "progress.jsonl"):
-                origin, target = (os.path.join(folder, name) for folder in (source.folder, logger.get_dir()))
-                if os.path.exists(origin) and not os.path.exists(target):
-                    shutil.copyfile(origin, target)
+                origin, target = bf.join(source.folder, name), os.path.join(logger.get_dir(), name)
+                if bf.exists(origin) and not os.path.exists(target):
+                    bf.copy(origin, target)
         logger.log(
             f"resumed step {self.step} from {source.folder}: model, optimizer, "
             f"EMA {', '.join(self.ema_params)}, {self.samples} images seen"

@@ -11,7 +11,6 @@ from torch.optim import AdamW
 
 from improved_diffusion import checkpoint
 from improved_diffusion.convert import DiffusersModel, export_model, import_model
-from improved_diffusion.run_lock import run_lock
 from improved_diffusion.script_util import (
     Parser,
     add_dict_to_argparser,
@@ -49,6 +48,8 @@ def main() -> None:
     if wanted == {"to_diffusers"}:
         if not flags["model_path"]:
             raise ValueError("--model_path is missing: give a run directory or a .pt file")
+        if flags["log_dir"]:
+            raise ValueError("--log_dir: goes with --from_diffusers; leave it out")
         export_folder(flags, given)
     elif wanted == {"from_diffusers"}:
         import_folder(flags, given)
@@ -59,8 +60,7 @@ def main() -> None:
 def export_folder(flags: dict[str, Any], given: set[str]) -> None:
     """Write the model of --model_path into the folder --to_diffusers, from where diffusers loads it."""
     folder = absolute(flags["to_diffusers"])
-    if bf.exists(folder) and (not bf.isdir(folder) or any(bf.listdir(folder))):
-        raise ValueError(f"--to_diffusers {folder}: exists and is not empty; give a new folder")
+    _check_empty("to_diffusers", folder)
     model, _, flags, class_names = load_trained(flags["model_path"], flags, given)
     try:
         exported = export_model(model, flags)
@@ -99,26 +99,26 @@ def import_folder(flags: dict[str, Any], given: set[str]) -> None:
     except ValueError as error:
         raise ValueError(f"--from_diffusers {folder} cannot be converted: {error}") from None
     log_dir = choose_out_dir(flags, os.path.join(PROJECT, "runs"))
-    with run_lock(log_dir):
-        if checkpoint.steps(log_dir):
-            raise ValueError(f"--log_dir {log_dir}: holds a run already; give a new directory")
-        saved = checkpoint.save(
-            log_dir,
-            0,
-            # An optimizer that has seen nothing: with it, the run can be trained on.
-            {"model": model.state_dict(), "opt": AdamW(model.parameters()).state_dict()},
-            {
-                "samples": 0,
-                "elapsed": 0.0,
-                "arguments": model_flags,
-                "data": {},
-                "schedule_sampler": {},
-                "log": {"values": {}, "sums": {}},
-                "logged_step": 0,
-                "skipped": 0,
-            },
-        )
+    _check_empty("log_dir", log_dir)
+    saved = checkpoint.save(
+        log_dir,
+        0,
+        # An optimizer that has seen nothing: with it, the run can be trained on.
+        {"model": model.state_dict(), "opt": AdamW(model.parameters()).state_dict()},
+        {
+            "samples": 0,
+            "elapsed": 0.0,
+            "arguments": model_flags,
+            "data": {},
+            "schedule_sampler": {},
+            "log": {"values": {}, "sums": {}},
+            "logged_step": 0,
+            "skipped": 0,
+        },
+    )
     print(f"written: {saved.path('model')}")
+    if not source.scheduler_config.get("clip_sample", True):
+        print("Its scheduler does not clip: draw with --clip_denoised False")
     print(
         f"To draw images: python {os.path.join(PROJECT, 'scripts', 'image_sample.py')} --model_path {log_dir}"
     )
@@ -133,6 +133,11 @@ def read_folder(folder: str) -> DiffusersModel:
         _read_json(bf.join(scheduler, "scheduler_config.json")),
         _read_weights(bf.join(unet, WEIGHTS)),
     )
+
+
+def _check_empty(flag: str, folder: str) -> None:
+    if bf.exists(folder) and (not bf.isdir(folder) or any(bf.listdir(folder))):
+        raise ValueError(f"--{flag} {folder}: exists and is not empty; give a new folder")
 
 
 def _read_weights(path: str) -> dict[str, th.Tensor]:

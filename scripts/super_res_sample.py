@@ -5,6 +5,7 @@ The images come from --base_samples, as they are, or from --data_dir, shrunk fir
 
 import os
 
+import blobfile as bf
 import numpy as np
 import torch as th
 
@@ -100,7 +101,7 @@ def main() -> int:
     )
 
     out_dir = choose_out_dir(flags, os.path.join(PROJECT, "samples"))
-    picture = os.path.join(out_dir, "low_res.png")
+    picture = bf.join(out_dir, "low_res.png")
     if dist_util.get_rank() == 0:
         with open_atomic(picture) as file:
             image_grid(to_uint8(low_res)).save(file, format="PNG")

@@ -10,11 +10,21 @@ from conftest import TINY, read_json
 
 from improved_diffusion import checkpoint
 from improved_diffusion.convert import DiffusersModel, export_model, import_model
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 
+SUPER = {
+    "large_size": 8,
+    "small_size": 4,
+    **{name: value for name, value in TINY.items() if name != "image_size"},
+}
 # The layout of google/ddpm-cifar10-32, smaller; attention at 16 of 32 pixels becomes attention at 8 of 16.
 GOOGLE = {
     "act_fn": "silu",
@@ -236,7 +246,7 @@ def test_weights_that_do_not_fit_are_named():
     model, _, flags = build()
     exported = export_model(model, flags)
     for name, change, message in [
-        ("conv_in.bias", None, r"conv_in.bias is not in the file; .* \[32\]"),
+        ("conv_in.bias", None, r"conv_in.bias is no tensor in the file; .* \[32\]"),
         ("mid_block.attentions.0.to_q.weight", th.zeros(64, 32), r"to_q.weight has the shape \[64, 32\]"),
         ("extra.weight", th.zeros(1), "extra.weight is in the file"),
     ]:
@@ -332,7 +342,7 @@ SCRIPT_MISTAKES = {
     "there is no such folder": ["--from_diffusers", "absent", "--log_dir", "new"],
     "config.json: there is no such file": ["--from_diffusers", "run", "--log_dir", "new"],
     "--to_diffusers .*run: exists and is not empty": ["--model_path", "run", "--to_diffusers", "run"],
-    "--log_dir .*run: holds a run already": ["--from_diffusers", "good", "--log_dir", "run"],
+    "--log_dir .*run: exists and is not empty": ["--from_diffusers", "good", "--log_dir", "run"],
     "--num_channels: the model describes itself": ["--from_diffusers", "good", "--num_channels", "64"],
     "config.json: damaged": ["--from_diffusers", "bad config", "--log_dir", "new"],
     "diffusion_pytorch_model.safetensors: damaged": ["--from_diffusers", "bad weights", "--log_dir", "new"],
@@ -362,4 +372,17 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, call_scr
     done = call_script("convert_checkpoint.py", *SCRIPT_MISTAKES[message])
     assert done.returncode == 2
     assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_super_resolution_is_refused(tmp_path, call_script):
+    (tmp_path / "run").mkdir()
+    model, _ = sr_create_model_and_diffusion(**SUPER)
+    state = {"arguments": {**sr_model_and_diffusion_defaults(), **SUPER}}
+    checkpoint.save(str(tmp_path / "run"), 3, {"model": model.state_dict()}, state)
+    done = call_script(
+        "convert_checkpoint.py", "--model_path", tmp_path / "run", "--to_diffusers", tmp_path / "new"
+    )
+    assert done.returncode == 2
+    assert "holds a super-resolution model" in done.stderr
     assert not (tmp_path / "new").exists()

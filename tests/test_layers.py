@@ -14,7 +14,7 @@ LAYERS = [
     {"gaussian_diffusion", "respace", "resample", "unet"},
     {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
     {"image_datasets", "low_res"},
-    {"logger", "checkpoint", "interrupts", "run_lock", "heartbeat", "dist_util"},
+    {"logger", "checkpoint", "interrupts", "run_lock", "remote_run", "heartbeat", "dist_util"},
     {"results_style", "results_columns", "results_run", "results_charts", "results_overview", "results"},
     {"train_util", "sample_util", "bits_per_dim"},
     {"script_util", "diffusers_config"},

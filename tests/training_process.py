@@ -26,7 +26,7 @@ PATIENCE = 120  # seconds until a process that does not end or do what is waited
 _METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 if "forkserver" in _METHODS:
-    _context.set_forkserver_preload(["improved_diffusion.train_job", "torch._dynamo"])
+    _context.set_forkserver_preload(["improved_diffusion.train_job"])
 _numbers = itertools.count()
 
 
