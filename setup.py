@@ -40,6 +40,7 @@ setup(
             "mpich>=4; platform_system != 'Windows'",
             "lmdb>=1.4",
             "ruff>=0.6",
+            "scipy>=1.10",
             "diffusers>=0.30",
             "safetensors>=0.4",
         ],
