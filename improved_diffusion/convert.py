@@ -18,7 +18,10 @@ from improved_diffusion.diffusers_config import (
     scheduler_config,
     unet_config,
 )
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
 from improved_diffusion.unet import Downsample, ResBlock, UNetModel, Upsample
 
 # By the name of a layer here, its name there; one here may be several there.

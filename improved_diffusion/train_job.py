@@ -12,30 +12,34 @@ import torch as th
 from improved_diffusion import dist_util, logger
 from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.cpu import describe_machine
+from improved_diffusion.flags import (
+    Parser,
+    add_dict_to_argparser,
+    args_to_dict,
+    check_range,
+)
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.low_res import LowResStream
 from improved_diffusion.remote_run import working_folder
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.run_lock import run_lock
-from improved_diffusion.script_util import (
-    MACHINE_PATHS,
-    Parser,
-    add_dict_to_argparser,
-    args_to_dict,
-    check_images_fit,
-    check_range,
+from improved_diffusion.runs import (
     check_same_data,
     choose_log_dir,
     choose_source,
+    find_data,
+    merge_for_resume,
+    record_run,
+)
+from improved_diffusion.script_util import (
+    MACHINE_PATHS,
+    check_images_fit,
     create_from_flags,
     diffusion_defaults,
-    find_data,
     is_super_resolution,
     join_processes,
-    merge_for_resume,
     output_size,
     read_images_alike,
-    record_run,
 )
 from improved_diffusion.storage import is_remote, remove_temporaries
 from improved_diffusion.train_util import NonFiniteError, TrainLoop, parse_ema_rates

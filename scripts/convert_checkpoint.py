@@ -11,12 +11,16 @@ from torch.optim import AdamW
 
 from improved_diffusion import checkpoint
 from improved_diffusion.convert import DiffusersModel, export_model, import_model
-from improved_diffusion.script_util import (
+from improved_diffusion.flags import (
     Parser,
     add_dict_to_argparser,
+)
+from improved_diffusion.runs import (
     choose_out_dir,
-    diffusion_defaults,
     load_trained,
+)
+from improved_diffusion.script_util import (
+    diffusion_defaults,
     model_defaults,
     run_script,
 )

@@ -8,19 +8,23 @@ import os
 
 from improved_diffusion import dist_util
 from improved_diffusion.bits_per_dim import BoundTally, choose_images, measure_bounds
-from improved_diffusion.image_datasets import describe
-from improved_diffusion.sample_util import labels_of
-from improved_diffusion.script_util import (
+from improved_diffusion.flags import (
     Parser,
     add_dict_to_argparser,
     args_to_dict,
-    check_images_fit,
-    check_model_path,
     check_range,
+)
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.runs import (
+    check_model_path,
     choose_out_dir,
+    load_trained,
+)
+from improved_diffusion.sample_util import labels_of
+from improved_diffusion.script_util import (
+    check_images_fit,
     diffusion_defaults,
     join_processes,
-    load_trained,
     model_defaults,
     read_images_alike,
     run_script,

@@ -4,17 +4,21 @@ import os
 
 import numpy as np
 
-from improved_diffusion.sample_util import guide, parse_class_labels, sample_images, save_samples
-from improved_diffusion.script_util import (
+from improved_diffusion.flags import (
     Parser,
     add_dict_to_argparser,
-    check_images_fit,
-    check_model_path,
     check_range,
+)
+from improved_diffusion.runs import (
+    check_model_path,
     choose_out_dir,
+    load_trained,
+)
+from improved_diffusion.sample_util import guide, parse_class_labels, sample_images, save_samples
+from improved_diffusion.script_util import (
+    check_images_fit,
     diffusion_defaults,
     join_processes,
-    load_trained,
     model_defaults,
     run_script,
 )

@@ -2,7 +2,13 @@
 
 import os
 
-from improved_diffusion.script_util import Parser, model_defaults, run_script
+from improved_diffusion.flags import (
+    Parser,
+)
+from improved_diffusion.script_util import (
+    model_defaults,
+    run_script,
+)
 from improved_diffusion.train_job import create_training_parser, run_training
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

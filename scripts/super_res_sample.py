@@ -10,8 +10,18 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util
+from improved_diffusion.flags import (
+    Parser,
+    add_dict_to_argparser,
+    check_range,
+)
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.low_res import read_base_samples, shrink
+from improved_diffusion.runs import (
+    check_model_path,
+    choose_out_dir,
+    load_trained,
+)
 from improved_diffusion.sample_util import (
     from_uint8,
     image_grid,
@@ -22,15 +32,9 @@ from improved_diffusion.sample_util import (
     to_uint8,
 )
 from improved_diffusion.script_util import (
-    Parser,
-    add_dict_to_argparser,
     check_images_fit,
-    check_model_path,
-    check_range,
-    choose_out_dir,
     diffusion_defaults,
     join_processes,
-    load_trained,
     read_images_alike,
     run_script,
     sr_model_defaults,

@@ -5,7 +5,13 @@ It is shown images of --data_dir, fitted to --large_size, and beside each the sa
 
 import os
 
-from improved_diffusion.script_util import Parser, run_script, sr_model_defaults
+from improved_diffusion.flags import (
+    Parser,
+)
+from improved_diffusion.script_util import (
+    run_script,
+    sr_model_defaults,
+)
 from improved_diffusion.train_job import create_training_parser, run_training
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -15,7 +15,9 @@ from training_process import assert_one_line_error, assert_same_run, rows, run_t
 from improved_diffusion import checkpoint
 from improved_diffusion.checkpoint import DamagedCheckpoint, member_name
 from improved_diffusion.image_datasets import read_images
-from improved_diffusion.script_util import record_run
+from improved_diffusion.runs import (
+    record_run,
+)
 
 FLAGS = ["--save_interval", 2, "--log_interval", 1, "--batch_size", 4, "--ema_rate", "0.9"]
 NEWEST, END = 6, 8

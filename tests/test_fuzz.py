@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from improved_diffusion import checkpoint, logger, results, script_util
+from improved_diffusion import checkpoint, logger, results, runs, script_util
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.image_reading import UnusableImage, inspect_image, read_image
 
@@ -403,7 +403,7 @@ def test_invented_state_files(folder, changes):
     path.write_text(json.dumps({**state, "sha256": checkpoint._state_checksum(state)}))
     with clean("state files", name=str(path)):
         found = checkpoint.find(str(path))
-        flags = script_util.merge_for_resume({"lr": 0.5, "allow_changed_flags": False}, set(), found)
+        flags = runs.merge_for_resume({"lr": 0.5, "allow_changed_flags": False}, set(), found)
         assert isinstance(flags["lr"], float | int)
     path.write_text(original)
 

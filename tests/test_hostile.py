@@ -21,11 +21,16 @@ from conftest import ROOT, TINY, TINY_FLAGS
 from openpyxl import load_workbook
 from PIL import Image
 
-from improved_diffusion import checkpoint, logger, results, script_util
+from improved_diffusion import checkpoint, logger, results, runs, script_util
 from improved_diffusion.checkpoint import DamagedCheckpoint
+from improved_diffusion.flags import (
+    AT_MOST,
+)
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.image_reading import UnusableImage, read_image
-from improved_diffusion.script_util import AT_MOST, create_model_and_diffusion
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+)
 from improved_diffusion.train_util import parse_ema_rates
 
 
@@ -325,7 +330,7 @@ def test_stored_arguments_that_would_fill_the_memory(tmp_path, name, value, monk
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"sessions": 3}', '{"sessions": [3, {}]}', "\0"])
 def test_other_records_of_a_run_cannot_stop_it(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    script_util.record_run(str(tmp_path), {"lr": 1.0}, {}, step=3)
+    runs.record_run(str(tmp_path), {"lr": 1.0}, {}, step=3)
     sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
     assert [session["step"] for session in sessions] == [3]
 

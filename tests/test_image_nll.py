@@ -13,7 +13,9 @@ from improved_diffusion.builtin_images import CLASS_NAMES, draw_builtin
 from improved_diffusion.checkpoint import find
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.sample_util import per_image_noise
-from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+)
 
 COUNT = 7
 

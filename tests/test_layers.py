@@ -17,7 +17,9 @@ LAYERS = [
     {"logger", "checkpoint", "interrupts", "run_lock", "remote_run", "heartbeat", "dist_util"},
     {"results_style", "results_columns", "results_run", "results_charts", "results_overview", "results"},
     {"train_util", "sample_util", "bits_per_dim"},
+    {"flags"},
     {"script_util", "diffusers_config"},
+    {"runs"},
     {"train_job", "convert"},
 ]
 MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample"}

@@ -13,7 +13,9 @@ from improved_diffusion.sample_util import (
     sample_images,
     to_uint8,
 )
-from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+)
 
 
 def draw(batch_size, num_samples=5, **kwargs):

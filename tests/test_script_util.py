@@ -6,6 +6,8 @@ import pytest
 import torch as th
 from conftest import ROOT, TINY
 
+from improved_diffusion import flags as flags_module
+from improved_diffusion import runs
 from improved_diffusion import script_util as su
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 
@@ -128,7 +130,7 @@ def test_average_pooling_and_one_dimension():
 
 
 def parser():
-    result = su.Parser("test")
+    result = flags_module.Parser("test")
     su.add_dict_to_argparser(result, {"lr": 1e-4, "batch_size": 8, "flip": False, "name": ""}, "group")
     return result
 
@@ -168,30 +170,30 @@ def test_every_flag_of_every_script_is_explained():
 def test_stored_flags_win_over_defaults_but_not_over_given_ones():
     stored = {"num_channels": 32, "dropout": 0.1, "sigma_small": True}
     flags = {"num_channels": 64, "dropout": 0.0, "sigma_small": False, "seed": 1}
-    merged = su.merge_stored_flags(flags, {"sigma_small"}, stored, stored)
+    merged = runs.merge_stored_flags(flags, {"sigma_small"}, stored, stored)
     assert merged == {"num_channels": 32, "dropout": 0.1, "sigma_small": False, "seed": 1}
     with pytest.raises(ValueError, match="--num_channels 64: contradicts the checkpoint"):
-        su.merge_stored_flags(flags, {"num_channels"}, stored, stored)
+        runs.merge_stored_flags(flags, {"num_channels"}, stored, stored)
 
 
 def test_log_dir(tmp_path, monkeypatch):
     flags = {"log_dir": "", "resume_checkpoint": ""}
-    first = su.choose_log_dir(flags, str(tmp_path))
+    first = runs.choose_log_dir(flags, str(tmp_path))
     assert first.startswith(str(tmp_path))
     (tmp_path / first).mkdir()
-    assert su.choose_log_dir(flags, str(tmp_path)) != first
+    assert runs.choose_log_dir(flags, str(tmp_path)) != first
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "env"))
-    assert su.choose_log_dir(flags, str(tmp_path)) == str(tmp_path / "env")
-    assert su.choose_log_dir({**flags, "log_dir": str(tmp_path / "x")}, "") == str(tmp_path / "x")
+    assert runs.choose_log_dir(flags, str(tmp_path)) == str(tmp_path / "env")
+    assert runs.choose_log_dir({**flags, "log_dir": str(tmp_path / "x")}, "") == str(tmp_path / "x")
 
 
 def test_find_data(tmp_path, capsys):
-    assert su.find_data("given", str(tmp_path)) == "given"
+    assert runs.find_data("given", str(tmp_path)) == "given"
     lines = []
-    assert su.find_data("", str(tmp_path), log=lines.append) == "builtin"
+    assert runs.find_data("", str(tmp_path), log=lines.append) == "builtin"
     assert "BUILT-IN SHAPES" in "".join(lines)
     (tmp_path / "cifar10.py").write_text("import sys; sys.exit(2)")
-    assert su.find_data("", str(tmp_path), log=lines.append) == "builtin"
+    assert runs.find_data("", str(tmp_path), log=lines.append) == "builtin"
     (tmp_path / "cifar_train").mkdir()
     (tmp_path / "cifar_train" / ".complete").write_text("50000")
-    assert su.find_data("", str(tmp_path)) == str(tmp_path / "cifar_train")
+    assert runs.find_data("", str(tmp_path)) == str(tmp_path / "cifar_train")

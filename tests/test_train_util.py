@@ -11,7 +11,9 @@ from conftest import TINY
 from improved_diffusion import checkpoint, logger
 from improved_diffusion.image_datasets import BatchStream, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
-from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.script_util import (
+    create_model_and_diffusion,
+)
 from improved_diffusion.train_util import (
     NonFiniteError,
     TrainLoop,

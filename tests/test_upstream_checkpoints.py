@@ -7,9 +7,11 @@ import pytest
 import torch as th
 from conftest import TINY, TINY_FLAGS
 
+from improved_diffusion.runs import (
+    load_trained,
+)
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
-    load_trained,
     model_and_diffusion_defaults,
 )
 

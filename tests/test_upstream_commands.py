@@ -12,7 +12,9 @@ from improved_diffusion.resample import (
     UniformSampler,
     create_named_schedule_sampler,
 )
-from improved_diffusion.script_util import create_from_flags
+from improved_diffusion.script_util import (
+    create_from_flags,
+)
 
 IMAGENET_64 = "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True"
 CIFAR_10 = "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3"
