@@ -114,10 +114,8 @@ class Parser(argparse.ArgumentParser):
     def parse_flags(self, argv: list[str] | None = None) -> tuple[dict[str, Any], set[str]]:
         """Parse `argv`. :return: all flags with their values, and the names of those that were given."""
         flags = vars(self.parse_args(argv))
-        defaults = {name: self.get_default(name) for name in flags}
         unset = argparse.Namespace(**dict.fromkeys(flags, _UNSET))
         given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not _UNSET}
-        assert flags.keys() == defaults.keys()
         return flags, given
 
 

@@ -14,6 +14,7 @@ import blobfile as bf
 
 from improved_diffusion import checkpoint, dist_util
 from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.script_util import (
     create_from_flags,
@@ -102,12 +103,12 @@ def merge_stored_flags(
 def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = print) -> str:
     """The data to train on: what the user named, or CIFAR-10 if it can be had, or the built-in shapes.
 
-    :param data_dir: the flag; returned as it is unless empty.
+    :param data_dir: the flag; unless empty, it is returned, as a path that a resumed run finds from anywhere.
     :param datasets_dir: the folder with `cifar10.py` and what that has prepared.
     :return: a path, or "builtin".
     """
     if data_dir:
-        return data_dir
+        return data_dir if data_dir == BUILTIN else absolute(data_dir)
     prepared = os.path.join(datasets_dir, "cifar_train")
     if os.path.exists(os.path.join(prepared, ".complete")):
         return prepared
@@ -124,7 +125,7 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
         "*" * 78,
     ):
         log(line)
-    return "builtin"
+    return BUILTIN
 
 
 def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:

@@ -1,6 +1,7 @@
 """Flags and factories: what builds, what is refused and how, what travels with a checkpoint."""
 
 import argparse
+import os
 
 import pytest
 import torch as th
@@ -188,7 +189,8 @@ def test_log_dir(tmp_path, monkeypatch):
 
 
 def test_find_data(tmp_path, capsys):
-    assert runs.find_data("given", str(tmp_path)) == "given"
+    assert runs.find_data("builtin", str(tmp_path)) == "builtin"
+    assert runs.find_data("given", str(tmp_path)) == os.path.abspath("given")
     lines = []
     assert runs.find_data("", str(tmp_path), log=lines.append) == "builtin"
     assert "BUILT-IN SHAPES" in "".join(lines)
