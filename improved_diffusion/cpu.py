@@ -1,5 +1,6 @@
-"""The processor: what machine this is and how many of its cores may be used."""
+"""The processor and its memory: what machine this is, how many of its cores may be used, how memory is kept."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -36,6 +37,27 @@ def memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+# Of mallopt(3): up to which size freed memory at the end of the heap is kept, and from which size on blocks are
+# asked of the system one by one. The system clears what it gives, page by page.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEEP = (2**31 - 1, 2**30)
+
+
+def keep_memory(trim_threshold: int = KEEP[0], mmap_threshold: int = KEEP[1]) -> bool:
+    """Let this process keep the memory that it frees, for its next tensors, instead of handing it back.
+
+    A training step frees and asks for hundreds of megabytes again; a tenth of its time would go into that. The
+    peak stays the same. Both sizes are in bytes.
+
+    :return: whether that was possible: it is with the GNU C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, trim_threshold) and mallopt(M_MMAP_THRESHOLD, mmap_threshold))
 
 
 def describe_machine() -> dict[str, str | int | float | None]:

@@ -46,8 +46,11 @@ HELP = {
     "lr": "learning rate of AdamW",
     "weight_decay": "decoupled weight decay of AdamW",
     "lr_anneal_steps": "anneal the learning rate linearly to zero over this many steps; 0: do not",
-    "use_fp16": "train in 16 bits; not available: it is said so, and the training is in 32 bits",
-    "fp16_scale_growth": "with --use_fp16, how fast the loss scale grows; without effect in 32 bits",
+    "precision": "what to compute in: fp32, bf16 (16 bits, with the weights in 32), or auto: the faster one of "
+    "this processor",
+    "num_workers": "cores to compute on, each with images of its own: a number, or auto: all",
+    "use_fp16": "as in improved-diffusion: 16 bits; on a CPU that means --precision bf16",
+    "fp16_scale_growth": "with --use_fp16; without effect, because bfloat16 needs no scaling of the loss",
     "lr_warmup_steps": "raise the learning rate linearly from zero over this many steps",
     "grad_clip": "clip the gradient's norm to this; 0: do not",
     "batch_size": "images per optimizer step (training) or at a time (drawing, measuring), in each process",
@@ -59,6 +62,8 @@ HELP = {
     "log_dir": "where the output goes; empty: $OPENAI_LOGDIR, or else a new dated directory",
     "log_interval": "steps per row of progress.csv",
     "save_interval": "steps between checkpoints",
+    "sample_interval": "steps between pictures that show the progress, in samples/ of the run's directory and in the "
+    "workbook; 0: none",
     "keep_last": "delete all but this many of the newest checkpoints; 0: keep all",
     "keep_every": "with --keep_last, also keep the checkpoints whose step this divides",
     "max_hours": "save and stop after this many hours of this session; 0: do not",
@@ -73,12 +78,29 @@ HELP = {
     "model_path": "run directory (its newest EMA weights are used) or .pt file",
     "num_samples": "number of images; where they are made or measured from others, at most as many as there are",
     "base_samples": "images to enlarge: an .npz file (such as image_sample.py writes) or a folder",
-    "use_ddim": "sample with DDIM (deterministic) instead of ancestral sampling",
+    "sampler": "ddpm (ancestral sampling, at all timesteps unless --sample_steps is given), ddim, heun, dpmpp_2m, "
+    "dpmpp_3m, unipc, deis or ipndm",
+    "sample_steps": "steps from noise to image; each evaluates the model once (heun: twice)",
+    "timestep_spacing": "how the steps are spread: uniform, quadratic, logsnr or karras",
+    "eta": "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm",
+    "use_ddim": "as in improved-diffusion: DDIM, or with False ancestral sampling, at all timesteps or those of "
+    "--timestep_respacing",
     "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
     "class_label": "comma-separated class names or numbers to draw; empty: all classes in turn",
     "guidance_scale": "strengthen the class's influence (classifier-free guidance, needs --class_dropout in training); "
     "1: as trained",
+    "save_trajectory": "also write an animated picture, trajectory.webp, of the way from noise to image",
+    "interpolate": "draw --num_samples (by default 10) images that lead from image 0 to image 1 of the seed, in a row; "
+    "a row for each class of --class_label (at most 10)",
     "save_png": "also write every image as a PNG of its own",
+    # evaluation
+    "samples": "images to measure: an .npz file (such as image_sample.py writes) or a folder of images",
+    "reference": "real images to measure them against, such as the training images: a folder, an .npz file or builtin",
+    "features": "what the images are compared by: inception, as in papers; pixel: their colours, without a network; or "
+    "a TorchScript file, which must come from somebody you trust",
+    "inception_weights": "where you have inception-2015-12-05.pt; empty: it is downloaded once (96 MB)",
+    "output": "JSON file to write; empty: beside the samples",
+    "run_dir": "also add the result to this run's directory and workbook",
 }
 # Beyond these, a flag is a slip of the keyboard, and would fill the memory before anybody notices.
 AT_MOST = {
@@ -92,6 +114,7 @@ AT_MOST = {
     "microbatch": 10_000_000,
     "num_samples": 10_000_000,
     "diffusion_steps": 100_000,
+    "sample_steps": 100_000,
     "total_steps": 10**9,
     "data_workers": 256,
     "seed": 2**63 - 1,

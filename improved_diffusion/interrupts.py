@@ -1,4 +1,4 @@
-"""Signals as requests: what Ctrl-C, a batch system or a colleague asks of a running job, honoured between steps."""
+"""Signals as requests: what Ctrl-C, a batch system or a colleague asks of a running job, honoured in good order."""
 
 import contextlib
 import math
@@ -53,3 +53,34 @@ class Interrupts(contextlib.AbstractContextManager):
 
     def _on_save(self, number: int, frame) -> None:
         self.save = True
+
+
+class Stoppable(contextlib.AbstractContextManager):
+    """A block of work that SIGINT and SIGTERM end at once, and the program goes on after it.
+
+    :ivar exit_code: 0 or, when one of them came, 130 or 143: what the program shall exit with.
+    """
+
+    def __init__(self):
+        self.exit_code = 0
+
+    def __enter__(self) -> "Stoppable":
+        self._previous = None
+        with contextlib.suppress(ValueError):  # not in the main thread
+            self._previous = signal.signal(signal.SIGTERM, _terminate)
+        return self
+
+    def __exit__(self, kind, *exc_info) -> bool:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.exit_code = 143 if kind is _Terminated else 130
+        return self.exit_code != 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, treated like Ctrl-C."""
+
+
+def _terminate(number: int, frame) -> None:
+    raise _Terminated

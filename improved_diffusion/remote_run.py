@@ -16,6 +16,10 @@ import blobfile as bf
 from improved_diffusion import checkpoint, logger
 from improved_diffusion.storage import is_remote
 
+PICTURES = (
+    "samples"  # the folder, within that of a run, for what it draws on the way; the workbook shows them
+)
+
 
 @contextlib.contextmanager
 def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -51,19 +55,27 @@ def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 class _Mirror:
-    """A local folder and the remote one that is to be the same; folders within them do not take part."""
+    """A local folder and the remote one that is to be the same; within them, only the folder `PICTURES` takes part.
+
+    Files are known by their path in there, with "/" on every system.
+    """
 
     def __init__(self, folder: str, url: str):
         self.folder = folder
         self.url = url
-        # By name, the size and the time of a file when it was copied.
+        # The size and the time of each file when it was copied.
         self.published: dict[str, tuple[int, int]] = {}
 
     def fetch(self) -> None:
         """Copy everything from the remote folder, which need not exist."""
-        for entry in bf.scandir(self.url) if bf.isdir(self.url) else ():
-            if entry.is_file:
-                bf.copy(entry.path, os.path.join(self.folder, entry.name))
+        for part in ("", PICTURES):
+            source, target = bf.join(self.url, part) if part else self.url, os.path.join(self.folder, part)
+            if not bf.isdir(source):
+                continue
+            os.makedirs(target, exist_ok=True)
+            for entry in bf.scandir(source):
+                if entry.is_file:
+                    bf.copy(entry.path, os.path.join(target, entry.name))
         self.published = self._present()
 
     def publish(self) -> None:
@@ -92,11 +104,13 @@ class _Mirror:
 
     def _present(self) -> dict[str, tuple[int, int]]:
         found = {}
-        for name in sorted(os.listdir(self.folder)):
-            path = os.path.join(self.folder, name)
-            if os.path.isfile(path) and not name.startswith("."):
-                stat = os.stat(path)
-                found[name] = (stat.st_size, stat.st_mtime_ns)
+        for part in ("", PICTURES):
+            folder = os.path.join(self.folder, part)
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                path = os.path.join(folder, name)
+                if os.path.isfile(path) and not name.startswith("."):
+                    stat = os.stat(path)
+                    found[f"{part}/{name}" if part else name] = (stat.st_size, stat.st_mtime_ns)
         return found
 
 

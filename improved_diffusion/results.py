@@ -56,6 +56,8 @@ def export(run_dir: str, output: str | None = None) -> str:
     _fill_table(book.create_sheet("Metrics"), run.metrics, "No rows have been logged yet.")
     _add_charts(book, run.metrics, overview, chart_row)
     _fill_table(book.create_sheet("Checkpoints"), run.checkpoints, "No checkpoint has been saved yet.")
+    if run.evaluations.rows:
+        _fill_table(book.create_sheet("Evaluation"), run.evaluations, "")
     if run.previews:
         _fill_samples(book.create_sheet("Samples"), run.previews)
     _fill_arguments(book.create_sheet("Arguments"), run.arguments)
@@ -186,7 +188,7 @@ def _fill_explained(sheet: Worksheet, run: Run) -> None:
     put_header(sheet, 1, ["Column", "Unit", "What it is", "What is normal"])
     widths = [18, 22, 70, 70]
     set_widths(sheet, widths)
-    names = dict.fromkeys(run.metrics.columns + run.checkpoints.columns)
+    names = dict.fromkeys(run.metrics.columns + run.checkpoints.columns + run.evaluations.columns)
     for row, name in enumerate(names, start=2):
         column = describe(name, run.diffusion_steps)
         texts = [name, column.unit, column.meaning, column.normal]

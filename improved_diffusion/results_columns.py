@@ -6,6 +6,7 @@ from typing import NamedTuple
 COUNT = "#,##0"
 # A diverged loss has twenty digits, which would fill its cell with ####.
 REAL = "[>=100000]0.00E+00;0.00000"
+SIGNED_REAL = "0.00000"  # a format with a condition, like REAL, can hide the sign
 SHORT_REAL = "[>=10000000]0.00E+00;#,##0.00"
 SCIENTIFIC = "0.00E+00"
 DURATION = "[h]:mm:ss"
@@ -21,6 +22,48 @@ class Column(NamedTuple):
     meaning: str
     normal: str
 
+
+_ENOUGH_IMAGES = "More than there are features (2,048 of Inception); papers take 50,000."
+
+_FRECHET = Column(
+    REAL,
+    "",
+    "Squared Frechet distance of two Gaussians with the means and covariances of the features of drawn and of real "
+    "images; fid when the features are Inception's.",
+    "Less is better; too few images make it larger, so compare equal numbers of images only.",
+)
+_KERNEL = Column(
+    SIGNED_REAL,
+    "",
+    "Squared maximum mean discrepancy of the features of drawn and of real images: mean over 100 pairs of subsets of "
+    "at most 1,000 images; kid when the features are Inception's.",
+    "Less is better, around 0 for images like the real ones. The number of images does not bias it.",
+)
+# The metrics of evaluations; those of standard deviations, whose names end in _std, are derived.
+_METRICS = {
+    "fid": _FRECHET,
+    "frechet_distance": _FRECHET,
+    "kid": _KERNEL,
+    "kernel_distance": _KERNEL,
+    "precision": Column(
+        REAL,
+        "share of the drawn images",
+        "Drawn images that are as close to a real one as that one's third neighbour among the real ones.",
+        "More is better: the pictures look real. 1 at most.",
+    ),
+    "recall": Column(
+        REAL,
+        "share of the real images",
+        "Real images that are as close to a drawn one as that one's third neighbour among the drawn ones.",
+        "More is better: the pictures are as various as the real ones. 1 at most.",
+    ),
+    "inception_score": Column(
+        REAL,
+        "",
+        "exp of the mean divergence of the classes that the network sees in an image from those it sees in all.",
+        "More is better; at least 1, about 11 for CIFAR-10's own images and the features of Inception.",
+    ),
+}
 
 _COLUMNS = {
     "step": Column(
@@ -94,6 +137,20 @@ _COLUMNS = {
     "seconds": Column(SHORT_REAL, "seconds", "Time that saving the checkpoint took.", ""),
     "megabytes": Column(SHORT_REAL, "MB", "Size of the checkpoint's files together.", ""),
     "files": Column(GENERAL, "", "The files of the checkpoint, in the run's directory.", ""),
+    "evaluated_at": Column(TIME, "date and time", "When image_eval.py had measured the images.", ""),
+    "features": Column(
+        GENERAL,
+        "",
+        "What the images were compared by.",
+        "inception-2015-12-05.pt for numbers to compare with papers. Compare rows with the same features only.",
+    ),
+    "images": Column(COUNT, "images", "Drawn images that were measured.", _ENOUGH_IMAGES),
+    "reference_images": Column(
+        COUNT, "images", "Real images that they were measured against.", _ENOUGH_IMAGES
+    ),
+    "images_path": Column(GENERAL, "", "Where the drawn images were.", ""),
+    "reference_path": Column(GENERAL, "", "Where the real images were.", ""),
+    "warnings": Column(GENERAL, "", "What to keep in mind with the numbers of the row.", "None."),
 }
 
 
@@ -105,7 +162,10 @@ def describe(name: str, diffusion_steps: int | None = None) -> Column:
     quartile = re.fullmatch(r"(loss|mse|vb)_q([0-3])", name)
     if quartile:
         return _describe_quartile(quartile[1], int(quartile[2]), diffusion_steps)
-    return _COLUMNS.get(name, Column(GENERAL, "", "Not a column of this program.", ""))
+    metric = name.removesuffix("_std")
+    if metric in _METRICS and metric != name:
+        return _METRICS[metric]._replace(meaning=f"Standard deviation of {metric}.", normal="")
+    return (_COLUMNS | _METRICS).get(name, Column(GENERAL, "", "Not a column of this program.", ""))
 
 
 def _describe_quartile(base: str, quartile: int, diffusion_steps: int | None) -> Column:

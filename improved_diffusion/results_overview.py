@@ -162,6 +162,8 @@ def _training(run: Run) -> list[Fact]:
 def _machine(run: Run) -> list[Fact]:
     machine = run.machine.get
     cores = f"{machine('cores')} cores, {machine('threads')} threads used" if machine("cores") else None
+    if machine("workers"):
+        cores = f"{machine('workers')} of {machine('cores')} used, computing in {machine('precision')}"
     versions = f"Python {machine('python')}, torch {machine('torch')}" if machine("python") else None
     resumed = [f"{session['step']:,}" for session in run.sessions[1:] if isinstance(session.get("step"), int)]
     sessions = f"{len(run.sessions)}, resumed at step {_shortened(', '.join(resumed))}" if resumed else "1"

@@ -16,6 +16,9 @@ Value = int | float | str | datetime.datetime | None
 
 TEXT_COLUMNS = ("saved_at", "files")  # of checkpoints.csv; all other cells of a run's tables are numbers
 LARGEST_EXACT_INTEGER = 2**53  # of a float, which is what Excel's numbers are
+EVALUATION = ("evaluated_at", "features", "images", "reference_images")  # columns before the metrics
+SOURCES = ("images_path", "reference_path", "warnings")  # columns after them
+MAX_METRICS = 200  # columns, of which Excel has but 16,384
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Run:
     dir: str
     metrics: Table
     checkpoints: Table
+    evaluations: Table
     previews: list[tuple[int, str]]  # (step, path of the picture), newest first
     arguments: dict
     data: dict
@@ -82,6 +86,7 @@ def read_run(run_dir: str) -> Run:
         dir=run_dir,
         metrics=metrics,
         checkpoints=_read_checkpoints(run_dir, notes),
+        evaluations=_read_evaluations(run_dir, notes),
         previews=_find_previews(run_dir),
         arguments=arguments,
         data=_dict(info.get("data")),
@@ -147,6 +152,40 @@ def _read_checkpoints(run_dir: str, notes: list[str]) -> Table:
     if table.broken:
         notes.append(_broken_note("checkpoints.csv", table.broken))
     return table
+
+
+def _read_evaluations(run_dir: str, notes: list[str]) -> Table:
+    """What image_eval.py has recorded, a row for each evaluation; empty where there was none."""
+    try:
+        with open(os.path.join(run_dir, "evaluation.json"), encoding="utf-8") as file:
+            records = json.load(file)
+    except FileNotFoundError:
+        return Table()
+    except (OSError, ValueError, RecursionError):
+        records = None
+    if not isinstance(records, list):
+        notes.append("evaluation.json cannot be read: its evaluations are left out.")
+        return Table()
+    records = [record for record in records if isinstance(record, dict)]
+    # The features, which a metric's name has in square brackets, have a column of their own.
+    metrics = [
+        {name.partition("[")[0]: value for name, value in _dict(record.get("metrics")).items()}
+        for record in records
+    ]
+    names = list(dict.fromkeys(name for found in metrics for name in found))
+    columns = [*EVALUATION, *names[:MAX_METRICS], *SOURCES]
+    rows = []
+    for record, found in zip(records, metrics):
+        cells = {**found, **record, "warnings": " ".join(map(str, _list(record.get("warnings"))))}
+        rows.append([_time(cells.get("evaluated_at")), *(_cell(cells.get(name)) for name in columns[1:])])
+    return Table(columns, rows)
+
+
+def _cell(value) -> Value:
+    """A value of a JSON file as a cell: a number as it is, where Excel can hold it, anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        return str(value)
+    return None if isinstance(value, int) and abs(value) >= LARGEST_EXACT_INTEGER else value
 
 
 def _broken_note(name: str, count: int) -> str:

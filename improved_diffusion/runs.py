@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import blobfile as bf
+import torch as th
 
 from improved_diffusion import checkpoint, dist_util
 from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.compute import choose
+from improved_diffusion.flags import check_range
 from improved_diffusion.image_datasets import BUILTIN
+from improved_diffusion.inference import fast_model
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.script_util import (
+    check_images_fit,
     create_from_flags,
     is_super_resolution,
+    join_processes,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
@@ -145,7 +151,7 @@ def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
     return out_dir
 
 
-def check_model_path(flags: dict[str, Any], runs_dir: str) -> None:
+def _check_model_path(flags: dict[str, Any], runs_dir: str) -> None:
     """Check that --model_path is given. :raises ValueError: naming the newest run in `runs_dir`, if any."""
     if flags["model_path"]:
         return
@@ -153,6 +159,26 @@ def check_model_path(flags: dict[str, Any], runs_dir: str) -> None:
     found = [run for run in found if checkpoint.steps(run)]
     example = f", such as {max(found, key=os.path.getmtime)}" if found else ""
     raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
+
+
+def open_model(
+    flags: dict[str, Any], given: set[str], project: str
+) -> tuple[Callable[..., th.Tensor], SpacedDiffusion, dict[str, Any], list[str]]:
+    """What every script begins with that draws from a model or measures it: join the processes, check, load.
+
+    :param flags, given: of `Parser.parse_flags`.
+    :param project: the folder with ``runs``, to name one where --model_path is missing.
+    :return: as `load_trained`, but the model is a function that computes as --precision and --num_workers say.
+    :raises ValueError: a flag that all these scripts have is wrong.
+    """
+    join_processes(flags)
+    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
+    _check_model_path(flags, os.path.join(project, "runs"))
+    compute = choose(flags["precision"], flags["num_workers"])
+    model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
+    check_images_fit(flags, "batch_size", bytes_per_number=4)
+    print(f"computing in {compute}")
+    return fast_model(model, compute.precision, compute.workers), diffusion, flags, class_names
 
 
 def choose_source(

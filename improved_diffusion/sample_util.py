@@ -1,80 +1,168 @@
 """Drawing images from a trained model: each image has its own random stream, so batches do not matter."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import blobfile as bf
 import numpy as np
 import torch as th
-from PIL import Image
-from tqdm import tqdm
 
 from improved_diffusion import dist_util, seeding
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
-from improved_diffusion.image_set import ImageSet
+from improved_diffusion.progress import Progress
+from improved_diffusion.samplers import sample_progressive
 from improved_diffusion.seeding import Purpose
-from improved_diffusion.storage import open_atomic
 
-MAX_IN_GRID = 400
+
+@dataclass(frozen=True)
+class Plan:
+    """How to get from noise to an image; the defaults are what was measured to be best at 20 steps.
+
+    :ivar sampler: one of `samplers.SAMPLERS`.
+    :ivar steps: how many; None, with ddpm and ddim: one at every timestep of the diffusion, as improved-diffusion
+        does it.
+    :ivar spacing: one of `samplers.SPACINGS`: how the steps are spread.
+    :ivar eta: with ddim, how random a step is: 0 not at all, 1 like ddpm.
+    :ivar clip_denoised: whether the predicted image is clipped to [-1, 1] in every step.
+    """
+
+    sampler: str = "unipc"
+    steps: int | None = 20
+    spacing: str = "logsnr"
+    eta: float = 0.0
+    clip_denoised: bool = True
+
+    def count_steps(self, diffusion: GaussianDiffusion) -> int:
+        """The steps that an image takes."""
+        return self.steps or diffusion.num_timesteps
+
+    @property
+    def is_random(self) -> bool:
+        """Whether noise is added on the way."""
+        return self.sampler == "ddpm" or self.eta > 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the images are to be, each by its number.
+
+    :ivar image_size: side in pixels.
+    :ivar seed: image i starts from the noise of (`seed`, i).
+    :ivar labels: the class of each image, for a class-conditional model.
+    :ivar low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
+    :ivar latents: noise [N, 3, image_size, image_size] to start from instead.
+    """
+
+    image_size: int
+    seed: int = 0
+    labels: Sequence[int] | None = None
+    low_res: th.Tensor | None = None
+    latents: th.Tensor | None = None
+
+    def latent(self, numbers: range, randn_like: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
+        """What the images `numbers` start from."""
+        if self.latents is not None:
+            return self.latents[numbers.start : numbers.stop]
+        return randn_like(th.empty(len(numbers), 3, self.image_size, self.image_size))
+
+    def model_kwargs(self, numbers: range) -> dict[str, th.Tensor]:
+        """What a model is told of the images `numbers`."""
+        told = {}
+        if self.labels is not None:
+            told["y"] = th.tensor([self.labels[i] for i in numbers])
+        if self.low_res is not None:
+            told["low_res"] = self.low_res[numbers.start : numbers.stop]
+        return told
+
+
+def draw(
+    model: Callable[..., th.Tensor],
+    diffusion: GaussianDiffusion,
+    plan: Plan,
+    subject: Subject,
+    numbers: range,
+) -> Iterator[th.Tensor]:
+    """Draw the images `numbers` of `subject`.
+
+    :yield: the noise they start from, and what it has become after each step, [n, 3, S, S]; the last is the images.
+    """
+    randn_like = per_image_noise(subject.seed, numbers)
+    x = subject.latent(numbers, randn_like)
+    yield x
+    options = {
+        "noise": x,
+        "clip_denoised": plan.clip_denoised,
+        "model_kwargs": subject.model_kwargs(numbers),
+        "randn_like": randn_like,
+    }
+    if plan.steps is not None:
+        states = sample_progressive(
+            model,
+            diffusion,
+            sampler=plan.sampler,
+            steps=plan.steps,
+            spacing=plan.spacing,
+            eta=plan.eta,
+            **options,
+        )
+    elif plan.sampler == "ddim":
+        states = diffusion.ddim_sample_loop_progressive(model, tuple(x.shape), eta=plan.eta, **options)
+    else:
+        assert plan.sampler == "ddpm"
+        states = diffusion.p_sample_loop_progressive(model, tuple(x.shape), **options)
+    for state in states:
+        yield state["sample"]
 
 
 def sample_images(
     model: Callable[..., th.Tensor],
     diffusion: GaussianDiffusion,
+    plan: Plan,
+    subject: Subject,
     *,
     num_samples: int,
     batch_size: int,
-    image_size: int,
-    seed: int = 0,
-    use_ddim: bool = False,
-    clip_denoised: bool = True,
-    labels: Sequence[int] | None = None,
-    low_res: th.Tensor | None = None,
-    progress: bool = True,
+    frames: int = 1,
+    progress: str = "",
 ) -> Iterator[np.ndarray]:
     """Draw images, batch by batch.
 
-    Image i is a function of (`seed`, i), its label, `low_res[i]` and the model, not of `batch_size`, up to
-    rounding.
-
-    :param labels: the class of each image, for a class-conditional model.
-    :param low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
+    Image i is a function of `plan`, its number and `subject`, and the model, not of `batch_size`, up to rounding.
     With several processes each draws its share, `batch_size` images at a time, and rank 0 gets them all.
 
-    :yield: uint8 [n, image_size, image_size, 3], n = `batch_size` times the number of processes but for the last
-        batch; on other ranks than 0, their share of these.
+    :param frames: how many states on the way from noise to image are wanted, if there are so many; 1: the image.
+    :param progress: a word for what is being done, to show how far it is; empty: show nothing.
+    :yield: uint8 [n, F, S, S, 3], F at most `frames` and n = `batch_size` times the number of processes but for the
+        last batch; on other ranks than 0, their share of these.
     """
-    loop = diffusion.ddim_sample_loop_progressive if use_ddim else diffusion.p_sample_loop_progressive
+    steps = plan.count_steps(diffusion)
+    kept = set(np.linspace(steps, 0, min(frames, steps + 1)).round().astype(int).tolist())
     batches = range(0, num_samples, batch_size * dist_util.get_world_size())
-    bar = tqdm(
-        total=len(batches) * diffusion.num_timesteps,
-        desc="sampling",
-        unit="step",
-        disable=not progress or dist_util.get_rank() > 0,
-    )
-    with bar:
+    with Progress(num_samples, steps, progress, show=progress != "" and dist_util.get_rank() == 0) as shown:
         for start in batches:
-            mine = dist_util.share(range(start, min(start + batches.step, num_samples)))
-            numbers = mine or range(
-                start, start + 1
-            )  # a process without a share draws something, and drops it
-            randn_like = per_image_noise(seed, numbers)
-            noise = randn_like(th.empty(len(numbers), 3, image_size, image_size))
-            model_kwargs = {} if labels is None else {"y": th.tensor([labels[i] for i in numbers])}
-            if low_res is not None:
-                model_kwargs["low_res"] = low_res[numbers.start : numbers.stop]
-            steps = loop(
-                model,
-                tuple(noise.shape),
-                noise=noise,
-                clip_denoised=clip_denoised,
-                model_kwargs=model_kwargs,
-                randn_like=randn_like,
-            )
-            for state in steps:
-                x = state["sample"]
-                bar.update()
-            yield dist_util.gather_arrays(to_uint8(x)[: len(mine)])
+            batch = range(start, min(start + batches.step, num_samples))
+            mine = dist_util.share(batch)
+            # A process without a share draws something, and drops it.
+            numbers = mine or range(start, start + 1)
+            states = []
+            for step, x in enumerate(draw(model, diffusion, plan, subject, numbers)):
+                if step in kept:
+                    states.append(to_uint8(x))
+                if step:
+                    shown.step(len(batch))
+            shown.finish(len(batch))
+            yield dist_util.gather_arrays(np.stack(states, axis=1)[: len(mine)])
+
+
+def interpolate(first: th.Tensor, last: th.Tensor, count: int) -> th.Tensor:
+    """`count` latents [count, ...] from `first` to `last`, both included, along the great circle through them.
+
+    Noise in so many dimensions lies on a sphere around zero. A straight line between two points leaves it, and
+    becomes a grey image (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3).
+    """
+    a, b = first.double(), last.double()
+    angle = th.acos((a * b).sum() / (a.norm() * b.norm()))
+    t = th.linspace(0, 1, count, dtype=th.float64).view(-1, *[1] * first.dim())
+    return ((th.sin((1 - t) * angle) * a + th.sin(t * angle) * b) / th.sin(angle)).to(first)
 
 
 def guide(model: Callable[..., th.Tensor], scale: float, null_label: int) -> Callable[..., th.Tensor]:
@@ -116,124 +204,3 @@ def to_uint8(x: th.Tensor) -> np.ndarray:
 def from_uint8(pixels: np.ndarray) -> th.Tensor:
     """Images uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [-1, 1]: what models are trained on."""
     return th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
-def save_samples(
-    batches: Iterable[np.ndarray], out_dir: str, *, labels: np.ndarray | None = None, save_png: bool = False
-) -> bool:
-    """Write images into `out_dir`, and say where they are.
-
-    They become ``samples_NxHxWx3.npz`` (arr_0: the images; arr_1: `labels`, where there are any) and the
-    picture ``grid.png``. Ctrl-C ends the drawing; what is finished by then is written all the same. Only rank 0
-    of several processes writes.
-
-    :param batches: uint8 [n, H, W, 3] each.
-    :param save_png: also write every image as a PNG file of its own, at once.
-    :return: whether all batches were drawn.
-    """
-    if dist_util.get_rank() > 0:
-        for _ in batches:
-            pass
-        return True
-    images: list[np.ndarray] = []
-    complete = False
-    try:
-        for batch in batches:
-            if save_png:
-                for number, image in enumerate(batch, start=sum(map(len, images))):
-                    with open_atomic(bf.join(out_dir, f"{number:06d}.png")) as file:
-                        Image.fromarray(image).save(file, format="PNG")
-            images.append(batch)
-        complete = True
-    except KeyboardInterrupt:
-        if not images:
-            return False
-    drawn = np.concatenate(images)
-    path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
-    with open_atomic(path) as file:
-        np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
-    grid = bf.join(out_dir, "grid.png")
-    with open_atomic(grid) as file:
-        image_grid(drawn, labels).save(file, format="PNG")
-    print(f"{len(drawn)} images: {path}\npicture:   {grid}")
-    return complete
-
-
-def image_grid(images: np.ndarray, labels: np.ndarray | None = None, padding: int = 2) -> Image.Image:
-    """One picture of all images, enlarged when they are small enough to strain the eye.
-
-    :param images: uint8 [N, H, W, 3]; of more than `MAX_IN_GRID` the first are shown.
-    :param labels: their classes [N]; each class then has a row of its own.
-    :param padding: pixels between images.
-    """
-    images = images[:MAX_IN_GRID]
-    count, height, width, _ = images.shape
-    if labels is None:
-        columns = math.ceil(math.sqrt(count))
-        places = [divmod(i, columns) for i in range(count)]
-    else:
-        row_of = {label: row for row, label in enumerate(dict.fromkeys(labels[:count].tolist()))}
-        filled = [0] * len(row_of)
-        places = []
-        for row in (row_of[label] for label in labels[:count].tolist()):
-            places.append((row, filled[row]))
-            filled[row] += 1
-    rows, columns = (max(place) + 1 for place in zip(*places))
-    canvas = np.full(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8
-    )
-    for image, (row, column) in zip(images, places):
-        top, left = padding + row * (height + padding), padding + column * (width + padding)
-        canvas[top : top + height, left : left + width] = image
-    factor = max(1, 64 // max(height, width))
-    picture = Image.fromarray(canvas)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def parse_class_labels(text: str, num_classes: int, class_names: Sequence[str]) -> list[int]:
-    """Class numbers from a comma-separated list of names or numbers; all classes when `text` is empty.
-
-    :raises ValueError: one is neither; the message lists what there is.
-    """
-    if not text:
-        return list(range(num_classes))
-    by_name = {name: number for number, name in enumerate(class_names)}
-    labels = []
-    for part in (part.strip() for part in text.split(",")):
-        if part in by_name:
-            labels.append(by_name[part])
-        elif part.isdecimal() and int(part) < num_classes:
-            labels.append(int(part))
-        else:
-            known = ", ".join(class_names) if class_names else f"0 to {num_classes - 1}"
-            raise ValueError(f"--class_label {part!r}: no such class; this model knows {known}")
-    return labels
-
-
-def labels_of(images: ImageSet, num_classes: int, class_names: Sequence[str]) -> np.ndarray:
-    """The class of each image, int64 [N], as a model counts its classes.
-
-    :param num_classes: the model's.
-    :param class_names: their names, by which the classes of `images` are recognized; without any names,
-        they are taken to be counted in the same way.
-    :raises ValueError: `images` tell no classes, or one that the model does not know.
-    """
-    source = images.summary["source"]
-    if images.labels is None:
-        raise ValueError(
-            f"{source}: the model was trained with classes, and the images there tell none: name the files "
-            "<class>_<anything>.png or put each class into a folder of its own"
-        )
-    numbers = {name: number for number, name in enumerate(class_names)}
-    table = np.arange(images.num_classes)
-    for label in np.unique(images.labels):
-        name = images.class_names[label]
-        number = label
-        if class_names:
-            # The classes of an .npz file have numbers for names.
-            number = numbers.get(name, int(name) if name.isdecimal() else num_classes)
-        if number >= num_classes:
-            known = ", ".join(class_names) if class_names else f"classes 0 to {num_classes - 1}"
-            raise ValueError(f"{source}: holds images of class {name!r}, and the model knows {known}")
-        table[label] = number
-    return table[images.labels]

@@ -235,7 +235,12 @@ def _embedded_classes(flags: dict[str, Any]) -> int | None:
         if flags["class_dropout"]:
             raise ValueError(f"--class_dropout {flags['class_dropout']}: needs --class_cond True")
         return None
-    return (flags["num_classes"] or DEFAULT_NUM_CLASSES) + (flags["class_dropout"] > 0)
+    return count_classes(flags) + (flags["class_dropout"] > 0)
+
+
+def count_classes(flags: dict[str, Any]) -> int:
+    """The classes that a class-conditional model described by `flags` can be asked for, "no class" not among them."""
+    return flags["num_classes"] or DEFAULT_NUM_CLASSES
 
 
 def _channel_mult(text: str | Iterable[int], image_size: int) -> tuple[int, ...]:

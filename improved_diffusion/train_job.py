@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import blobfile as bf
+import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.checkpoint import Checkpoint
-from improved_diffusion.cpu import describe_machine
+from improved_diffusion.compute import Compute, bf16_pays, choose
+from improved_diffusion.cpu import describe_machine, keep_memory
 from improved_diffusion.flags import (
     Parser,
     add_dict_to_argparser,
@@ -19,9 +21,11 @@ from improved_diffusion.flags import (
     check_range,
 )
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
-from improved_diffusion.low_res import LowResStream
-from improved_diffusion.remote_run import working_folder
+from improved_diffusion.low_res import LowResStream, shrink
+from improved_diffusion.previews import COUNT, create_preview, preview_labels
+from improved_diffusion.remote_run import PICTURES, working_folder
 from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run_lock import run_lock
 from improved_diffusion.runs import (
     check_same_data,
@@ -31,6 +35,7 @@ from improved_diffusion.runs import (
     merge_for_resume,
     record_run,
 )
+from improved_diffusion.sample_util import Subject, from_uint8
 from improved_diffusion.script_util import (
     MACHINE_PATHS,
     check_images_fit,
@@ -59,11 +64,13 @@ TRAINING = {
     "skip_nonfinite": 0,
     "seed": 0,
 }
+COMPUTE = {"precision": "auto", "num_workers": "auto"}
 SIXTEEN_BIT = {"use_fp16": False, "fp16_scale_growth": 1e-3}
 RUNNING = {
     "log_dir": "",
     "log_interval": 10,
     "save_interval": 1000,
+    "sample_interval": 1000,
     "keep_last": 0,
     "keep_every": 0,
     "max_hours": 0.0,
@@ -76,6 +83,7 @@ LOOP_FLAGS = [name for name in TRAINING if name != "schedule_sampler"]
 LOOP_FLAGS += [
     "log_interval",
     "save_interval",
+    "sample_interval",
     "keep_last",
     "keep_every",
     "max_hours",
@@ -95,6 +103,7 @@ AT_LEAST = {
     "fp16_scale_growth": 0,
     "log_interval": 1,
     "save_interval": 1,
+    "sample_interval": 0,
     "keep_last": 0,
     "keep_every": 0,
     "max_hours": 0,
@@ -114,7 +123,7 @@ def create_training_parser(description: str, model_flags: dict[str, Any]) -> Par
     add_dict_to_argparser(parser, diffusion_defaults(), "diffusion")
     add_dict_to_argparser(parser, DATA, "data")
     add_dict_to_argparser(parser, {**TRAINING, **SIXTEEN_BIT}, "training")
-    add_dict_to_argparser(parser, RUNNING, "running")
+    add_dict_to_argparser(parser, {**RUNNING, **COMPUTE}, "running")
     return parser
 
 
@@ -135,7 +144,8 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
         if first:
             folder, publish = stack.enter_context(working_folder(log_dir))
             stack.enter_context(run_lock(folder))
-            remove_temporaries(folder)
+            for part in filter(os.path.isdir, (folder, os.path.join(folder, PICTURES))):
+                remove_temporaries(part)
             source = choose_source(_as_local(flags["resume_checkpoint"], log_dir, folder), folder)
         if source is not None:
             flags = merge_for_resume(flags, given, source)
@@ -145,6 +155,9 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
             raise ValueError("--microbatch 0: give the images per pass, or -1 for the whole batch")
         if "fp16_scale_growth" in given and not flags["use_fp16"]:
             raise ValueError("--fp16_scale_growth: belongs to --use_fp16 True; leave it out")
+        if flags["use_fp16"] and flags["precision"] == "fp32":
+            raise ValueError("--use_fp16 True and --precision fp32 contradict each other; leave one out")
+        compute = _choose_compute(flags, source)
         parse_ema_rates(flags["ema_rate"])
         # A model that cannot be built is reported before any data are read.
         _, diffusion = create_from_flags(flags)
@@ -155,7 +168,7 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
         images = read_images_alike(flags["data_dir"], output_size(flags), flags["cache_limit_gb"])
         if source is not None:
             check_same_data(flags, source, images.fingerprint)
-        return _train(flags, log_dir, folder, publish, source, images, project)
+        return _train(flags, compute, log_dir, folder, publish, source, images, project)
 
 
 def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
@@ -165,8 +178,24 @@ def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
     return resume_checkpoint
 
 
+def _choose_compute(flags: dict[str, Any], source: Checkpoint | None) -> Compute:
+    """What to compute with: the flags' choice, and with "auto" in the precision of the run to resume.
+
+    All processes get rank 0's precision; the number of cores is each one's own.
+    """
+    chosen = choose("bf16" if flags["use_fp16"] else flags["precision"], flags["num_workers"])
+    precision = chosen.precision
+    before = precision if source is None else source.state.get("precision", "fp32")
+    if flags["precision"] == "auto" and before == "fp32":
+        precision = before
+    elif before != precision:
+        print(f"WARNING: this run was trained in {before}; it goes on in {precision}")
+    return Compute(dist_util.broadcast(precision), chosen.workers)
+
+
 def _train(
     flags: dict[str, Any],
+    compute: Compute,
     log_dir: str,
     folder: str,
     publish: Callable[[], None] | None,
@@ -194,20 +223,23 @@ def _train(
         data = LowResStream(data, flags["small_size"])
     th.manual_seed(flags["seed"])
     model, diffusion = create_from_flags(flags)
-    machine = describe_machine()
+    keep_memory()
+    machine = {**describe_machine(), "precision": compute.precision, "workers": compute.workers}
     parameters = sum(p.numel() for p in model.parameters())
 
-    if dist_util.get_rank() == 0:
+    first = dist_util.get_rank() == 0
+    if first:
         logger.configure(folder)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
-    logger.log(
-        f"model: {parameters:,} parameters, on {machine['processor']} with {machine['threads']} threads"
-    )
+    logger.log(f"model: {parameters:,} parameters")
+    logger.log(f"computing in {compute}, of {machine['processor']}")
     if processes > 1:
         logger.log(f"{processes} processes with {flags['batch_size']} images each per step")
     if flags["use_fp16"]:
-        logger.log("--use_fp16 True: 16-bit training is not available yet; training in float32")
+        logger.log("--use_fp16 True: on a CPU, 16 bits are bfloat16, which needs no scaling of the loss")
+    if compute.precision == "bf16" and not bf16_pays():
+        logger.log("WARNING: this processor is faster in float32: give --precision fp32")
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
@@ -215,12 +247,15 @@ def _train(
         schedule_sampler=create_named_schedule_sampler(flags["schedule_sampler"], diffusion),
         resume_checkpoint=source or "",
         publish=publish,
+        preview=_preview(flags, diffusion, images, folder) if first and flags["sample_interval"] else None,
+        precision=compute.precision,
+        num_workers=compute.workers,
         arguments=flags,
         data_facts={"fingerprint": images.fingerprint, "class_names": images.class_names},
         **args_to_dict(flags, LOOP_FLAGS),
     )
     facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
-    if dist_util.get_rank() == 0 and loop.step < loop.total_steps:
+    if first and loop.step < loop.total_steps:
         record_run(folder, flags, facts, loop.step)
     try:
         stopped_by = loop.run_loop()
@@ -237,3 +272,17 @@ def _train(
     sampler = "super_res_sample.py --base_samples IMAGES" if is_super_resolution(flags) else "image_sample.py"
     logger.log(f"To draw images: python {os.path.join(project, 'scripts', sampler)} --model_path {log_dir}")
     return 0
+
+
+def _preview(
+    flags: dict[str, Any], diffusion: SpacedDiffusion, images: ImageSet, folder: str
+) -> Callable[[Callable[..., th.Tensor], int], None]:
+    """What draws the pictures of --sample_interval: a super-resolution model enlarges the first of `images`."""
+    labels, low_res = None, None
+    if is_super_resolution(flags):
+        shown = np.arange(min(COUNT, len(images)))
+        low_res = shrink(from_uint8(images.get(shown)), flags["small_size"])
+        labels = images.labels[shown] if flags["class_cond"] else None
+    elif flags["class_cond"]:
+        labels = preview_labels(flags["num_classes"])
+    return create_preview(diffusion, Subject(output_size(flags), flags["seed"], labels, low_res), folder)

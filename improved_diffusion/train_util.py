@@ -7,21 +7,25 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import blobfile as bf
 import torch as th
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from improved_diffusion import checkpoint, dist_util, logger, results, seeding
 from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
+from improved_diffusion.gradients import Gradients
+from improved_diffusion.inference import fast_model
 from improved_diffusion.interrupts import Interrupts
 from improved_diffusion.logger import CsvTable
-from improved_diffusion.nn import dropout_seed, update_ema
+from improved_diffusion.nn import dropout_seeds
+from improved_diffusion.optimizer import Optimizer
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.seeding import Purpose
+from improved_diffusion.workers import Workers
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
@@ -64,6 +68,12 @@ class TrainLoop:
     :param arguments: the flags of the run; they are stored in every checkpoint.
     :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
         resumed on other data.
+    :param sample_interval: steps between calls of `preview`; 0: none.
+    :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
+        the first moving average, and the step.
+    :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
+    :param num_workers: cores of this process, each of which computes a microbatch at a time. Any number up to that
+        of the microbatches gives the same bits; beyond, they are cut in parts, which can change last digits.
     :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
     :raises ValueError: a parameter or the checkpoint is unusable.
     """
@@ -96,6 +106,10 @@ class TrainLoop:
         tensorboard: bool = False,
         arguments: dict[str, Any] | None = None,
         data_facts: dict[str, Any] | None = None,
+        sample_interval: int = 0,
+        preview: Callable[[Callable[..., th.Tensor], int], object] | None = None,
+        precision: str = "fp32",
+        num_workers: int = 1,
         publish: Callable[[], object] | None = None,
     ):
         self.model = model
@@ -122,11 +136,15 @@ class TrainLoop:
         self.tensorboard = tensorboard
         self.arguments = arguments or {}
         self.data_facts = data_facts or {}
+        self.sample_interval = sample_interval
+        self.preview = preview
+        self.precision = precision
         self.publish = publish
 
         self.step = 0  # completed optimizer updates
         self.samples = 0  # images consumed, by all processes together
         self.elapsed = 0.0  # seconds of wall-clock over all sessions
+        self.previewed_step = 0
         self.logged_step = 0  # the last step with a row for its whole interval
         self.saved_step: int | None = None
         self.resumed_here: Checkpoint | None = None  # what this run continues, when it is its own
@@ -134,7 +152,10 @@ class TrainLoop:
         self.log_state: dict[str, Any] = {"values": {}, "sums": {}}  # the row that a resumed run goes on with
 
         self.params = list(model.parameters())
-        self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.model.train()
+        self.workers = Workers(num_workers)
+        self.gradients = Gradients(model, precision, self.workers)
+        self.opt = Optimizer(self.params, lr, weight_decay, self.workers)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
@@ -177,7 +198,6 @@ class TrainLoop:
         self.interval = _Stopwatch()
         session_started = time.monotonic()
         self.started = session_started - self.elapsed
-        self.model.train()
         logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
         with Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0) as interrupts:
             stopped_by, save = self._requests(interrupts, session_started)
@@ -190,6 +210,8 @@ class TrainLoop:
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
                     self._log_row(bar)
                     self.logged_step = self.step
+                if self.writes and self.preview is not None and self.sample_interval:
+                    self._draw_preview()
                 stopped_by, requested = self._requests(interrupts, session_started)
                 save = save or requested
                 due = save or self.step % self.save_interval == 0
@@ -225,7 +247,7 @@ class TrainLoop:
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
         """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
         t, weights, losses = self._forward_backward(batch, cond)
-        grad_norm = th.nn.utils.get_total_norm([p.grad for p in self.params]).item()
+        grad_norm = self.gradients.norm()
         self.samples += len(t)
         if not (math.isfinite(grad_norm) and th.isfinite(losses["loss"]).all()):
             self._on_nonfinite(t, losses["loss"], grad_norm)
@@ -236,12 +258,8 @@ class TrainLoop:
         if self.grad_clip > 0:
             th.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, th.tensor(grad_norm))
         lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
-        for group in self.opt.param_groups:
-            group["lr"] = lr
-        self.opt.step()
         self.step += 1
-        for rate, ema in self.ema_params.items():
-            update_ema(ema, self.params, ema_decay(float(rate), self.step))
+        self.opt.step(lr, [(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()])
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv("lr", lr)
@@ -265,24 +283,33 @@ class TrainLoop:
             draws = seeding.generator(self.seed, Purpose.CLASS_DROPOUT, position).random(total)
             withheld = th.from_numpy(draws[offset : offset + size] < self.class_dropout)
             cond = {**cond, "y": cond["y"].masked_fill(withheld, self.model.num_classes - 1)}
-        self.opt.zero_grad(set_to_none=True)
-        parts: list[dict[str, th.Tensor]] = []
-        for start in range(0, size, self.microbatch):
-            part = slice(start, min(start + self.microbatch, size))
+        # Image by image, so that neither the microbatch nor the number of workers changes a mask.
+        masks = [
+            seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + offset + i))
+            for i in range(size)
+        ]
+
+        def loss_of(part: slice, model: th.nn.Module) -> tuple[th.Tensor, dict[str, th.Tensor]]:
             drawn = slice(offset + part.start, offset + part.stop)
-            masks = seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + drawn.start))
-            with dropout_seed(masks):
+            with dropout_seeds(masks[part]):
                 terms = self.diffusion.training_losses(
-                    self.model,
+                    model,
                     batch[part],
                     t[drawn],
                     model_kwargs={key: value[part] for key, value in cond.items()},
                     noise=noise[drawn],
                 )
-                # The sum over all parts is the mean over the batch, also when the last part is smaller.
-                ((terms["loss"] * weights[drawn]).sum() / total).backward()
-            parts.append({key: value.detach() for key, value in terms.items()})
-        losses = {key: th.cat([terms[key] for terms in parts]) for key in parts[0]}
+            # The sum over all parts is the mean over the batch, also when the last part is smaller.
+            share = (terms["loss"] * weights[drawn]).sum() / total
+            return share, {key: value.detach() for key, value in terms.items()}
+
+        length = self.microbatch
+        if length * (self.workers.count - 1) >= size:
+            # There are fewer microbatches than workers: they get an equal part each.
+            length = -(-size // self.workers.count)
+        parts = [slice(start, min(start + length, size)) for start in range(0, size, length)]
+        terms = self.gradients.compute([partial(loss_of, part) for part in parts])
+        losses = {key: th.cat([some[key] for some in terms]) for key in terms[0]}
         return t, weights, self._exchange(losses)
 
     def _exchange(self, losses: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -363,6 +390,13 @@ class TrainLoop:
                 f"{pace}  {left} left"
             )
 
+    def _draw_preview(self) -> None:
+        if self.step % self.sample_interval or self.step == self.previewed_step:
+            return
+        self.previewed_step = self.step
+        averaged = next(iter(self.ema_params.values()))
+        self.preview(fast_model(self.model, self.precision, self.workers.count, averaged), self.step)
+
     # -- state on disk -----------------------------------------------------------------------------------
 
     def _continue_checkpoint_table(self) -> None:
@@ -408,6 +442,7 @@ class TrainLoop:
             "log": unfinished_row,
             "logged_step": self.logged_step,
             "skipped": self.skipped,
+            "precision": self.precision,
             "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
         }
@@ -452,13 +487,7 @@ class TrainLoop:
                 content = source.load(rate)
             for target, name in zip(ema, dict(self.model.named_parameters())):
                 target.copy_(content[name])
-        hyperparameters = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.opt.param_groups
-        ]
         self.opt.load_state_dict(source.load("opt"))
-        # The flags of this command, such as --weight_decay, take precedence over those of the saved run.
-        for group, values in zip(self.opt.param_groups, hyperparameters):
-            group.update(values)
         self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         self.step = source.step
         self.samples = state["samples"]
@@ -498,10 +527,7 @@ class TrainLoop:
         if self.step == 0:
             return
         for p in self.params:
-            if not self.writes:
-                self.opt.state[p] = {name: th.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.opt.state[p]["step"] = th.zeros(())
-            dist_util.sync_params(value for _, value in sorted(self.opt.state[p].items()))
+            dist_util.sync_params(value for _, value in sorted(self.opt.state(p).items()))
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
         """A state dict like the model's with `params` in the place of its parameters."""

@@ -14,10 +14,12 @@ from improved_diffusion.nn import (
     conv_nd,
     linear,
     normalization,
+    pointwise_conv_nd,
     timestep_embedding,
     zero_module,
 )
 
+FUSED_ATTENTION_LENGTH = 128  # positions from which torch's attention is the faster one, in 32 bits
 DDPM_EPSILON = 1e-6  # of normalisations in the code of Ho et al. 2020; torch's default is 1e-5
 
 
@@ -44,9 +46,24 @@ class Upsample(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         assert x.shape[1] == self.channels
+        if self.conv is not None and self.dims == 2 and x.dtype == th.float32:
+            return _upsample_conv(x, self.conv.weight, self.conv.bias)
         scale = (1, 2, 2) if self.dims == 3 else 2
         x = F.interpolate(x, scale_factor=scale, mode="nearest")
         return x if self.conv is None else self.conv(x)
+
+
+def _upsample_conv(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    """Nearest-neighbour upsampling of `x` [N, C, H, W] by 2 and a padded 3x3 convolution, as one operation.
+
+    Every pixel of the result sees only 2x2 pixels of `x`, by sums of the same weights: a transposed convolution
+    with a 4x4 kernel, in which each pixel of `x` spreads the kernel of both of its copies. That is 4/9 of the
+    arithmetic. (In 16 bits the time saved is lost on the sums.)
+    """
+    padded = F.pad(weight, (1, 1, 1, 1))
+    rows = padded[:, :, 1:] + padded[:, :, :-1]
+    kernel = (rows[..., 1:] + rows[..., :-1]).flip(2, 3).transpose(0, 1)
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 class Downsample(nn.Module):
@@ -122,7 +139,7 @@ class ResBlock(nn.Module):
         elif use_conv:
             self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
         else:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+            self.skip_connection = pointwise_conv_nd(dims, channels, out_channels)
 
     def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
         """:param x: [N, channels, *size]; :param emb: [N, emb_channels]; :return: [N, out_channels, *size]."""
@@ -168,9 +185,9 @@ class AttentionBlock(nn.Module):
             )
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
-        self.qkv = conv_nd(1, channels, 3 * channels, 1)
+        self.qkv = pointwise_conv_nd(1, channels, 3 * channels)
         self.attention = QKVAttention(num_heads)
-        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+        self.proj_out = zero_module(pointwise_conv_nd(1, channels, channels))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """:param x: [N, C, *size]; :return: the same shape."""
@@ -196,6 +213,10 @@ class QKVAttention(nn.Module):
         n, channels, length = qkv.shape
         width = channels // (3 * self.num_heads)
         q, k, v = qkv.reshape(n * self.num_heads, 3 * width, length).split(width, dim=1)
+        if qkv.dtype == th.float32 and length >= FUSED_ATTENTION_LENGTH:
+            # The fused kernel wants every position's vector in one piece; q, k, v are [N, positions, width].
+            q, k, v = (part.transpose(1, 2).contiguous()[:, None] for part in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(n, -1, length)
         # Keys lie along dimension 1 of the weights, so that neither they nor the values, both [width, T] in
         # memory, have to be transposed: this layout is the fastest of those measured on CPUs.
         scores = th.bmm((k * (1 / math.sqrt(width))).transpose(1, 2), q)
@@ -325,7 +346,7 @@ class UNetModel(nn.Module):
         :return: [N, out_channels, *size].
         """
         *_, h = self._activations(x, timesteps, y)
-        return self.out(h)
+        return self.out(h.to(self.out[0].weight.dtype))
 
     def get_feature_vectors(
         self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None
@@ -338,14 +359,14 @@ class UNetModel(nn.Module):
     def _activations(self, x, timesteps, y):
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y must be given exactly when the model is class-conditional")
-        dtype = self.dtype
         embedding = timestep_embedding(timesteps, self.model_channels, reach_end=self.ddpm_details)
-        emb = self.time_embed(embedding.to(dtype))
+        emb = self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
         if y is not None:
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y: expected shape [{x.shape[0]}], got {list(y.shape)}")
             emb = emb + self.label_emb(y)
-        h, skips = x.to(dtype), []
+        emb = emb.to(self.dtype)
+        h, skips = x.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)
@@ -357,9 +378,15 @@ class UNetModel(nn.Module):
             yield h
 
     @property
+    def torso(self) -> list[nn.Module]:
+        """What may compute in 16 bits: all but the embeddings and the output layer, which cost little time and
+        would cost much accuracy."""
+        return [self.input_blocks, self.middle_block, self.output_blocks]
+
+    @property
     def dtype(self) -> th.dtype:
-        """The floating-point type the model computes in: that of its weights."""
-        return self.time_embed[0].weight.dtype
+        """The floating-point type that the blocks compute in: that of their weights."""
+        return next(self.input_blocks.parameters()).dtype
 
 
 class SuperResModel(UNetModel):

@@ -8,23 +8,14 @@ import os
 
 from improved_diffusion import dist_util
 from improved_diffusion.bits_per_dim import BoundTally, choose_images, measure_bounds
-from improved_diffusion.flags import (
-    Parser,
-    add_dict_to_argparser,
-    args_to_dict,
-    check_range,
-)
+from improved_diffusion.class_labels import labels_of
+from improved_diffusion.flags import Parser, add_dict_to_argparser, args_to_dict
 from improved_diffusion.image_datasets import describe
-from improved_diffusion.runs import (
-    check_model_path,
-    choose_out_dir,
-    load_trained,
-)
-from improved_diffusion.sample_util import labels_of
+from improved_diffusion.interrupts import Stoppable
+from improved_diffusion.runs import choose_out_dir, open_model
 from improved_diffusion.script_util import (
-    check_images_fit,
+    count_classes,
     diffusion_defaults,
-    join_processes,
     model_defaults,
     read_images_alike,
     run_script,
@@ -40,9 +31,19 @@ MEASURING = {
     "clip_denoised": True,
     "seed": 0,
     "log_dir": "",
+    "precision": "fp32",  # what is compared with the numbers of others should not depend on the processor
+    "num_workers": "auto",
 }
 # Of the flags, what a reader of nll.json needs to know.
-RECORDED = ("model_path", "data_dir", "num_samples", "timestep_respacing", "clip_denoised", "seed")
+RECORDED = (
+    "model_path",
+    "data_dir",
+    "num_samples",
+    "timestep_respacing",
+    "clip_denoised",
+    "seed",
+    "precision",
+)
 
 
 def create_parser() -> Parser:
@@ -57,25 +58,20 @@ def create_parser() -> Parser:
 
 def main() -> int:
     flags, given = create_parser().parse_flags()
-    join_processes(flags)
-    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
-    check_model_path(flags, os.path.join(PROJECT, "runs"))
     if not flags["data_dir"]:
         raise ValueError("--data_dir is missing: give the images to measure, such as datasets/cifar_test")
-    model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
-    check_images_fit(flags, "batch_size", bytes_per_number=4)
+    model, diffusion, flags, class_names = open_model(flags, given, PROJECT)
     images = read_images_alike(flags["data_dir"], flags["image_size"])
     print(describe(images))
     flags["num_samples"] = count = min(flags["num_samples"], len(images))
     labels = None
     if flags["class_cond"]:
-        labels = labels_of(images, model.num_classes - (flags["class_dropout"] > 0), class_names)
+        labels = labels_of(images, count_classes(flags), class_names)
 
     out_dir = choose_out_dir(flags, os.path.join(PROJECT, "nll"))
     print(f"measuring {count} images in {diffusion.num_timesteps} steps each, into {out_dir}")
     tally = BoundTally()
-    interrupted = False
-    try:
+    with Stoppable() as stoppable:
         for bounds in measure_bounds(
             model,
             diffusion,
@@ -89,12 +85,10 @@ def main() -> int:
             if dist_util.get_rank() == 0:
                 tally.add(bounds)
                 tally.write(out_dir, {"steps": diffusion.num_timesteps, **args_to_dict(flags, RECORDED)})
-    except KeyboardInterrupt:
-        interrupted = True
     if len(tally.total_bpd):
         error = "" if tally.standard_error is None else f" +- {tally.standard_error:.4f} (standard error)"
         print(f"{tally.mean:.4f} bits/dim{error}, {len(tally.total_bpd)} images: {out_dir}")
-    return 130 if interrupted else 0
+    return stoppable.exit_code
 
 
 if __name__ == "__main__":

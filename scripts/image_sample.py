@@ -1,47 +1,34 @@
 """Draw images from a trained model, as an .npz file and a picture. `--help` explains every flag."""
 
 import os
+from typing import Any
 
 import numpy as np
+import torch as th
 
-from improved_diffusion.flags import (
-    Parser,
-    add_dict_to_argparser,
-    check_range,
-)
-from improved_diffusion.runs import (
-    check_model_path,
-    choose_out_dir,
-    load_trained,
-)
-from improved_diffusion.sample_util import guide, parse_class_labels, sample_images, save_samples
+from improved_diffusion.flags import Parser, add_dict_to_argparser
+from improved_diffusion.runs import choose_out_dir, open_model
+from improved_diffusion.sample_job import DRAWING, SOLVING, choose_labels, choose_plan, draw_into
+from improved_diffusion.sample_util import Plan, Subject, guide, interpolate, per_image_noise
 from improved_diffusion.script_util import (
     check_images_fit,
+    count_classes,
     diffusion_defaults,
-    join_processes,
     model_defaults,
     run_script,
 )
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-SAMPLING = {
-    "model_path": "",
-    "num_samples": 64,
-    "batch_size": 16,
-    "use_ddim": False,
-    "clip_denoised": True,
-    "class_label": "",
-    "guidance_scale": 1.0,
-    "seed": 0,
-    "log_dir": "",
-    "save_png": False,
-}
+SAMPLING = {**DRAWING, "guidance_scale": 1.0, "interpolate": False}
+INTERPOLATED = 10  # images from one latent to the other, unless --num_samples says otherwise
+MAX_ROWS = 10
 
 
 def create_parser() -> Parser:
     parser = Parser(description=__doc__)
     add_dict_to_argparser(parser, SAMPLING, "sampling")
+    add_dict_to_argparser(parser, SOLVING, "sampler")
     add_dict_to_argparser(parser, model_defaults(), "model (read from the checkpoint)")
     add_dict_to_argparser(
         parser, diffusion_defaults(), "diffusion (read from the checkpoint but for respacing)"
@@ -51,40 +38,48 @@ def create_parser() -> Parser:
 
 def main() -> int:
     flags, given = create_parser().parse_flags()
-    join_processes(flags)
-    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
-    check_model_path(flags, os.path.join(PROJECT, "runs"))
-    model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
-    check_images_fit(flags, "batch_size", bytes_per_number=4)
+    model, diffusion, flags, class_names = open_model(flags, given, PROJECT)
+    plan = choose_plan(flags, given, diffusion)
+    if flags["interpolate"] and "num_samples" not in given:
+        flags["num_samples"] = INTERPOLATED
     check_images_fit(flags, "num_samples", bytes_per_number=1)
-    count = flags["num_samples"]
-    labels = None
-    if flags["class_cond"]:
-        num_classes = model.num_classes - (flags["class_dropout"] > 0)
-        labels = np.resize(parse_class_labels(flags["class_label"], num_classes, class_names), count)
-    elif flags["class_label"]:
-        raise ValueError(f"--class_label {flags['class_label']}: this model was trained without classes")
-
+    labels = choose_labels(flags, class_names)
     if flags["guidance_scale"] != 1:
         if not flags["class_dropout"]:
             raise ValueError(
                 f"--guidance_scale {flags['guidance_scale']}: this model was trained without --class_dropout"
             )
-        model = guide(model, flags["guidance_scale"], null_label=num_classes)
-    out_dir = choose_out_dir(flags, os.path.join(PROJECT, "samples"))
-    print(f"drawing {count} images in {diffusion.num_timesteps} steps each, into {out_dir}")
-    batches = sample_images(
-        model,
-        diffusion,
-        num_samples=count,
-        batch_size=flags["batch_size"],
-        image_size=flags["image_size"],
-        seed=flags["seed"],
-        use_ddim=flags["use_ddim"],
-        clip_denoised=flags["clip_denoised"],
-        labels=labels,
+        model = guide(model, flags["guidance_scale"], null_label=count_classes(flags))
+    subject, rows = (
+        describe_interpolation(flags, plan, labels) if flags["interpolate"] else describe(flags, labels)
     )
-    return 0 if save_samples(batches, out_dir, labels=labels, save_png=flags["save_png"]) else 130
+
+    out_dir = choose_out_dir(flags, os.path.join(PROJECT, "samples"))
+    count = flags["num_samples"] if subject.latents is None else len(subject.latents)
+    return draw_into(out_dir, model, diffusion, plan, subject, flags, count=count, rows=rows, doing="drawing")
+
+
+def describe(flags: dict[str, Any], labels: list[int] | None) -> tuple[Subject, np.ndarray | None]:
+    """Independent images, of all classes asked for in turn, and the rows of their grid: the classes."""
+    labels = None if labels is None else np.resize(labels, flags["num_samples"])
+    return Subject(flags["image_size"], flags["seed"], labels), labels
+
+
+def describe_interpolation(
+    flags: dict[str, Any], plan: Plan, labels: list[int] | None
+) -> tuple[Subject, np.ndarray | None]:
+    """Images between numbers 0 and 1 of the seed, in a row; a row for each of at most `MAX_ROWS` classes."""
+    if plan.is_random:
+        raise ValueError(
+            f"--interpolate True: needs a sampler that adds no noise on the way, not {plan.sampler}"
+            + (f" with --eta {plan.eta}" if plan.eta else "")
+        )
+    points, size = flags["num_samples"], flags["image_size"]
+    ends = per_image_noise(flags["seed"], range(2))(th.empty(2, 3, size, size))
+    classes = labels[:MAX_ROWS] if labels else [0]
+    rows = np.repeat(classes, points)
+    latents = interpolate(*ends, points).repeat(len(classes), 1, 1, 1)
+    return Subject(size, flags["seed"], rows if labels else None, latents=latents), rows
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from conftest import TINY_FLAGS
+from openpyxl import load_workbook
 from PIL import Image
 
 from improved_diffusion import checkpoint
@@ -125,6 +126,16 @@ def test_a_run_lives_in_the_cloud_and_goes_on_from_there(tmp_path, cloud, train_
     # The remote run has one checkpoint more: that of step 3, where it was interrupted.
     extra = {"model000003.pt", "opt000003.pt", "ema_0.9999_000003.pt", "state000003.json"}
     assert set(os.listdir(tmp_path / "cloud" / "run")) == same | extra | {"drawn"}
+
+
+def test_pictures_go_there_and_come_back(tmp_path, cloud, train_there):
+    for total in (2, 4):
+        assert train_there("--log_dir", RUN, "--total_steps", total, "--sample_interval", 2).returncode == 0
+    run = tmp_path / "cloud" / "run"
+    assert sorted(os.listdir(run / "samples")) == ["step_000002.png", "step_000004.png"]
+    # The second session's workbook shows that of the first too.
+    assert len(load_workbook(run / "results.xlsx")["Samples"]._images) == 2
+    assert cloud.changes.count("+ step_000002.png") == 1
 
 
 def test_checkpoints_are_complete_or_absent_at_any_time(cloud, train_there):

@@ -558,7 +558,7 @@ def test_few_bytes_that_would_become_large_pictures(tmp_path):
 @pytest.mark.parametrize("name", AT_MOST)
 def test_absurd_numbers_are_refused_by_name(tmp_path, name, monkeypatch):
     out = tmp_path / "out"
-    if name == "num_samples":
+    if name in ("num_samples", "sample_steps"):
         command = ["image_sample", "--model_path", save_run(tmp_path).folder]
     else:
         command = ["image_train", "--data_dir", "builtin", *TINY_FLAGS, "--class_cond", "True"]

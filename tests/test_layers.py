@@ -10,20 +10,42 @@ PACKAGE = ROOT / "improved_diffusion"
 
 # From the bottom up. A module may import from layers below its own and from its own layer, without cycles.
 LAYERS = [
-    {"storage", "losses", "seeding", "nn", "cpu", "tensor_file"},
-    {"gaussian_diffusion", "respace", "resample", "unet"},
+    {"storage", "losses", "seeding", "nn", "cpu", "tensor_file", "evaluation", "progress"},
+    {"gaussian_diffusion", "respace", "resample", "samplers", "unet"},
+    {"workers", "compute", "gradients", "inference", "optimizer"},
     {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
     {"image_datasets", "low_res"},
     {"logger", "checkpoint", "interrupts", "run_lock", "remote_run", "heartbeat", "dist_util"},
     {"results_style", "results_columns", "results_run", "results_charts", "results_overview", "results"},
-    {"train_util", "sample_util", "bits_per_dim"},
+    {
+        "train_util",
+        "sample_util",
+        "pictures",
+        "class_labels",
+        "bits_per_dim",
+        "inception",
+        "features",
+        "reference_cache",
+        "evaluation_report",
+        "previews",
+    },
     {"flags"},
     {"script_util", "diffusers_config"},
-    {"runs"},
+    {"runs", "sample_job"},
     {"train_job", "convert"},
 ]
-MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample"}
-WITHOUT_TORCH = {"storage", "logger", "results", "run_lock", "interrupts", "heartbeat", *LAYERS[5]}
+MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample", "samplers"}
+WITHOUT_TORCH = {
+    "storage",
+    "logger",
+    "results",
+    "run_lock",
+    "interrupts",
+    "heartbeat",
+    "evaluation",
+    "evaluation_report",
+    *next(layer for layer in LAYERS if "results" in layer),
+}
 
 
 def imports(module):

@@ -35,5 +35,5 @@ def test_train_then_sample(tmp_path, run_script):
         images = arrays["arr_0"].astype(float)
     for half, colour in ((images[:, :4], TOP), (images[:, 4:], BOTTOM)):
         means = half.mean(axis=(1, 2))
-        assert np.abs(means.mean(axis=0) - colour).max() < 25  # an untrained model's are off by 100
+        assert np.abs(means.mean(axis=0) - colour).max() < 50  # an untrained model's are off by 100
         assert np.abs(half - means[:, None, None]).mean() < 25

@@ -5,37 +5,102 @@ import pytest
 import torch as th
 from conftest import TINY
 
+from improved_diffusion.class_labels import parse_class_labels
 from improved_diffusion.sample_util import (
+    Plan,
+    Subject,
+    draw,
     guide,
-    image_grid,
-    parse_class_labels,
+    interpolate,
     per_image_noise,
     sample_images,
     to_uint8,
 )
-from improved_diffusion.script_util import (
-    create_model_and_diffusion,
-)
+from improved_diffusion.script_util import create_model_and_diffusion
+
+T = 12
+SIX_STEPS = Plan(steps=6)
 
 
-def draw(batch_size, num_samples=5, **kwargs):
-    _, diffusion = create_model_and_diffusion(**TINY, diffusion_steps=6)
-
-    def model(x, t):  # exact in every batch, unlike a network's convolutions
-        return 0.5 * x + 0.001 * t.float()[:, None, None, None]
-
-    settings = {"num_samples": num_samples, "batch_size": batch_size, "image_size": 4, "progress": False}
-    return np.concatenate(list(sample_images(model, diffusion, **settings, **kwargs)))
+def model(x, t):  # exact in every batch, unlike a network's convolutions
+    return 0.5 * x + 0.001 * t.float()[:, None, None, None]
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_an_image_depends_on_its_number_and_the_seed_alone(use_ddim):
-    whole = draw(5, use_ddim=use_ddim)
-    assert whole.shape == (5, 4, 4, 3) and whole.dtype == np.uint8
-    assert np.array_equal(whole, draw(2, use_ddim=use_ddim))
-    assert np.array_equal(whole[:3], draw(2, num_samples=3, use_ddim=use_ddim))
-    assert not np.array_equal(whole, draw(5, use_ddim=use_ddim, seed=1))
+def diffusion():
+    return create_model_and_diffusion(**TINY, diffusion_steps=T)[1]
+
+
+def drawn(batch_size, num_samples=5, plan=SIX_STEPS, seed=0, **options):
+    batches = sample_images(
+        model,
+        diffusion(),
+        plan,
+        Subject(image_size=4, seed=seed),
+        num_samples=num_samples,
+        batch_size=batch_size,
+        **options,
+    )
+    return np.concatenate(list(batches))
+
+
+PLANS = [SIX_STEPS, Plan("ddim", None), Plan("ddim", 4, eta=0.7), Plan("ddpm", None), Plan("ddpm", 5)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_image_depends_on_its_number_and_the_seed_alone(plan):
+    whole = drawn(5, plan=plan)
+    assert whole.shape == (5, 1, 4, 4, 3) and whole.dtype == np.uint8
+    assert np.array_equal(whole, drawn(2, plan=plan))
+    assert np.array_equal(whole[:3], drawn(2, num_samples=3, plan=plan))
+    assert not np.array_equal(whole, drawn(5, plan=plan, seed=1))
     assert not np.array_equal(whole[0], whole[1])
+
+
+def test_without_a_number_of_steps_it_is_improved_diffusions_loop():
+    for plan, loop in ((Plan("ddpm", None), "p_sample_loop"), (Plan("ddim", None), "ddim_sample_loop")):
+        randn_like = per_image_noise(3, range(2))
+        noise = randn_like(th.empty(2, 3, 4, 4))
+        expected = getattr(diffusion(), loop)(model, noise.shape, noise=noise, randn_like=randn_like)
+        *_, x = draw(model, diffusion(), plan, Subject(4, seed=3), range(2))
+        assert th.equal(x, expected)
+        assert plan.count_steps(diffusion()) == T
+    assert Plan().count_steps(diffusion()) == 20
+
+
+def test_frames_lead_from_the_noise_to_the_image():
+    subject = Subject(image_size=4)
+    states = [to_uint8(x) for x in draw(model, diffusion(), SIX_STEPS, subject, range(3))]
+    assert np.array_equal(states[0], to_uint8(per_image_noise(0, range(3))(th.empty(3, 3, 4, 4))))
+    assert np.array_equal(np.stack(states, axis=1), drawn(3, num_samples=3, frames=60))
+    assert np.array_equal(
+        np.stack([states[0], states[3], states[6]], axis=1), drawn(3, num_samples=3, frames=3)
+    )
+    assert np.array_equal(states[6][:, None], drawn(3, num_samples=3))
+
+
+def test_latents_labels_and_small_images_go_to_their_image():
+    told = []
+
+    def watched(x, t, y, low_res):
+        told.append((y.tolist(), low_res[:, 0, 0, 0].tolist()))
+        return x
+
+    low_res = th.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    latents = th.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    subject = Subject(4, labels=[7, 8, 9, 7, 8], low_res=low_res, latents=latents)
+    states = list(draw(watched, diffusion(), Plan(steps=2), subject, range(2, 5)))
+    assert th.equal(states[0], latents[2:])
+    assert told == [([9, 7, 8], [2.0, 3.0, 4.0])] * 2
+
+
+def test_interpolation_stays_as_far_from_grey_as_noise_is():
+    first, last = per_image_noise(0, range(2))(th.empty(2, 3, 16, 16))
+    path = interpolate(first, last, 5)
+    assert path.shape == (5, 3, 16, 16) and path.dtype == th.float32
+    assert th.allclose(path[0], first, atol=1e-6) and th.allclose(path[-1], last, atol=1e-6)
+    assert th.allclose(path.flatten(1).std(dim=1), th.ones(5), atol=0.05)  # a straight line's middle has 0.7
+    angles = [th.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(path, path[1:])]
+    assert max(angles) - min(angles) < 0.01
 
 
 def test_noise_streams_go_on():
@@ -50,24 +115,6 @@ def test_noise_streams_go_on():
 def test_to_uint8_covers_the_range():
     values = th.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 255, 255]
-
-
-def test_grid_shows_every_image_in_order():
-    images = np.stack([np.full((8, 8, 3), 20 * i, np.uint8) for i in range(5)])
-    grid = np.asarray(image_grid(images))
-    assert grid.shape == (2 * 10 * 8 + 16, 3 * 10 * 8 + 16, 3)  # 3 columns, 2 rows, enlarged 8 times
-    for i in range(5):
-        row, column = divmod(i, 3)
-        assert (grid[row * 80 + 50, column * 80 + 50] == 20 * i).all()
-    assert np.asarray(image_grid(np.zeros((1, 100, 60, 3), np.uint8))).shape == (104, 64, 3)
-
-
-def test_grid_gives_each_class_a_row():
-    images = np.stack([np.full((64, 64, 3), 20 * i, np.uint8) for i in range(5)])
-    grid = np.asarray(image_grid(images, np.array([7, 2, 7, 2, 2])))
-    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
-    shown = [[int(grid[30 + 66 * row, 30 + 66 * column, 0]) for column in range(3)] for row in range(2)]
-    assert shown == [[0, 40, 255], [20, 60, 80]]  # the classes in the order in which they were asked for
 
 
 def test_guidance_extrapolates_from_the_prediction_without_a_class():

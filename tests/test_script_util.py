@@ -160,7 +160,14 @@ def test_str2bool():
 def test_every_flag_of_every_script_is_explained():
     import importlib.util
 
-    for script in ("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"):
+    for script in (
+        "image_train",
+        "image_sample",
+        "image_nll",
+        "image_eval",
+        "super_res_train",
+        "super_res_sample",
+    ):
         spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -170,7 +170,8 @@ def load(out):
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, run_script):
     results = {}
-    for name, flags in {"a": [], "b": ["--batch_size", "5"], "c": ["--seed", "1"]}.items():
+    other_batches = ["--batch_size", "5", "--num_workers", "2"]
+    for name, flags in {"a": [], "b": other_batches, "c": ["--seed", "1"]}.items():
         sample(run_script, trained[0], tmp_path / name, *flags)
         results[name] = load(tmp_path / name)[0]
     assert np.abs(results["a"] - results["b"]).max() <= 1  # other batches round differently, no more
@@ -178,13 +179,49 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, run_
 
 
 @pytest.mark.parametrize(
-    "flags", [["--use_ddim", "True"], ["--timestep_respacing", "ddim7", "--use_ddim", "True"]]
+    "flags, sampler, steps",
+    [
+        ([], "dpmpp_2m", 20),
+        (["--sampler", "heun", "--sample_steps", "3", "--timestep_spacing", "karras"], "heun", 3),
+        (["--sampler", "ddpm"], "ddpm", 20),
+        (["--use_ddim", "True"], "ddim", 20),
+        (["--timestep_respacing", "ddim7", "--use_ddim", "True"], "ddim", 7),
+    ],
 )
-def test_ddim_and_respacing(trained, tmp_path, run_script, flags):
-    done = sample(run_script, trained[0] / "model000012.pt", tmp_path, *flags, "--class_label", "star,3")
-    steps = re.search(r"in (\d+) steps", done.stdout)[1]
-    assert steps == ("7" if "ddim7" in flags else "20")
+def test_samplers(trained, tmp_path, call_script, flags, sampler, steps):
+    flags = [*flags, "--class_label", "star,3", "--num_samples", 4, "--log_dir", tmp_path]
+    done = call_script("image_sample.py", "--model_path", trained[0] / "model000012.pt", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"with {sampler} in {steps} steps" in done.stdout
     assert set(load(tmp_path)[1]) == {7, 3}
+
+
+def test_trajectory_and_interpolation(trained, tmp_path, call_script):
+    """Between two images of a seed, in a row for each class; and an animation of how they came about."""
+    common = ["--model_path", trained[0], "--class_label", "star,3", "--sample_steps", 4]
+    flags = [
+        "--interpolate",
+        "True",
+        "--num_samples",
+        3,
+        "--save_trajectory",
+        "True",
+        "--log_dir",
+        tmp_path / "i",
+    ]
+    done = call_script("image_sample.py", *common, *flags)
+    assert done.returncode == 0 and "drawing 6 images" in done.stdout, done.stderr
+    between, labels = load(tmp_path / "i")
+    assert labels.tolist() == [7, 7, 7, 3, 3, 3]
+    with (
+        Image.open(tmp_path / "i" / "grid.png") as grid,
+        Image.open(tmp_path / "i" / "trajectory.webp") as way,
+    ):
+        assert grid.size == way.size and grid.width > grid.height
+        assert 3 <= way.n_frames <= 5  # frames that do not differ are shown as one
+    done = call_script("image_sample.py", *common, "--num_samples", 2, "--log_dir", tmp_path / "two")
+    ends = load(tmp_path / "two")[0]
+    assert np.abs(ends[0] - between[0]).max() <= 1 and np.abs(ends[1] - between[5]).max() <= 1
 
 
 def test_guidance(tmp_path, train, run_script, call_script):
@@ -209,6 +246,9 @@ def test_guidance(tmp_path, train, run_script, call_script):
         (["--num_channels", "64"], "--num_channels 64: contradicts the checkpoint"),
         (["--class_label", "unicorn"], "--class_label 'unicorn'.*circle"),
         (["--timestep_respacing", "21"], "--timestep_respacing"),
+        (["--use_ddim", "True", "--sampler", "heun"], "--use_ddim True: contradicts --sampler heun"),
+        (["--interpolate", "True", "--sampler", "ddpm"], "--interpolate True: .* ddpm"),
+        (["--interpolate", "True", "--use_ddim", "True", "--eta", "0.5"], "--interpolate True: .*--eta 0.5"),
         (["--num_samples", "0"], "--num_samples 0"),
         (["--batch_size", "x"], "--batch_size"),
     ],

@@ -91,7 +91,7 @@ def test_all_ways_to_give_the_same_images(tmp_path, call_script):
     results = {}
     for source, batch in (("large.npz", 3), ("small.npz", 2), ("small", 1)):
         flag = "--data_dir" if source == "large.npz" else "--base_samples"
-        options = ["--batch_size", batch, "--log_dir", tmp_path / f"from-{source}"]
+        options = ["--sampler", "ddpm", "--batch_size", batch, "--log_dir", tmp_path / f"from-{source}"]
         done = call_script("super_res_sample.py", "--model_path", folder, flag, tmp_path / source, *options)
         assert done.returncode == 0, done.stderr
         images, given = load(tmp_path / f"from-{source}")
@@ -104,7 +104,7 @@ def test_all_ways_to_give_the_same_images(tmp_path, call_script):
 
 def test_the_model_is_given_the_image_to_enlarge(tmp_path, monkeypatch, call_script):
     folder = save_trained(tmp_path, large_size=8, small_size=4)
-    small = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    small = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
     np.savez(tmp_path / "small.npz", small)
     shown = []
 
@@ -113,7 +113,7 @@ def test_the_model_is_given_the_image_to_enlarge(tmp_path, monkeypatch, call_scr
         return th.zeros_like(x)
 
     monkeypatch.setattr(SuperResModel, "forward", forward)
-    flags = ["--base_samples", tmp_path / "small.npz", "--batch_size", 2, "--timestep_respacing", "1"]
+    flags = ["--base_samples", tmp_path / "small.npz", "--batch_size", 4, "--timestep_respacing", "1"]
     options = ["--model_path", folder, "--log_dir", tmp_path / "out"]
     assert call_script("super_res_sample.py", *flags, *options).returncode == 0
     assert np.array_equal(to_uint8(th.cat(shown) + 1e-3), small)

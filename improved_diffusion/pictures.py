@@ -1,0 +1,128 @@
+"""What is drawn, as files to look at and to go on with: an .npz file, a grid, single PNGs, an animation."""
+
+import math
+from collections.abc import Iterable
+
+import blobfile as bf
+import numpy as np
+from PIL import Image, features
+
+from improved_diffusion import dist_util
+from improved_diffusion.interrupts import Interrupts, Stoppable
+from improved_diffusion.storage import open_atomic
+
+MAX_IN_GRID = 400
+# An animation shows the first images, as many as do not strain the memory.
+MAX_IN_ANIMATION = 64
+MAX_PIXELS_IN_ANIMATION = 1_000_000
+MILLISECONDS_OF_WAY, MILLISECONDS_OF_LAST = 3000, 2500
+
+
+def save_samples(
+    batches: Iterable[np.ndarray],
+    out_dir: str,
+    *,
+    labels: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    save_png: bool = False,
+    save_trajectory: bool = False,
+) -> int:
+    """Write images into `out_dir`, and say where they are.
+
+    They become ``samples_NxHxWx3.npz`` (arr_0: the images; arr_1: `labels`, where there are any) and the
+    picture ``grid.png``. Ctrl-C and SIGTERM end the drawing; the batches that are finished by then are written
+    all the same. Only rank 0 of several processes writes.
+
+    :param batches: uint8 [n, F, H, W, 3] each: F frames from noise to image, or just the image.
+    :param rows: which images are to share a row of the grid (see `image_grid`).
+    :param save_png: also write every image as a PNG file of its own, at once.
+    :param save_trajectory: also write all frames of the first images, as an animated picture.
+    :return: the exit code: 0, or 130 or 143 when Ctrl-C or SIGTERM has ended the drawing.
+    """
+    if dist_util.get_rank() > 0:
+        for _ in batches:
+            pass
+        return 0
+    images: list[np.ndarray] = []
+    frames: list[np.ndarray] = []
+    with Stoppable() as stoppable:
+        for batch in batches:
+            finished = batch[:, -1]
+            if save_png:
+                for number, image in enumerate(finished, start=sum(map(len, images))):
+                    with open_atomic(bf.join(out_dir, f"{number:06d}.png")) as file:
+                        Image.fromarray(image).save(file, format="PNG")
+            if save_trajectory:
+                missing = _count_in_animation(batch) - sum(map(len, frames))
+                frames.append(batch[: max(0, missing)])
+            images.append(finished)
+    if not images:
+        return stoppable.exit_code
+    drawn = np.concatenate(images)
+    path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
+    with Interrupts():  # who asks now to stop wants these files all the same
+        with open_atomic(path) as file:
+            np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
+        grid = bf.join(out_dir, "grid.png")
+        with open_atomic(grid) as file:
+            image_grid(drawn, rows).save(file, format="PNG")
+        print(f"{len(drawn)} images: {path}\npicture:   {grid}")
+        if save_trajectory:
+            print(f"animation: {save_animation(np.concatenate(frames), out_dir, rows)}")
+    return stoppable.exit_code
+
+
+def image_grid(images: np.ndarray, rows: np.ndarray | None = None, padding: int = 2) -> Image.Image:
+    """One picture of all images, enlarged when they are small enough to strain the eye.
+
+    :param images: uint8 [N, H, W, 3]; of more than `MAX_IN_GRID` the first are shown.
+    :param rows: a number for each image [N], such as its class; those with the same have a row to themselves.
+        Without, the grid is about square.
+    :param padding: pixels between images.
+    """
+    images = images[:MAX_IN_GRID]
+    count, height, width, _ = images.shape
+    if rows is None:
+        columns = math.ceil(math.sqrt(count))
+        places = [divmod(i, columns) for i in range(count)]
+    else:
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(rows[:count].tolist()))}
+        filled = [0] * len(row_of)
+        places = []
+        for row in (row_of[key] for key in rows[:count].tolist()):
+            places.append((row, filled[row]))
+            filled[row] += 1
+    height_in_images, width_in_images = (max(place) + 1 for place in zip(*places))
+    canvas = np.full(
+        (height_in_images * (height + padding) + padding, width_in_images * (width + padding) + padding, 3),
+        255,
+        np.uint8,
+    )
+    for image, (row, column) in zip(images, places):
+        top, left = padding + row * (height + padding), padding + column * (width + padding)
+        canvas[top : top + height, left : left + width] = image
+    factor = max(1, 64 // max(height, width))
+    picture = Image.fromarray(canvas)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def save_animation(frames: np.ndarray, out_dir: str, rows: np.ndarray | None = None) -> str:
+    """Write ``trajectory.webp``, or ``trajectory.gif`` where Pillow was built without WebP; returns its path.
+
+    It shows grids of the images, one frame after the other, and rests on the last one.
+
+    :param frames: uint8 [N, F, H, W, 3].
+    :param rows: as in `image_grid`.
+    """
+    kind = "WebP" if features.check("webp") else "GIF"
+    path = bf.join(out_dir, f"trajectory.{kind.lower()}")
+    first, *others = (image_grid(frame, rows) for frame in frames.swapaxes(0, 1))
+    durations = [MILLISECONDS_OF_WAY // frames.shape[1]] * len(others) + [MILLISECONDS_OF_LAST]
+    with open_atomic(path) as file:
+        first.save(file, format=kind, save_all=True, append_images=others, duration=durations, loop=0)
+    return path
+
+
+def _count_in_animation(batch: np.ndarray) -> int:
+    """How many images of such a batch [n, F, H, W, 3] an animation shows."""
+    return max(1, min(MAX_IN_ANIMATION, MAX_PIXELS_IN_ANIMATION // (batch.shape[2] * batch.shape[3])))

@@ -1,0 +1,86 @@
+"""Threads that compute side by side, one core each, and the copies of a model that they compute with."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch as th
+from torch import nn
+
+DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
+BLOCK = 2**16  # numbers, of which a core's cache holds several times as many
+Result = TypeVar("Result")
+
+
+class Workers:
+    """`count` threads with a single core each: small tensors gain nothing from sharing the work on each of them,
+    and lose the time in which the cores wait for each other."""
+
+    def __init__(self, count: int):
+        self.count = count
+        # What the workers set becomes the default of every thread that has not set or used its own number yet.
+        th.set_num_threads(th.get_num_threads())
+        self._pool = ThreadPoolExecutor(count, "worker", initializer=th.set_num_threads, initargs=(1,))
+
+    def run(self, tasks: Iterable[Callable[[], Result]]) -> list[Result]:
+        """Run all `tasks`, at most `count` at a time.
+
+        :return: their results, in order.
+        :raises Exception: the first that a task raised, when all have ended.
+        """
+        futures = [self._pool.submit(task) for task in tasks]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def share(self, tensors: Sequence[th.Tensor]) -> list[list[list[int]]]:
+        """Distribute `tensors` among the workers, so that each gets about as many numbers.
+
+        :return: for each worker, the indices of its tensors in blocks. What is done to a block step by step finds
+            it in the cache of the core again.
+        """
+        shares: list[list[list[int]]] = [[] for _ in range(self.count)]
+        sizes, left = [0] * self.count, len(tensors)
+        block: list[int] = []
+        for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
+            block.append(index)
+            numbers = sum(tensors[i].numel() for i in block)
+            left -= 1
+            if numbers >= BLOCK or not left:
+                emptiest = sizes.index(min(sizes))
+                shares[emptiest].append(block)
+                sizes[emptiest] += numbers
+                block = []
+        return shares
+
+
+class ModelCopies:
+    """Copies of `model` that share one set of weights, and have gradients of their own.
+
+    With ``"bf16"``, that is a set in 16 bits of the weights in the model's `torso` (where it has one, else of all),
+    which `update` brings up to date; the other weights are the model's own.
+
+    :param weights: tensors to take instead of the model's parameters, in their order, such as a moving average.
+    """
+
+    def __init__(
+        self, model: nn.Module, count: int, precision: str, weights: Sequence[th.Tensor] | None = None
+    ):
+        own = list(model.parameters())
+        sources = [p.detach() for p in own] if weights is None else list(weights)
+        torso = {id(p) for part in getattr(model, "torso", [model]) for p in part.parameters()}
+        dtype = DTYPES[precision]
+        # What differs from its source in type is a copy, and has to be updated; the rest is the source itself.
+        shared = [source.to(dtype) if id(p) in torso else source for p, source in zip(own, sources)]
+        self._pairs = list(zip(shared, sources))
+        self.models = []
+        for _ in range(count):
+            parameters = {id(p): nn.Parameter(tensor, p.requires_grad) for p, tensor in zip(own, shared)}
+            self.models.append(copy.deepcopy(model, parameters))
+
+    def update(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Take over what has become of the weights with these indices."""
+        for block in blocks:
+            outdated = [self._pairs[i] for i in block if self._pairs[i][0] is not self._pairs[i][1]]
+            if outdated:
+                th._foreach_copy_(*map(list, zip(*outdated)))
