@@ -41,7 +41,7 @@ def memory_gb() -> float | None:
 
 # Of mallopt(3): up to which size freed memory at the end of the heap is kept, and from which size on blocks are
 # asked of the system one by one. The system clears what it gives, page by page.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEEP = (2**31 - 1, 2**30)
 
 
@@ -53,11 +53,28 @@ def keep_memory(trim_threshold: int = KEEP[0], mmap_threshold: int = KEEP[1]) ->
 
     :return: whether that was possible: it is with the GNU C library.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    libc = _c_library()
+    if not hasattr(libc, "mallopt"):
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, trim_threshold) and mallopt(M_MMAP_THRESHOLD, mmap_threshold))
+    # One heap for all threads, so that one uses what another has freed.
+    libc.mallopt(M_ARENA_MAX, 1)
+    return bool(
+        libc.mallopt(M_TRIM_THRESHOLD, trim_threshold) and libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+    )
+
+
+def release_memory() -> None:
+    """Hand back to the system what `keep_memory` has kept and is free, for other uses to take."""
+    libc = _c_library()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # TypeError: Windows, where there is no such handle
+        return None
 
 
 def describe_machine() -> dict[str, str | int | float | None]:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from improved_diffusion import inception
 from improved_diffusion.evaluation import InceptionScore
 from improved_diffusion.image_set import ImageSet
 from improved_diffusion.progress import Progress
+from improved_diffusion.workers import Workers
 
 INCEPTION, PIXEL = "inception", "pixel"
 PIXEL_SIDE = 16
@@ -76,16 +78,20 @@ def extract(
     score: InceptionScore | None = None,
     doing: str,
 ) -> Iterator[np.ndarray]:
-    """The features of all `images`, in order, in arrays [n, D] of at most `batch_size` images.
+    """The features of all `images`, in order, in arrays [n, D].
 
+    :param batch_size: images that a core computes at a time.
     :param score: also takes the class probabilities of the images, from an extractor with a classifier.
     :param doing: a word for the progress bar.
     :raises ValueError: the extractor does not work on these images.
     """
+    workers = Workers(th.get_num_threads())
+    at_once = batch_size * workers.count
     with Progress(len(images), 1, doing) as progress:
-        for start in range(0, len(images), batch_size):
-            pixels = images.get(np.arange(start, min(start + batch_size, len(images))))
-            features = extractor.compute(pixels)
+        for start in range(0, len(images), at_once):
+            pixels = images.get(np.arange(start, min(start + at_once, len(images))))
+            parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
+            features = np.concatenate(workers.run([partial(extractor.compute, part) for part in parts]))
             if score is not None:
                 score.add(_softmax(features @ extractor.classifier.T))
             progress.step(len(pixels))

@@ -25,7 +25,6 @@ class Gradients:
         self.workers = workers
         self.copies = ModelCopies(model, workers.count, precision)
         self.shares = workers.share(self.params)
-        self._sums = [th.empty_like(p) for p in self.params]
 
     def compute(self, losses: Sequence[Callable[[nn.Module], tuple[th.Tensor, dict]]]) -> list[dict]:
         """Set the gradient to that of the sum of all `losses`.
@@ -43,8 +42,6 @@ class Gradients:
             details += [detail for _, detail in results]
             gradients = [gradient for gradient, _ in results]
             self.workers.run(partial(self._add, share, gradients, start == 0) for share in self.shares)
-        for p, total in zip(self.params, self._sums):
-            p.grad = total
         return details
 
     def _add(
@@ -52,13 +49,20 @@ class Gradients:
     ) -> None:
         """Add up the `gradients` of the parameters in `blocks`; `first`: from zero on."""
         for block in blocks:
-            sums = [self._sums[i] for i in block]
+            params = [self.params[i] for i in block]
             parts = [[gradient[i] for i in block] for gradient in gradients]
             if first:
-                th._foreach_copy_(sums, parts.pop(0))
+                for p, gradient in zip(params, parts.pop(0)):
+                    p.grad = gradient.to(p.dtype)
+            sums = [p.grad for p in params]
             for part in parts:
                 # In two steps: adding numbers of different types is several times slower.
                 th._foreach_add_(sums, [g.to(s.dtype) for g, s in zip(part, sums)])
+
+    def clear(self) -> None:
+        """Make room for activations."""
+        for p in self.params:
+            p.grad = None
 
     def norm(self) -> float:
         """The norm of the whole gradient."""

@@ -160,7 +160,7 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
         compute = _choose_compute(flags, source)
         parse_ema_rates(flags["ema_rate"])
         # A model that cannot be built is reported before any data are read.
-        _, diffusion = create_from_flags(flags)
+        diffusion = create_from_flags(flags)[1]
         create_named_schedule_sampler(flags["schedule_sampler"], diffusion)
         check_images_fit(flags, "batch_size", bytes_per_number=4)
         with dist_util.rank_0_first():

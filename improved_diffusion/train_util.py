@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from improved_diffusion import checkpoint, dist_util, logger, results, seeding
 from improved_diffusion.checkpoint import Checkpoint
+from improved_diffusion.cpu import release_memory
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.gradients import Gradients
 from improved_diffusion.inference import fast_model
@@ -257,12 +258,13 @@ class TrainLoop:
             self.schedule_sampler.update_with_all_losses(t, losses["loss"])
         if self.grad_clip > 0:
             th.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, th.tensor(grad_norm))
-        lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
+        self.opt.lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
         self.step += 1
-        self.opt.step(lr, [(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()])
+        self.opt.step([(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()])
+        self.gradients.clear()
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)
-        logger.logkv("lr", lr)
+        logger.logkv("lr", self.opt.lr)
 
     def _forward_backward(
         self, batch: th.Tensor, cond: dict[str, th.Tensor]
@@ -394,6 +396,7 @@ class TrainLoop:
         if self.step % self.sample_interval or self.step == self.previewed_step:
             return
         self.previewed_step = self.step
+        release_memory()
         averaged = next(iter(self.ema_params.values()))
         self.preview(fast_model(self.model, self.precision, self.workers.count, averaged), self.step)
 
@@ -470,6 +473,8 @@ class TrainLoop:
         )
 
     def _export(self) -> None:
+        # Between two steps there is much to give back, and a workbook of thousands of rows takes some.
+        release_memory()
         try:
             results.export(logger.get_dir())
         except Exception as error:  # whatever is wrong with a report, it is no reason to end a run of days
@@ -526,8 +531,7 @@ class TrainLoop:
         dist_util.sync_params(self.params)
         if self.step == 0:
             return
-        for p in self.params:
-            dist_util.sync_params(value for _, value in sorted(self.opt.state(p).items()))
+        dist_util.sync_params(self.opt.state_tensors())
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
         """A state dict like the model's with `params` in the place of its parameters."""

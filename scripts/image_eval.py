@@ -26,7 +26,7 @@ EVALUATION = {
     "reference": "",
     "features": INCEPTION,
     "inception_weights": "",
-    "batch_size": 8,
+    "batch_size": 4,
     "output": "",
     "run_dir": "",
 }

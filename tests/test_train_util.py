@@ -177,7 +177,7 @@ def test_resume_takes_new_flags_and_restores_the_rest(tmp_path):
     loop = make_loop(tmp_path, total_steps=5, lr=7e-4, weight_decay=0.2, resume_checkpoint=str(tmp_path))
     assert (loop.step, loop.samples, loop.data.samples) == (3, 18, 18)
     assert loop.opt.state_dict()["param_groups"][0]["weight_decay"] == 0.2
-    assert loop.opt.state(loop.params[0])["step"] == 3
+    assert loop.opt.steps[0] == 3
     loop.run_loop()
     assert rows(tmp_path)[-1]["lr"] == "0.0007"
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "5"]
