@@ -6,6 +6,7 @@ from functools import partial
 import torch as th
 from torch import nn
 
+from improved_diffusion.nn import dropout_seeds
 from improved_diffusion.workers import ModelCopies, Workers
 
 
@@ -26,19 +27,25 @@ class Gradients:
         self.copies = ModelCopies(model, workers.count, precision)
         self.shares = workers.share(self.params)
 
-    def compute(self, losses: Sequence[Callable[[nn.Module], tuple[th.Tensor, dict]]]) -> list[dict]:
+    def compute(
+        self,
+        losses: Sequence[Callable[[nn.Module], tuple[th.Tensor, dict]]],
+        masks: Sequence[Sequence[int]],
+    ) -> list[dict]:
         """Set the gradient to that of the sum of all `losses`.
 
         :param losses: for each part of the batch, a function of the model that returns the part's share of the
             loss, a scalar, and whatever else is to be returned. It is called in a thread of its own.
+        :param masks: for each part, the seeds of its images' dropout masks.
         :return: what else each part returned.
         """
         self.workers.run(partial(self.copies.update, share) for share in self.shares)
         details = []
         count = self.workers.count
         for start in range(0, len(losses), count):
-            models_and_losses = zip(self.copies.models, losses[start : start + count])
-            results = self.workers.run(partial(_differentiate, *pair) for pair in models_and_losses)
+            some = slice(start, start + count)
+            parts = zip(self.copies.models, losses[some], masks[some])
+            results = self.workers.run(partial(_differentiate, *part) for part in parts)
             details += [detail for _, detail in results]
             gradients = [gradient for gradient, _ in results]
             self.workers.run(partial(self._add, share, gradients, start == 0) for share in self.shares)
@@ -78,8 +85,11 @@ class Gradients:
 
 
 def _differentiate(
-    model: nn.Module, loss_of: Callable[[nn.Module], tuple[th.Tensor, dict]]
+    model: nn.Module, loss_of: Callable[[nn.Module], tuple[th.Tensor, dict]], masks: Sequence[int]
 ) -> tuple[Sequence[th.Tensor], dict]:
     """The gradient of what `loss_of` makes of `model`, with respect to each parameter."""
-    loss, detail = loss_of(model)
-    return th.autograd.grad(loss, list(model.parameters())), detail
+    with dropout_seeds(
+        masks
+    ):  # also on the way back, for gradient checkpointing evaluates layers again there
+        loss, detail = loss_of(model)
+        return th.autograd.grad(loss, list(model.parameters())), detail

@@ -22,7 +22,6 @@ from improved_diffusion.gradients import Gradients
 from improved_diffusion.inference import fast_model
 from improved_diffusion.interrupts import Interrupts
 from improved_diffusion.logger import CsvTable
-from improved_diffusion.nn import dropout_seeds
 from improved_diffusion.optimizer import Optimizer
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.seeding import Purpose
@@ -293,14 +292,13 @@ class TrainLoop:
 
         def loss_of(part: slice, model: th.nn.Module) -> tuple[th.Tensor, dict[str, th.Tensor]]:
             drawn = slice(offset + part.start, offset + part.stop)
-            with dropout_seeds(masks[part]):
-                terms = self.diffusion.training_losses(
-                    model,
-                    batch[part],
-                    t[drawn],
-                    model_kwargs={key: value[part] for key, value in cond.items()},
-                    noise=noise[drawn],
-                )
+            terms = self.diffusion.training_losses(
+                model,
+                batch[part],
+                t[drawn],
+                model_kwargs={key: value[part] for key, value in cond.items()},
+                noise=noise[drawn],
+            )
             # The sum over all parts is the mean over the batch, also when the last part is smaller.
             share = (terms["loss"] * weights[drawn]).sum() / total
             return share, {key: value.detach() for key, value in terms.items()}
@@ -310,7 +308,9 @@ class TrainLoop:
             # There are fewer microbatches than workers: they get an equal part each.
             length = -(-size // self.workers.count)
         parts = [slice(start, min(start + length, size)) for start in range(0, size, length)]
-        terms = self.gradients.compute([partial(loss_of, part) for part in parts])
+        terms = self.gradients.compute(
+            [partial(loss_of, part) for part in parts], [masks[part] for part in parts]
+        )
         losses = {key: th.cat([some[key] for some in terms]) for key in terms[0]}
         return t, weights, self._exchange(losses)
 

@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from conftest import SCRIPTS, TINY_FLAGS
 
+from improved_diffusion import checkpoint
 from improved_diffusion.gaussian_diffusion import LossType, ModelVarType
 from improved_diffusion.resample import (
     LossSecondMomentResampler,
@@ -249,12 +250,17 @@ def test_no_upstream_flag_is_missing(script):
     assert set(f"{UPSTREAM_FLAGS[script]} {MODEL_AND_DIFFUSION}".split()) <= flags.keys()
 
 
-def test_sixteen_bits_are_accepted_and_said_to_be_absent(tmp_path, call_script):
+def test_sixteen_bits_are_bfloat16_and_said_to_be(tmp_path, call_script):
     flags = [*TINY_FLAGS, "--data_dir", "builtin", "--total_steps", "1", "--log_dir", tmp_path / "run"]
     done = call_script("image_train.py", *flags, "--use_fp16", "True", "--fp16_scale_growth", "1e-3")
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if "--use_fp16" in line]
-    assert len(said) == 1 and "float32" in said[0]
+    assert len(said) == 1 and "bfloat16" in said[0]
+    assert checkpoint.find(str(tmp_path / "run")).state["precision"] == "bf16"
+    done = call_script(
+        "image_train.py", *flags[:-1], tmp_path / "no", "--use_fp16", "True", "--precision", "fp32"
+    )
+    assert done.returncode == 2 and "--use_fp16 True and --precision fp32 contradict" in done.stderr
     done = call_script("image_train.py", *flags[:-1], tmp_path / "other", "--fp16_scale_growth", "1e-3")
     assert done.returncode == 2 and "--fp16_scale_growth: belongs to --use_fp16 True" in done.stderr
     assert not (tmp_path / "other").exists()

@@ -1,0 +1,96 @@
+"""Gradients on several cores and in 16 bits: the same as on one core in 32."""
+
+from functools import partial
+
+import pytest
+import torch as th
+from conftest import TINY
+
+from improved_diffusion.gradients import Gradients
+from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.workers import Workers
+
+BATCH = 8
+CASES = {
+    "plain": {},
+    "embedding_added": {"use_scale_shift_norm": False},
+    "learned_sigma": {"learn_sigma": True},
+    "classes": {"class_cond": True, "num_classes": 10},
+    "dropout": {"dropout": 0.3},
+    "checkpointing": {"use_checkpoint": True, "dropout": 0.3},
+    "predicts_the_image": {"predict_xstart": True},
+    "larger_images": {"image_size": 16, "attention_resolutions": "16"},
+}
+
+
+def gradient(case, precision="fp32", workers=1, part=2):
+    """The gradient of one batch as a vector, in double precision, and the engine that made it."""
+    flags = {**TINY, **CASES[case]}
+    th.manual_seed(0)
+    model, diffusion = create_model_and_diffusion(**flags)
+    rng = th.Generator().manual_seed(1)
+    for p in model.parameters():
+        # The last layers start at zero; filling them lets every gradient flow.
+        if not p.any():
+            p.data.normal_(0, 0.02, generator=rng)
+    shape = (BATCH, 3, flags["image_size"], flags["image_size"])
+    images, noise = th.randn(shape, generator=rng).clamp(-1, 1), th.randn(shape, generator=rng)
+    t = th.randint(0, diffusion.num_timesteps, (BATCH,), generator=rng)
+    y = th.arange(BATCH) % 10
+
+    def loss(where, copy):
+        kwargs = {"y": y[where]} if flags.get("class_cond") else {}
+        terms = diffusion.training_losses(copy, images[where], t[where], kwargs, noise=noise[where])
+        return terms["loss"].sum() / BATCH, {"loss": terms["loss"].detach()}
+
+    engine = Gradients(model, precision, Workers(workers))
+    parts = [slice(start, min(start + part, BATCH)) for start in range(0, BATCH, part)]
+    details = engine.compute(
+        [partial(loss, where) for where in parts], [range(BATCH)[where] for where in parts]
+    )
+    assert th.cat([detail["loss"] for detail in details]).shape == (BATCH,)
+    return th.cat([p.grad.flatten() for p in model.parameters()]).double(), engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_workers_changes_no_bit(case, precision):
+    one, _ = gradient(case, precision)
+    for workers in (2, 3, 4):
+        assert th.equal(gradient(case, precision, workers)[0], one), workers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_16_bits_give_the_gradient_of_32(case):
+    exact, _ = gradient(case)
+    rounded, _ = gradient(case, "bf16", 2)
+    assert not th.equal(rounded, exact)
+    assert th.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999
+    assert abs(rounded.norm() / exact.norm() - 1) < 0.01
+
+
+@pytest.mark.parametrize("part", [1, 3, 4, 8])
+def test_where_the_batch_is_cut_changes_nothing(part):
+    exact, _ = gradient("dropout")
+    other, _ = gradient("dropout", workers=2, part=part)
+    assert (other - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_checkpointing_draws_the_same_masks_again():
+    assert th.equal(gradient("checkpointing", workers=2)[0], gradient("dropout")[0])
+
+
+def test_the_norm_is_that_of_all_gradients():
+    vector, engine = gradient("plain", workers=2)
+    assert engine.norm() == pytest.approx(vector.norm().item(), rel=1e-6)
+    engine.clear()
+    assert all(p.grad is None for p in engine.params)
+
+
+def test_gradients_are_of_the_weights_as_they_are_now():
+    vector, engine = gradient("plain", "bf16", 2)
+    with th.no_grad():
+        for p in engine.params:
+            p.zero_()
+    engine.compute([lambda model: (sum((p.float() ** 2).sum() for p in model.parameters()), {})], [[]])
+    assert engine.norm() == 0

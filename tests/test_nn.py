@@ -1,0 +1,72 @@
+"""The layers that are computed in another way than they are written: the same numbers."""
+
+import pytest
+import torch as th
+import torch.nn.functional as F
+
+from improved_diffusion.nn import Dropout, conv_nd, dropout_seeds, pointwise_conv_nd
+from improved_diffusion.unet import FUSED_ATTENTION_LENGTH, QKVAttention, Upsample
+
+
+@pytest.mark.parametrize("dims, size", [(1, (12,)), (2, (3, 4)), (3, (2, 3, 2))])
+@pytest.mark.parametrize("dtype, tolerance", [(th.float32, 1e-5), (th.bfloat16, 2e-2)])
+def test_pointwise_convolution(dims, size, dtype, tolerance):
+    th.manual_seed(0)
+    ours, plain = pointwise_conv_nd(dims, 8, 5).to(dtype), conv_nd(dims, 8, 5, 1)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+    plain.load_state_dict(ours.state_dict())
+    x = th.randn(3, 8, *size, dtype=dtype)
+    outputs = []
+    for layer in (ours, plain):
+        mine = x.to(layer.weight.dtype).requires_grad_()
+        y = layer(mine)
+        gradients = th.autograd.grad((y.float() ** 2).sum(), [mine, *layer.parameters()])
+        outputs.append([y, *gradients])
+    for a, b in zip(*outputs):
+        assert a.shape == b.shape and (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (1, 1), (5, 2)])
+def test_upsampling_and_convolution_as_one(size):
+    th.manual_seed(0)
+    layer = Upsample(6, use_conv=True)
+    x = th.randn(2, 6, *size)
+    outputs = []
+    for forward in (layer, lambda x: layer.conv(F.interpolate(x, scale_factor=2, mode="nearest"))):
+        mine = x.clone().requires_grad_()
+        y = forward(mine)
+        outputs.append([y, *th.autograd.grad((y**2).sum(), [mine, *layer.parameters()])])
+    for a, b in zip(*outputs):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("length", [16, FUSED_ATTENTION_LENGTH, FUSED_ATTENTION_LENGTH + 7])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_as_it_is_defined(length, heads):
+    th.manual_seed(0)
+    width = 8
+    qkv = th.randn(2, heads * 3 * width, length)
+    q, k, v = qkv.double().reshape(2, heads, 3, width, length).unbind(2)
+    weights = (th.einsum("nhct,nhcs->nhts", q, k) / width**0.5).softmax(-1)
+    expected = th.einsum("nhts,nhcs->nhct", weights, v).reshape(2, heads * width, length)
+    assert th.allclose(QKVAttention(heads)(qkv).double(), expected, atol=1e-5)
+    rounded = QKVAttention(heads)(qkv.bfloat16()).double()
+    assert (rounded - expected).norm() < 0.02 * expected.norm()
+
+
+def test_dropout_masks_belong_to_the_image():
+    layer, x = Dropout(0.5), th.ones(4, 3, 8, 8)
+    layer.layer = 7
+    with dropout_seeds([1, 2, 3, 4]):
+        whole = layer(x)
+    with dropout_seeds([3, 4]):
+        assert th.equal(layer(x[:2]), whole[2:])
+    assert not th.equal(whole[0], whole[1])
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    other = Dropout(0.5)
+    with dropout_seeds([1, 2, 3, 4]):
+        assert not th.equal(other(x), whole)
+    assert not th.equal(layer(x), layer(x))  # without seeds, the global generator
+    assert th.equal(layer.eval()(x), x)

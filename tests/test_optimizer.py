@@ -1,0 +1,84 @@
+"""AdamW in shares: PyTorch's AdamW, to the last bit, whatever the number of workers."""
+
+import pytest
+import torch as th
+
+from improved_diffusion.nn import update_ema
+from improved_diffusion.optimizer import Optimizer
+from improved_diffusion.workers import BLOCK, Workers
+
+SHAPES = [(BLOCK + 3,), (5,), (), (300, 400), (2, 3, 4), (7,)]
+
+
+def parameters():
+    rng = th.Generator().manual_seed(0)
+    return [th.nn.Parameter(th.randn(shape, generator=rng)) for shape in SHAPES]
+
+
+def train(params, step, steps=5, start=0):
+    for number in range(start, start + steps):
+        rng = th.Generator().manual_seed(100 + number)
+        for p in params:
+            p.grad = th.randn(p.shape, generator=rng)
+        step(number)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_it_is_adamw_with_moving_averages(workers):
+    expected, ours = parameters(), parameters()
+    adamw = th.optim.AdamW(expected, lr=1e-2, weight_decay=0.1, fused=True)
+    optimizer = Optimizer(ours, 1e-2, 0.1, Workers(workers))
+    averages = [p.detach().clone() for p in ours]
+    expected_averages = [p.detach().clone() for p in ours]
+
+    def reference(number):
+        adamw.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        adamw.step()
+        update_ema(expected_averages, expected, 0.5)
+
+    def step(number):
+        optimizer.lr = 1e-2 / (1 + number)
+        optimizer.step([(averages, 0.5)])
+
+    train(expected, reference)
+    train(ours, step)
+    assert all(map(th.equal, ours, expected))
+    assert all(map(th.equal, averages, expected_averages))
+
+
+def test_states_go_from_torch_and_to_torch():
+    theirs, ours = parameters(), parameters()
+    adamw = th.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, fused=True)
+    train(theirs, lambda _: adamw.step())
+    optimizer = Optimizer(ours, 1e-2, 0.1, Workers(2))
+    optimizer.load_state_dict(adamw.state_dict())
+    for p, q in zip(ours, theirs):
+        p.data.copy_(q.data)
+    train(theirs, lambda _: adamw.step(), start=5)
+    train(ours, lambda _: optimizer.step([]), start=5)
+    assert all(map(th.equal, ours, theirs))
+
+    back = th.optim.AdamW(ours, lr=5.0)
+    back.load_state_dict(optimizer.state_dict())
+    assert back.param_groups[0]["lr"] == 1e-2 and back.param_groups[0]["weight_decay"] == 0.1
+    train(theirs, lambda _: adamw.step(), start=10)
+    train(ours, lambda _: back.step(), start=10)
+    assert all(map(th.equal, ours, theirs))
+
+
+def test_settings_of_a_state_do_not_count():
+    state = Optimizer(parameters(), 1e-2, 0.1, Workers(1)).state_dict()
+    optimizer = Optimizer(parameters(), 3e-4, 0.0, Workers(1))
+    optimizer.load_state_dict(state)
+    group = optimizer.state_dict()["param_groups"][0]
+    assert (group["lr"], group["weight_decay"]) == (3e-4, 0.0)
+
+
+def test_states_of_other_parameters_are_refused():
+    optimizer = Optimizer(parameters(), 1e-2, 0.1, Workers(1))
+    fewer = Optimizer(parameters()[:3], 1e-2, 0.1, Workers(1)).state_dict()
+    with pytest.raises(ValueError, match="of 3 parameters, not 6"):
+        optimizer.load_state_dict(fewer)
+    others = Optimizer(parameters()[::-1], 1e-2, 0.1, Workers(1)).state_dict()
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 has another shape"):
+        optimizer.load_state_dict(others)
