@@ -93,6 +93,11 @@ HELP = {
     "interpolate": "draw --num_samples (by default 10) images that lead from image 0 to image 1 of the seed, in a row; "
     "a row for each class of --class_label (at most 10)",
     "save_png": "also write every image as a PNG of its own",
+    # comparison
+    "samplers": "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing",
+    "steps": "comma-separated numbers of steps",
+    "seeds": "comma-separated seeds; every sampler draws --num_samples images of each, from the same noise",
+    "baseline": "compare with ddpm at all timesteps too, which takes most of the time",
     # evaluation
     "samples": "images to measure: an .npz file (such as image_sample.py writes) or a folder of images",
     "reference": "real images to measure them against, such as the training images: a folder, an .npz file or builtin",

@@ -22,6 +22,7 @@ from improved_diffusion.gradients import Gradients
 from improved_diffusion.inference import fast_model
 from improved_diffusion.interrupts import Interrupts
 from improved_diffusion.logger import CsvTable
+from improved_diffusion.nn import Dropout
 from improved_diffusion.optimizer import Optimizer
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.seeding import Purpose
@@ -153,6 +154,7 @@ class TrainLoop:
 
         self.params = list(model.parameters())
         self.model.train()
+        self.has_dropout = any(layer.p > 0 for layer in model.modules() if isinstance(layer, Dropout))
         self.workers = Workers(num_workers)
         self.gradients = Gradients(model, precision, self.workers)
         self.opt = Optimizer(self.params, lr, weight_decay, self.workers)
@@ -285,10 +287,12 @@ class TrainLoop:
             withheld = th.from_numpy(draws[offset : offset + size] < self.class_dropout)
             cond = {**cond, "y": cond["y"].masked_fill(withheld, self.model.num_classes - 1)}
         # Image by image, so that neither the microbatch nor the number of workers changes a mask.
-        masks = [
-            seeding.integer(seeding.generator(self.seed, Purpose.DROPOUT, position + offset + i))
-            for i in range(size)
-        ]
+        masks = [0] * size
+        if self.has_dropout:
+            streams = (
+                seeding.generator(self.seed, Purpose.DROPOUT, position + offset + i) for i in range(size)
+            )
+            masks = list(map(seeding.integer, streams))
 
         def loss_of(part: slice, model: th.nn.Module) -> tuple[th.Tensor, dict[str, th.Tensor]]:
             drawn = slice(offset + part.start, offset + part.stop)

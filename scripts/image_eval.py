@@ -11,12 +11,12 @@ import os
 import time
 
 from improved_diffusion import evaluation_report, results
-from improved_diffusion.evaluation import InceptionScore, Statistics, compare, summarize
-from improved_diffusion.features import INCEPTION, Extractor, extract, load_extractor
+from improved_diffusion.evaluation import InceptionScore, compare
+from improved_diffusion.features import INCEPTION, load_extractor
 from improved_diffusion.flags import Parser, add_dict_to_argparser, check_range
-from improved_diffusion.image_datasets import describe, read_images
+from improved_diffusion.image_datasets import describe
 from improved_diffusion.image_set import ImageSet
-from improved_diffusion.reference_cache import cached_statistics
+from improved_diffusion.measuring import read_flag, reference_statistics, statistics_of
 from improved_diffusion.results_run import read_run
 from improved_diffusion.script_util import model_defaults, run_script
 from improved_diffusion.storage import absolute
@@ -52,10 +52,7 @@ def main() -> None:
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
     extractor = load_extractor(flags["features"], flags["inception_weights"])
 
-    real = cached_statistics(
-        [reference.fingerprint, reference.image_size, extractor.fingerprint],
-        lambda: statistics_of(reference, extractor, flags["batch_size"], "measuring the reference"),
-    )
+    real = reference_statistics(reference, extractor, flags["batch_size"])
     started = time.monotonic()
     score = None if extractor.classifier is None else InceptionScore(len(samples))
     drawn = statistics_of(samples, extractor, flags["batch_size"], "measuring the samples", score)
@@ -100,27 +97,6 @@ def read_samples(path: str) -> ImageSet:
     images = read_flag("samples", path, usual)
     size = min(map(int, images.summary["sizes"]["most_common"].split("x")))
     return images if size == usual else read_flag("samples", path, size)
-
-
-def read_flag(flag: str, path: str, image_size: int) -> ImageSet:
-    """The images that --`flag` names. :raises ValueError: nothing usable there; the message names the flag."""
-    try:
-        images = read_images(path, image_size)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--data_dir", f"--{flag}")) from None
-    if len(images) < 4:
-        raise ValueError(
-            f"--{flag} {path}: holds {len(images)} images, of which nothing can be told; give more"
-        )
-    return images
-
-
-def statistics_of(
-    images: ImageSet, extractor: Extractor, batch_size: int, doing: str, score: InceptionScore | None = None
-) -> Statistics:
-    """What the metrics need to know of `images`."""
-    batches = extract(images, extractor, batch_size=batch_size, score=score, doing=doing)
-    return summarize(batches, len(images))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ PACKAGE = ROOT / "improved_diffusion"
 
 # From the bottom up. A module may import from layers below its own and from its own layer, without cycles.
 LAYERS = [
-    {"storage", "losses", "seeding", "nn", "cpu", "tensor_file", "evaluation", "progress"},
+    {"storage", "losses", "seeding", "nn", "cpu", "tensor_file", "evaluation", "progress", "timing"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet"},
-    {"workers", "compute", "gradients", "inference", "optimizer"},
+    {"workers", "compute", "gradients", "inference", "optimizer", "plain"},
     {"builtin_images", "image_reading", "image_cache", "image_folder", "image_set", "batch_stream"},
     {"image_datasets", "low_res"},
     {"logger", "checkpoint", "interrupts", "run_lock", "remote_run", "heartbeat", "dist_util"},
@@ -26,13 +26,32 @@ LAYERS = [
         "inception",
         "features",
         "reference_cache",
+        "measuring",
         "evaluation_report",
         "previews",
     },
     {"flags"},
     {"script_util", "diffusers_config"},
-    {"runs", "sample_job"},
+    {
+        "runs",
+        "sample_job",
+        "comparison",
+        "gallery",
+        "comparison_picture",
+        "comparison_report",
+        "comparison_job",
+    },
     {"train_job", "convert"},
+    {
+        "benchmark",
+        "benchmark_peaks",
+        "benchmark_training",
+        "benchmark_parts",
+        "benchmark_sampling",
+        "benchmark_ablation",
+        "benchmark_cost",
+        "benchmark_report",
+    },
 ]
 MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample", "samplers"}
 WITHOUT_TORCH = {

@@ -181,7 +181,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, run_
 @pytest.mark.parametrize(
     "flags, sampler, steps",
     [
-        ([], "dpmpp_2m", 20),
+        ([], "unipc", 20),
         (["--sampler", "heun", "--sample_steps", "3", "--timestep_spacing", "karras"], "heun", 3),
         (["--sampler", "ddpm"], "ddpm", 20),
         (["--use_ddim", "True"], "ddim", 20),

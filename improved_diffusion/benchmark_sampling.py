@@ -1,0 +1,53 @@
+"""The speed of sampling: how many images per second the model can evaluate, without gradients."""
+
+import copy
+import statistics
+from functools import partial
+from typing import Any
+
+import torch as th
+
+from improved_diffusion.benchmark import NAMES, Settings, build, random_images
+from improved_diffusion.inference import fast_model
+from improved_diffusion.plain import make_plain, usual_memory
+from improved_diffusion.sample_job import DRAWING
+from improved_diffusion.sample_util import Plan
+from improved_diffusion.timing import Contender, interleave, ratios, spread
+
+BATCH = DRAWING["batch_size"]
+
+
+def measure_sampling(settings: Settings) -> dict[str, Any]:
+    """Forward passes on a batch, on one core and on all."""
+    model = build(settings)[0].eval()
+    images, timesteps = random_images(settings, BATCH), th.full((BATCH,), 500.0)
+    plain = th.no_grad()(make_plain(copy.deepcopy(model)))
+    contenders = {
+        ("plain", "fp32", settings.compute.workers): Contender(
+            partial(plain, images, timesteps), prepare=usual_memory
+        )
+    }
+    for precision in settings.precisions:
+        for cores in settings.cores:
+            fast = fast_model(model, precision, cores)
+            contenders["fast", precision, cores] = Contender(partial(fast, images, timesteps))
+    seconds = interleave(contenders, settings.rounds)
+    base = next(iter(seconds.values()))
+    rows = []
+    for (path, precision, cores), values in seconds.items():
+        per_image = statistics.median(values) / BATCH
+        rows.append(
+            {
+                "path": f"{path} {NAMES[precision]}",
+                "cores": cores,
+                "ms_per_batch": spread(values, 1e3),
+                "evaluations_per_second": 1 / per_image,
+                "times_plain": spread(ratios(base, values)),
+                "seconds_per_image": Plan.steps * per_image,
+            }
+        )
+    return {
+        "title": f"Sampling: forward passes on batches of {BATCH} images",
+        "note": f"an evaluation is a forward pass on one image; an image takes {Plan.steps} of them, one per step",
+        "rows": rows,
+    }

@@ -1,0 +1,115 @@
+"""Which samplers to compare, in how many steps each, and with what."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion.sample_util import Plan
+from improved_diffusion.samplers import SAMPLERS, SPACINGS
+
+# With which spacing a sampler of 10 steps came closest to the exact solution, on a model of CIFAR-10; where it is not
+# this one, the sampler has its own.
+SPACING = "logsnr"
+SPACING_OF = {"ddpm": "uniform", "ipndm": "quadratic"}
+COMPARING = {
+    "samplers": "ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
+    "timestep_spacing": "",
+    "steps": "5,10,20,50",
+    "seeds": "0,1,2",
+    "num_samples": 256,
+    "baseline": True,
+}
+BASELINE = Plan("ddpm", None, "uniform")
+EXACT = Plan("unipc", 200, "logsnr")  # further steps change no image visibly
+EXACT_IMAGES = 64  # that are drawn in this way, which takes its time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    :ivar samplers: pairs of sampler and spacing.
+    :ivar steps: how many each of them takes, in ascending order.
+    :ivar seeds: of the images.
+    :ivar images: how many are drawn of each seed.
+    :ivar baseline: whether `BASELINE` draws them, too.
+    """
+
+    samplers: list[tuple[str, str]]
+    steps: list[int]
+    seeds: list[int]
+    images: int
+    baseline: bool
+
+    def plans(self) -> list[Plan]:
+        """Every way to draw the images, the slowest last."""
+        plans = [Plan(sampler, n, spacing) for n in self.steps for sampler, spacing in self.samplers]
+        return plans + [BASELINE] * self.baseline
+
+    @property
+    def exact_images(self) -> int:
+        """How many images of each seed are compared with the exact ones."""
+        return min(self.images, EXACT_IMAGES)
+
+    def check_steps(self, timesteps: int) -> None:
+        """:raises ValueError: a model with so many timesteps cannot take one of the numbers of steps."""
+        for steps in self.steps:
+            if not 1 <= steps <= timesteps:
+                raise ValueError(
+                    f"--steps {steps}: use 1 to {timesteps}, the number of timesteps of this model"
+                )
+
+
+def parse_comparison(flags: dict[str, Any]) -> Comparison:
+    """What the flags of `COMPARING` ask for. :raises ValueError: naming a flag that is wrong."""
+    seeds = _parse_numbers(flags["seeds"], "seeds")
+    for seed in seeds:
+        if abs(seed) >= 2**63:
+            raise ValueError(f"--seeds {seed}: is too large")
+    if flags["num_samples"] < 2:
+        raise ValueError(f"--num_samples {flags['num_samples']}: a distance needs at least 2 images")
+    return Comparison(
+        _parse_samplers(flags["samplers"], flags["timestep_spacing"]),
+        sorted(_parse_numbers(flags["steps"], "steps")),
+        seeds,
+        flags["num_samples"],
+        flags["baseline"],
+    )
+
+
+def _parse_samplers(text: str, spacing: str) -> list[tuple[str, str]]:
+    pairs = []
+    for part in text.split(","):
+        sampler, _, own = part.strip().partition(":")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"--samplers {sampler!r}: expected some of {', '.join(SAMPLERS)}")
+        chosen = own or spacing or SPACING_OF.get(sampler, SPACING)
+        if chosen not in SPACINGS:
+            flag = "samplers" if own else "timestep_spacing"
+            raise ValueError(f"--{flag} {chosen!r}: a spacing is one of {', '.join(SPACINGS)}")
+        pairs.append((sampler, chosen))
+    return list(dict.fromkeys(pairs))
+
+
+def _parse_numbers(text: str, flag: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ValueError(f"--{flag} {text!r}: expected whole numbers, separated by commas") from None
+
+
+def exact_plan(timesteps: int) -> Plan:
+    """How the ODE of a model with so many timesteps is solved about exactly."""
+    return replace(EXACT, steps=min(EXACT.steps, timesteps))
+
+
+def cell_name(plan: Plan, seed: int) -> str:
+    """What the images of a plan and a seed, and their measurements, are called."""
+    way = f"{plan.sampler}-{plan.spacing}-{plan.steps}" if plan.steps else f"{plan.sampler}-all"
+    return f"{way}-seed{seed}"
+
+
+def difference(images: np.ndarray, others: np.ndarray) -> float:
+    """The root mean square of what two arrays of images, uint8 [N, S, S, 3], differ by, in grey levels (of 255)."""
+    return float(np.sqrt(np.square(images.astype(np.float64) - others).mean()))
