@@ -45,9 +45,7 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
     loop = partial(training_loop, settings, precision)
     step = partial(stepping, settings)
     found = {
-        "a core for each microbatch": lambda: step(
-            _with_shared_cores(loop(workers=1), settings.compute.workers)
-        ),
+        "a microbatch for each core in a pass": lambda: step(_with_small_passes(loop())),
         "attention arranged for CPUs": lambda: step(loop(plain=[QKVAttention])),
         "pointwise convolutions": lambda: step(loop(plain=[PointwiseConv1d, PointwiseConv2d])),
         "scale and shift in the normalisation": lambda: step(loop(plain=[ResBlock])),
@@ -64,10 +62,9 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
     }
 
 
-def _with_shared_cores(loop: TrainLoop, cores: int) -> TrainLoop:
-    """Microbatches in turn, the work on each tensor shared by PyTorch's threads."""
-    assert loop.workers.count == 1
-    loop.workers.run([partial(th.set_num_threads, cores)])
+def _with_small_passes(loop: TrainLoop) -> TrainLoop:
+    """A pass for each microbatch, as with one core."""
+    loop.microbatch = max(1, loop.microbatch // loop.num_workers)
     return loop
 
 
@@ -82,7 +79,11 @@ class _TorchOptimizer:
         self.params = params
         self.adamw = th.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
 
-    def step(self, averages: Sequence[tuple[Sequence[th.Tensor], float]]) -> None:
+    def step(
+        self, gradient: Sequence[th.Tensor], averages: Sequence[tuple[Sequence[th.Tensor], float]]
+    ) -> None:
+        for p, value in zip(self.params, gradient):
+            p.grad = value.to(p.dtype)
         self.adamw.step()
         for tensors, decay in averages:
             update_ema(tensors, self.params, decay)

@@ -65,11 +65,10 @@ def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dic
     microbatches = settings.batch_size / settings.microbatch
     step = seconds_of(lambda: loop.run_step(batch, {}))
     seconds = {part: microbatches * value for part, value in _profile(settings, loop).items()}
-    for p in loop.params:
-        p.grad = th.full_like(p, 1e-3)
+    loop.gradients.values = [th.full_like(p, 1e-3) for p in loop.gradients.copies.models[0].parameters()]
     averages = [(average, 0.9999) for average in loop.ema_params.values()]
     seconds["gradient norm"] = seconds_of(loop.gradients.norm)
-    seconds["AdamW and moving average"] = seconds_of(lambda: loop.opt.step(averages))
+    seconds["AdamW and moving average"] = seconds_of(lambda: loop.opt.step(loop.gradients.values, averages))
     loop.gradients.clear()
     rest = step - sum(seconds.values())
     return {

@@ -132,7 +132,7 @@ def _bare_step(loop: TrainLoop) -> Callable[[], None]:
 
     def step() -> None:
         compute(*latest)
-        loop.opt.step([])
+        loop.opt.step(loop.gradients.values, [])
         loop.gradients.clear()
 
     loop.gradients.compute = remember

@@ -1,18 +1,30 @@
-"""AdamW and the moving averages of the weights: every worker updates a share of the parameters."""
+"""AdamW and the moving averages of the weights, block by block of the parameters."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch as th
 from torch import nn
 
 from improved_diffusion.nn import update_ema
-from improved_diffusion.workers import Workers
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCK = 2**16  # numbers, of which the caches hold several times as many
+
+
+def blocks_of(tensors: Sequence[th.Tensor]) -> list[list[int]]:
+    """The indices of `tensors` in blocks: what is done to a block step by step finds it in the caches again."""
+    blocks: list[list[int]] = [[]]
+    size = 0
+    for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
+        if size >= BLOCK:
+            blocks.append([])
+            size = 0
+        blocks[-1].append(index)
+        size += tensors[index].numel()
+    return blocks
 
 
 class Optimizer:
@@ -22,33 +34,30 @@ class Optimizer:
     it. (`torch.optim.AdamW` itself goes through all parameters at once, and loads PyTorch's compiler: 66 MB.)
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float, workers: Workers):
+    def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float):
         self.params = list(params)
         self.lr = lr
         self.weight_decay = weight_decay
-        self.workers = workers
-        self.shares = workers.share(self.params)
+        self.blocks = blocks_of(self.params)
         self.steps = [th.zeros(()) for _ in self.params]
         self.moments = {name: [th.zeros_like(p) for p in self.params] for name in MOMENTS}
 
-    def step(self, averages: Sequence[tuple[Sequence[th.Tensor], float]]) -> None:
-        """Update the parameters by their `grad` with learning rate `lr`, then the moving averages by them.
+    @th.no_grad()
+    def step(
+        self, gradient: Sequence[th.Tensor], averages: Sequence[tuple[Sequence[th.Tensor], float]]
+    ) -> None:
+        """Update the parameters with learning rate `lr`, then the moving averages by them.
 
+        :param gradient: in the order of the parameters, in 16 or 32 bits.
         :param averages: of each moving average, the tensors, in the order of the parameters, and the decay.
         """
-        self.workers.run(partial(self._update, share, averages) for share in self.shares)
-
-    @th.no_grad()
-    def _update(
-        self, blocks: Sequence[Sequence[int]], averages: Sequence[tuple[Sequence[th.Tensor], float]]
-    ) -> None:
-        for block in blocks:
+        for block in self.blocks:
             params = [self.params[i] for i in block]
             steps = [self.steps[i] for i in block]
             th._foreach_add_(steps, 1)
             th._fused_adamw_(
                 params,
-                [p.grad for p in params],
+                [gradient[i].float() for i in block],
                 *([self.moments[name][i] for i in block] for name in MOMENTS),
                 [],
                 steps,

@@ -26,7 +26,6 @@ from improved_diffusion.nn import Dropout
 from improved_diffusion.optimizer import Optimizer
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.seeding import Purpose
-from improved_diffusion.workers import Workers
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
@@ -73,8 +72,7 @@ class TrainLoop:
     :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
         the first moving average, and the step.
     :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
-    :param num_workers: cores of this process, each of which computes a microbatch at a time. Any number up to that
-        of the microbatches gives the same bits; beyond, they are cut in parts, which can change last digits.
+    :param num_workers: cores to compute on; a pass takes a microbatch for each.
     :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
     :raises ValueError: a parameter or the checkpoint is unusable.
     """
@@ -155,9 +153,9 @@ class TrainLoop:
         self.params = list(model.parameters())
         self.model.train()
         self.has_dropout = any(layer.p > 0 for layer in model.modules() if isinstance(layer, Dropout))
-        self.workers = Workers(num_workers)
-        self.gradients = Gradients(model, precision, self.workers)
-        self.opt = Optimizer(self.params, lr, weight_decay, self.workers)
+        self.num_workers = num_workers
+        self.gradients = Gradients(model, precision)
+        self.opt = Optimizer(self.params, lr, weight_decay)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
@@ -248,6 +246,7 @@ class TrainLoop:
 
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
         """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
+        th.set_num_threads(self.num_workers)
         t, weights, losses = self._forward_backward(batch, cond)
         grad_norm = self.gradients.norm()
         self.samples += len(t)
@@ -258,10 +257,11 @@ class TrainLoop:
         if isinstance(self.schedule_sampler, LossSecondMomentResampler):
             self.schedule_sampler.update_with_all_losses(t, losses["loss"])
         if self.grad_clip > 0:
-            th.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, th.tensor(grad_norm))
+            self.gradients.scale(min(1.0, self.grad_clip / (grad_norm + 1e-6)))
         self.opt.lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
         self.step += 1
-        self.opt.step([(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()])
+        averages = [(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()]
+        self.opt.step(self.gradients.values, averages)
         self.gradients.clear()
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)
@@ -270,7 +270,7 @@ class TrainLoop:
     def _forward_backward(
         self, batch: th.Tensor, cond: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        """Leave the gradient in the parameters.
+        """Compute the gradient: `self.gradients`.
 
         :return: timesteps, their weights and the loss terms, each [B], B the batch of all processes together.
         """
@@ -307,10 +307,8 @@ class TrainLoop:
             share = (terms["loss"] * weights[drawn]).sum() / total
             return share, {key: value.detach() for key, value in terms.items()}
 
-        length = self.microbatch
-        if length * (self.workers.count - 1) >= size:
-            # There are fewer microbatches than workers: they get an equal part each.
-            length = -(-size // self.workers.count)
+        # One pass for all cores is faster than one pass for each: it reads the weights only once.
+        length = self.microbatch * self.num_workers
         parts = [slice(start, min(start + length, size)) for start in range(0, size, length)]
         terms = self.gradients.compute(
             [partial(loss_of, part) for part in parts], [masks[part] for part in parts]
@@ -330,11 +328,10 @@ class TrainLoop:
         mine = th.stack(list(losses.values()))
         table = th.zeros(len(mine), ranks, mine.shape[1])
         table[:, dist_util.get_rank()] = mine
-        message = th.cat([*(p.grad.flatten() for p in self.params), table.flatten()])
+        message = th.cat([*(value.float().flatten() for value in self.gradients.values), table.flatten()])
         dist_util.all_reduce(message)
         *gradients, table = message.split([*(p.numel() for p in self.params), table.numel()])
-        for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.view_as(p)
+        self.gradients.values = [value.view_as(p) for value, p in zip(gradients, self.params)]
         return dict(zip(losses, table.view(len(mine), -1)))
 
     def _on_nonfinite(self, t: th.Tensor, losses: th.Tensor, grad_norm: float) -> None:
@@ -402,7 +399,7 @@ class TrainLoop:
         self.previewed_step = self.step
         release_memory()
         averaged = next(iter(self.ema_params.values()))
-        self.preview(fast_model(self.model, self.precision, self.workers.count, averaged), self.step)
+        self.preview(fast_model(self.model, self.precision, self.num_workers, averaged), self.step)
 
     # -- state on disk -----------------------------------------------------------------------------------
 

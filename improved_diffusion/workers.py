@@ -9,7 +9,6 @@ import torch as th
 from torch import nn
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
-BLOCK = 2**16  # numbers, of which a core's cache holds several times as many
 Result = TypeVar("Result")
 
 
@@ -32,26 +31,6 @@ class Workers:
         futures = [self._pool.submit(task) for task in tasks]
         wait(futures)
         return [future.result() for future in futures]
-
-    def share(self, tensors: Sequence[th.Tensor]) -> list[list[list[int]]]:
-        """Distribute `tensors` among the workers, so that each gets about as many numbers.
-
-        :return: for each worker, the indices of its tensors in blocks. What is done to a block step by step finds
-            it in the cache of the core again.
-        """
-        shares: list[list[list[int]]] = [[] for _ in range(self.count)]
-        sizes, left = [0] * self.count, len(tensors)
-        block: list[int] = []
-        for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
-            block.append(index)
-            numbers = sum(tensors[i].numel() for i in block)
-            left -= 1
-            if numbers >= BLOCK or not left:
-                emptiest = sizes.index(min(sizes))
-                shares[emptiest].append(block)
-                sizes[emptiest] += numbers
-                block = []
-        return shares
 
 
 class ModelCopies:

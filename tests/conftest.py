@@ -30,6 +30,15 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _own_threads():
+    """A training loop sets the number of PyTorch's threads; the next test shall not notice."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture
 def run_script():
     """Run a script of the project as a user would; returns the finished process with its output as text."""

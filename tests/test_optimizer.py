@@ -1,11 +1,10 @@
-"""AdamW in shares: PyTorch's AdamW, to the last bit, whatever the number of workers."""
+"""AdamW block by block: PyTorch's AdamW, to the last bit."""
 
 import pytest
 import torch as th
 
 from improved_diffusion.nn import update_ema
-from improved_diffusion.optimizer import Optimizer
-from improved_diffusion.workers import BLOCK, Workers
+from improved_diffusion.optimizer import BLOCK, Optimizer, blocks_of
 
 SHAPES = [(BLOCK + 3,), (5,), (), (300, 400), (2, 3, 4), (7,)]
 
@@ -23,11 +22,18 @@ def train(params, step, steps=5, start=0):
         step(number)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_it_is_adamw_with_moving_averages(workers):
+def test_blocks_are_complete():
+    sizes = [3 * BLOCK, 10, BLOCK, 7, BLOCK // 2, BLOCK // 2, 2 * BLOCK, 0]
+    blocks = blocks_of([th.empty(size) for size in sizes])
+    assert sorted(i for block in blocks for i in block) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in block) >= BLOCK for block in blocks[:-1])
+    assert len(blocks) == 5
+
+
+def test_it_is_adamw_with_moving_averages():
     expected, ours = parameters(), parameters()
     adamw = th.optim.AdamW(expected, lr=1e-2, weight_decay=0.1, fused=True)
-    optimizer = Optimizer(ours, 1e-2, 0.1, Workers(workers))
+    optimizer = Optimizer(ours, 1e-2, 0.1)
     averages = [p.detach().clone() for p in ours]
     expected_averages = [p.detach().clone() for p in ours]
 
@@ -38,7 +44,7 @@ def test_it_is_adamw_with_moving_averages(workers):
 
     def step(number):
         optimizer.lr = 1e-2 / (1 + number)
-        optimizer.step([(averages, 0.5)])
+        optimizer.step([p.grad for p in ours], [(averages, 0.5)])
 
     train(expected, reference)
     train(ours, step)
@@ -50,12 +56,12 @@ def test_states_go_from_torch_and_to_torch():
     theirs, ours = parameters(), parameters()
     adamw = th.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, fused=True)
     train(theirs, lambda _: adamw.step())
-    optimizer = Optimizer(ours, 1e-2, 0.1, Workers(2))
+    optimizer = Optimizer(ours, 1e-2, 0.1)
     optimizer.load_state_dict(adamw.state_dict())
     for p, q in zip(ours, theirs):
         p.data.copy_(q.data)
     train(theirs, lambda _: adamw.step(), start=5)
-    train(ours, lambda _: optimizer.step([]), start=5)
+    train(ours, lambda _: optimizer.step([p.grad for p in ours], []), start=5)
     assert all(map(th.equal, ours, theirs))
 
     back = th.optim.AdamW(ours, lr=5.0)
@@ -67,18 +73,18 @@ def test_states_go_from_torch_and_to_torch():
 
 
 def test_settings_of_a_state_do_not_count():
-    state = Optimizer(parameters(), 1e-2, 0.1, Workers(1)).state_dict()
-    optimizer = Optimizer(parameters(), 3e-4, 0.0, Workers(1))
+    state = Optimizer(parameters(), 1e-2, 0.1).state_dict()
+    optimizer = Optimizer(parameters(), 3e-4, 0.0)
     optimizer.load_state_dict(state)
     group = optimizer.state_dict()["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (3e-4, 0.0)
 
 
 def test_states_of_other_parameters_are_refused():
-    optimizer = Optimizer(parameters(), 1e-2, 0.1, Workers(1))
-    fewer = Optimizer(parameters()[:3], 1e-2, 0.1, Workers(1)).state_dict()
+    optimizer = Optimizer(parameters(), 1e-2, 0.1)
+    fewer = Optimizer(parameters()[:3], 1e-2, 0.1).state_dict()
     with pytest.raises(ValueError, match="of 3 parameters, not 6"):
         optimizer.load_state_dict(fewer)
-    others = Optimizer(parameters()[::-1], 1e-2, 0.1, Workers(1)).state_dict()
+    others = Optimizer(parameters()[::-1], 1e-2, 0.1).state_dict()
     with pytest.raises(ValueError, match="exp_avg of parameter 0 has another shape"):
         optimizer.load_state_dict(others)

@@ -51,7 +51,7 @@ def make_loop(folder, *, sampler="uniform", model_flags=None, batch_size=6, data
 def gradient(folder, microbatch):
     loop = make_loop(folder, microbatch=microbatch, batch_size=7)
     loop._forward_backward(*next(loop.data))
-    return th.cat([p.grad.flatten() for p in loop.params])
+    return th.cat([value.flatten() for value in loop.gradients.values])
 
 
 def rows(folder):
@@ -281,5 +281,6 @@ def test_metrics_are_means_over_the_interval(tmp_path):
 def test_gradients_reach_every_parameter(tmp_path):
     loop = make_loop(tmp_path, model_flags={"class_cond": True, "num_classes": 10, "learn_sigma": True})
     loop._forward_backward(*next(loop.data))
-    names = [name for name, p in loop.model.named_parameters() if p.grad is None or not p.grad.any()]
+    values = loop.gradients.values
+    names = [name for (name, _), value in zip(loop.model.named_parameters(), values) if not value.any()]
     assert names == []

@@ -7,7 +7,7 @@ import torch as th
 from conftest import TINY
 
 from improved_diffusion.script_util import create_model_and_diffusion
-from improved_diffusion.workers import BLOCK, ModelCopies, Workers
+from improved_diffusion.workers import ModelCopies, Workers
 
 
 def test_results_come_in_order_from_threads_with_one_core():
@@ -33,16 +33,6 @@ def test_an_error_waits_for_the_other_tasks():
     with pytest.raises(ValueError, match="no"):
         Workers(2).run([fail, lambda: done.append(1), lambda: done.append(2)])
     assert sorted(done) == [1, 2]
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_shares_are_complete_and_alike(count):
-    tensors = [th.empty(n) for n in (3 * BLOCK, 10, BLOCK, 7, BLOCK // 2, BLOCK // 2, 2 * BLOCK, 0)]
-    shares = Workers(count).share(tensors)
-    assert len(shares) == count
-    assert sorted(i for share in shares for block in share for i in block) == list(range(len(tensors)))
-    sizes = [sum(tensors[i].numel() for block in share for i in block) for share in shares]
-    assert max(sizes) - min(sizes) <= 3 * BLOCK
 
 
 def copies(precision, count=2, weights=None):
