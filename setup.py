@@ -31,7 +31,7 @@ setup(
         "mpi4py>=4.0",
         "tqdm>=4.60",
         "openpyxl>=3.1",
-        "Pillow>=9.5",
+        "Pillow>=10.1",
     ],
     extras_require={
         "test": [

@@ -54,7 +54,7 @@ HELP = {
     "lr_warmup_steps": "raise the learning rate linearly from zero over this many steps",
     "grad_clip": "clip the gradient's norm to this; 0: do not",
     "batch_size": "images per optimizer step (training) or at a time (drawing, measuring), in each process",
-    "microbatch": "images per forward and backward pass; -1: the whole batch; changes memory, not the result",
+    "microbatch": "images per forward and backward pass and core; -1: the whole batch; changes memory, not the result",
     "ema_rate": "comma-separated rates of the moving averages of the weights",
     "total_steps": "stop after this many optimizer steps in total",
     "seed": "of everything random",
