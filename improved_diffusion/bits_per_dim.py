@@ -4,7 +4,6 @@ The number is the variational bound (Ho et al. 2020, eq. 5), a sum over all time
 term, which no model can change, and one term "vb" per timestep.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from improved_diffusion.batch_stream import SampleOrder
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.image_set import ImageSet
 from improved_diffusion.sample_util import from_uint8, per_image_noise
-from improved_diffusion.storage import open_atomic
+from improved_diffusion.storage import open_atomic, write_json
 
 TERMS = ("vb", "mse", "xstart_mse")
 
@@ -135,6 +134,4 @@ class BoundTally:
             "prior_bits_per_dim": float(self.prior_bpd.mean()),
             "images": len(self.total_bpd),
         }
-        with open_atomic(bf.join(out_dir, "nll.json"), "w") as file:
-            json.dump({**result, **facts}, file, indent=1)
-            file.write("\n")
+        write_json(bf.join(out_dir, "nll.json"), {**result, **facts})

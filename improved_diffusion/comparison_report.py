@@ -11,7 +11,7 @@ import numpy as np
 from improved_diffusion.comparison import BASELINE, cell_name, exact_plan
 from improved_diffusion.comparison_picture import comparison_picture
 from improved_diffusion.sample_util import Plan
-from improved_diffusion.storage import open_atomic
+from improved_diffusion.storage import open_atomic, write_json
 
 JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
@@ -36,9 +36,7 @@ def write(out_dir: str, record: dict[str, Any], images: dict[str, np.ndarray]) -
         "distance" and "difference" (None for random samplers).
     :param images: the first images, uint8 [n, S, S, 3], of the cells of the first seed, by name.
     """
-    with open_atomic(bf.join(out_dir, JSON), "w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    write_json(bf.join(out_dir, JSON), record)
     with open_atomic(bf.join(out_dir, MARKDOWN), "w") as file:
         file.write(markdown(record))
     with open_atomic(bf.join(out_dir, PICTURE)) as file:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from improved_diffusion.evaluation import Statistics
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.storage import absolute, write_json
 
 FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
 
@@ -58,11 +58,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines + [f"WARNING: {warning}" for warning in record["warnings"]])
 
 
-def write(path: str, record: dict[str, Any]) -> None:
-    """Write a record as JSON."""
-    _write_json(path, record)
-
-
 def append(run_dir: str, record: dict[str, Any]) -> None:
     """Add a record to those in a run's directory, from where the workbook takes them."""
     path = os.path.join(absolute(run_dir), FILE_NAME)
@@ -71,16 +66,10 @@ def append(run_dir: str, record: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
         content = json.load(file)
         records = content if isinstance(content, list) else []
-    _write_json(path, [*records, record])
+    write_json(path, [*records, record])
 
 
 def _spread(metric: str) -> str:
     """The name of a metric's standard deviation: ``kid_std`` for ``kid``, ``kernel_distance_std[pixel]`` too."""
     name, bracket, features = metric.partition("[")
     return f"{name}_std{bracket}{features}"
-
-
-def _write_json(path: str, content: Any) -> None:
-    with open_atomic(path, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")

@@ -37,7 +37,7 @@ class Gradients:
         :param masks: for each part, the seeds of its images' dropout masks.
         :return: what else each part returned.
         """
-        self.copies.update(self.blocks)
+        self.copies.update()
         details = []
         for number, part in enumerate(zip(losses, masks)):
             gradient, detail = _differentiate(self.copies.models[0], *part)
@@ -75,8 +75,7 @@ def _differentiate(
     model: nn.Module, loss_of: LossOf, masks: Sequence[int]
 ) -> tuple[Sequence[th.Tensor], dict]:
     """The gradient of what `loss_of` makes of `model`, with respect to each parameter."""
-    with dropout_seeds(
-        masks
-    ):  # also on the way back, for gradient checkpointing evaluates layers again there
+    # Also on the way back, for gradient checkpointing evaluates layers again there.
+    with dropout_seeds(masks):
         loss, detail = loss_of(model)
         return th.autograd.grad(loss, list(model.parameters())), detail

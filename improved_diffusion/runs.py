@@ -28,7 +28,7 @@ from improved_diffusion.script_util import (
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
-from improved_diffusion.storage import absolute, new_directory, open_atomic
+from improved_diffusion.storage import absolute, new_directory, write_json
 from improved_diffusion.unet import UNetModel
 
 # Flags that define what is learned. They travel with the checkpoint and cannot be contradicted.
@@ -269,9 +269,7 @@ def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step:
         "command": shlex.join(["python", *sys.argv]),
     }
     for name, content in (("args.json", flags), ("run.json", facts)):
-        with open_atomic(os.path.join(log_dir, name), "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+        write_json(os.path.join(log_dir, name), content)
 
 
 def load_trained(

@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import json
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import blobfile as bf
 
@@ -84,3 +86,10 @@ def _sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write `content` into the JSON file `path`, for people to read too. :raises OSError: as `open_atomic`."""
+    with open_atomic(path, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")

@@ -13,8 +13,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`count` threads with a single core each: small tensors gain nothing from sharing the work on each of them,
-    and lose the time in which the cores wait for each other."""
+    """`count` threads with a single core each, for work that falls into independent parts."""
 
     def __init__(self, count: int):
         self.count = count
@@ -51,15 +50,13 @@ class ModelCopies:
         dtype = DTYPES[precision]
         # What differs from its source in type is a copy, and has to be updated; the rest is the source itself.
         shared = [source.to(dtype) if id(p) in torso else source for p, source in zip(own, sources)]
-        self._pairs = list(zip(shared, sources))
+        self._outdated = [(new, old) for new, old in zip(shared, sources) if new is not old]
         self.models = []
         for _ in range(count):
             parameters = {id(p): nn.Parameter(tensor, p.requires_grad) for p, tensor in zip(own, shared)}
             self.models.append(copy.deepcopy(model, parameters))
 
-    def update(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Take over what has become of the weights with these indices."""
-        for block in blocks:
-            outdated = [self._pairs[i] for i in block if self._pairs[i][0] is not self._pairs[i][1]]
-            if outdated:
-                th._foreach_copy_(*map(list, zip(*outdated)))
+    def update(self) -> None:
+        """Take over what has become of the weights."""
+        if self._outdated:
+            th._foreach_copy_(*map(list, zip(*self._outdated)))

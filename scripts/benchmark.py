@@ -5,7 +5,6 @@ Everything that is compared runs in turns in one process. A number is the median
 between what the middle 80% lie. Nothing else should run meanwhile.
 """
 
-import json
 import os
 from typing import Any
 
@@ -23,7 +22,7 @@ from improved_diffusion.compute import choose
 from improved_diffusion.cpu import describe_machine
 from improved_diffusion.flags import Parser, add_dict_to_argparser, args_to_dict, check_range
 from improved_diffusion.script_util import check_images_fit, model_defaults, run_script
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.storage import absolute, write_json
 from improved_diffusion.train_job import COMPUTE, TRAINING
 
 MODEL = {
@@ -86,8 +85,7 @@ def main() -> None:
         results[name] = MEASUREMENTS[name](settings)
         print(section(results[name]))
         if flags["json"]:
-            with open_atomic(flags["json"], "w") as file:
-                json.dump(results, file, indent=1)
+            write_json(flags["json"], results)
     if flags["json"]:
         print(f"\nwritten: {flags['json']}")
 

@@ -19,7 +19,7 @@ from improved_diffusion.image_set import ImageSet
 from improved_diffusion.measuring import read_flag, reference_statistics, statistics_of
 from improved_diffusion.results_run import read_run
 from improved_diffusion.script_util import model_defaults, run_script
-from improved_diffusion.storage import absolute
+from improved_diffusion.storage import absolute, write_json
 
 EVALUATION = {
     "samples": "",
@@ -78,7 +78,7 @@ def main() -> None:
         "images_per_minute": round(60 * len(samples) / seconds, 1),
     }
     print(evaluation_report.table(record))
-    evaluation_report.write(output, record)
+    write_json(output, record)
     print(f"written: {output}")
     if flags["run_dir"]:
         evaluation_report.append(flags["run_dir"], record)

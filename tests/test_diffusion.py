@@ -5,44 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch as th
+from diffusions import build
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from improved_diffusion import losses
 from improved_diffusion.gaussian_diffusion import (
-    GaussianDiffusion,
     LossType,
     ModelMeanType,
     ModelVarType,
     betas_for_alpha_bar,
     get_named_beta_schedule,
 )
-from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.respace import space_timesteps
 
 DATA_MEAN, DATA_STD = 0.3, 0.5
-
-
-def build(
-    steps=200,
-    *,
-    schedule="linear",
-    mean=ModelMeanType.EPSILON,
-    var=ModelVarType.FIXED_SMALL,
-    loss=LossType.MSE,
-    respacing=None,
-    rescale_timesteps=False,
-):
-    arguments = {
-        "betas": get_named_beta_schedule(schedule, steps),
-        "model_mean_type": mean,
-        "model_var_type": var,
-        "loss_type": loss,
-        "rescale_timesteps": rescale_timesteps,
-    }
-    if respacing:
-        return SpacedDiffusion(space_timesteps(steps, respacing), **arguments)
-    return GaussianDiffusion(**arguments)
 
 
 def gaussian_model(steps, schedule="linear", mean=ModelMeanType.EPSILON, data_std=DATA_STD):

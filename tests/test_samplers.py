@@ -6,16 +6,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch as th
+from diffusions import build
 from scipy.integrate import solve_ivp
 
 from improved_diffusion.gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
     ModelMeanType,
     ModelVarType,
-    get_named_beta_schedule,
 )
-from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.respace import space_timesteps
 from improved_diffusion.samplers import SAMPLERS, SPACINGS, evaluations, sample_progressive, space_levels
 
 EPSILON, START_X, PREVIOUS_X = ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X
@@ -24,27 +22,6 @@ ORDERS = {"ddim": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 4, "deis"
 # Data that need no network: independent pixels from a mixture of normal distributions (share, mean, std).
 GAUSSIAN = [(1.0, 0.3, 0.5)]
 MIXTURE = [(0.4, -0.5, 0.15), (0.6, 0.6, 0.25)]
-
-
-def build(
-    steps=1000,
-    *,
-    schedule="linear",
-    mean=EPSILON,
-    var=ModelVarType.FIXED_SMALL,
-    respacing=None,
-    rescale_timesteps=False,
-):
-    arguments = {
-        "betas": get_named_beta_schedule(schedule, steps),
-        "model_mean_type": mean,
-        "model_var_type": var,
-        "loss_type": LossType.MSE,
-        "rescale_timesteps": rescale_timesteps,
-    }
-    if respacing:
-        return SpacedDiffusion(space_timesteps(steps, respacing), **arguments)
-    return GaussianDiffusion(**arguments)
 
 
 def log_snr(diffusion, t):

@@ -59,7 +59,7 @@ def test_copies_in_16_bits_share_a_torso_that_is_updated():
     with th.no_grad():
         for p in model.parameters():
             p.add_(1)
-    made.update([[0, 1], list(range(2, len(list(model.parameters()))))])
+    made.update()
     for p, q in zip(model.parameters(), one.parameters()):
         assert th.equal(q, p.to(q.dtype))
 
