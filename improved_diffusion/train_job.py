@@ -186,7 +186,8 @@ def _choose_compute(flags: dict[str, Any], source: Checkpoint | None) -> Compute
     chosen = choose("bf16" if flags["use_fp16"] else flags["precision"], flags["num_workers"])
     precision = chosen.precision
     before = precision if source is None else source.state.get("precision", "fp32")
-    if flags["precision"] == "auto" and before == "fp32":
+    if flags["precision"] == "auto" and not flags["use_fp16"]:
+        # A measurement on a busy machine shall not make it another run.
         precision = before
     elif before != precision:
         print(f"WARNING: this run was trained in {before}; it goes on in {precision}")

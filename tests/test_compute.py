@@ -97,6 +97,14 @@ def test_a_run_records_its_precision_and_keeps_it(tmp_path, call_script, monkeyp
     assert "WARNING: this processor is faster in float32: give --precision fp32" in train(4)
 
 
+def test_a_resumed_run_keeps_16_bits_whatever_is_measured(tmp_path, call_script, monkeypatch):
+    flags = ["--data_dir", "builtin", *TINY_FLAGS, "--log_dir", tmp_path, "--sample_interval", "0"]
+    for steps, speedup in (("1", 2.0), ("2", 0.5)):
+        monkeypatch.setattr(compute, "bf16_speedup", lambda speedup=speedup: speedup)
+        assert call_script("image_train.py", *flags, "--total_steps", steps).returncode == 0
+        assert checkpoint.find(str(tmp_path)).state["precision"] == "bf16"
+
+
 def test_memory_can_be_kept_and_handed_back():
     assert keep_memory() in (True, False)
     release_memory()
