@@ -15,7 +15,7 @@ import torch as th
 
 from improved_diffusion import checkpoint, dist_util
 from improved_diffusion.checkpoint import Checkpoint
-from improved_diffusion.compute import choose
+from improved_diffusion.compute import Compute, choose
 from improved_diffusion.flags import check_range
 from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.inference import fast_model
@@ -174,7 +174,9 @@ def open_model(
     join_processes(flags)
     check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
     _check_model_path(flags, os.path.join(project, "runs"))
-    compute = choose(flags["precision"], flags["num_workers"])
+    chosen = choose(flags["precision"], flags["num_workers"])
+    # What each process measures may differ; what they draw must not.
+    compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
     model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
     check_images_fit(flags, "batch_size", bytes_per_number=4)
     print(f"computing in {compute}")

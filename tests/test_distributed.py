@@ -243,7 +243,7 @@ def test_different_flags_and_different_images_are_refused(tmp_path):
 @pytest.mark.parametrize("script", ["image_sample.py", "image_nll.py"])
 def test_drawing_and_measuring_are_shared(tmp_path, alone, script, call_script):
     # 3 images at a time, of 7: the second round leaves rank 1 without one.
-    flags = ["--model_path", alone, "--num_samples", 7, "--batch_size", 3]
+    flags = ["--model_path", alone, "--num_samples", 7, "--batch_size", 3, "--precision", "fp32"]
     flags += ["--data_dir", "builtin"] if script == "image_nll.py" else []
     one, two = tmp_path / "one", tmp_path / "two"
     assert call_script(script, *flags, "--log_dir", one).returncode == 0
