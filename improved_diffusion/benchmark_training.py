@@ -132,7 +132,7 @@ def _bare_step(loop: TrainLoop) -> Callable[[], None]:
 
     def step() -> None:
         compute(*latest)
-        loop.opt.step(loop.gradients.values, [])
+        loop.opt.step(loop.gradients.values, copies=loop.gradients.copies.in_16_bits)
         loop.gradients.clear()
 
     loop.gradients.compute = remember

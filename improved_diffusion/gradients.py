@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch as th
 from torch import nn
 
+from improved_diffusion.kernels import update
 from improved_diffusion.nn import dropout_seeds
 from improved_diffusion.optimizer import blocks_of
 from improved_diffusion.workers import ModelCopies
@@ -18,6 +19,8 @@ class Gradients:
     With ``"bf16"`` the passes compute in 16 bits from a copy of the weights; the weights and the sums stay in 32
     (Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740; bfloat16 has the exponents of float32,
     and needs no scaling of the loss).
+
+    Whoever changes the weights has `copies.in_16_bits` follow, as `Optimizer.step` does.
 
     `values` is the gradient, tensors in the order of the model's parameters. What one pass has computed in 16 bits
     stays so: whoever goes on with it makes 32 bits of it while it is in the caches.
@@ -37,7 +40,6 @@ class Gradients:
         :param masks: for each part, the seeds of its images' dropout masks.
         :return: what else each part returned.
         """
-        self.copies.update()
         details = []
         for number, part in enumerate(zip(losses, masks)):
             gradient, detail = _differentiate(self.copies.models[0], *part)
@@ -63,12 +65,10 @@ class Gradients:
 
     def norm(self) -> float:
         """The norm of the whole gradient."""
+        if update.suits(self.values):
+            return update.norm(self.values)
         norms = th._foreach_norm(self.values, 2, dtype=th.float32)
         return th.linalg.vector_norm(th.stack(norms)).item()
-
-    def scale(self, factor: float) -> None:
-        """Multiply the gradient by `factor`."""
-        self.values = [value.float() * factor for value in self.values]
 
 
 def _differentiate(

@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from improved_diffusion.kernels import update
 from improved_diffusion.nn import update_ema
 
 BETAS = (0.9, 0.999)
@@ -28,7 +29,7 @@ def blocks_of(tensors: Sequence[th.Tensor]) -> list[list[int]]:
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with PyTorch's kernel and the state of its AdamW.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with the state of PyTorch's AdamW.
 
     Its time goes into moving numbers between memory and cores, so each is fetched once for all that is done to
     it. (`torch.optim.AdamW` itself goes through all parameters at once, and loads PyTorch's compiler: 66 MB.)
@@ -39,28 +40,40 @@ class Optimizer:
         self.lr = lr
         self.weight_decay = weight_decay
         self.blocks = blocks_of(self.params)
-        self.steps = [th.zeros(()) for _ in self.params]
+        self.counts = th.zeros(len(self.params))
+        self.steps = list(self.counts.unbind())  # views: they count together
         self.moments = {name: [th.zeros_like(p) for p in self.params] for name in MOMENTS}
 
     @th.no_grad()
     def step(
-        self, gradient: Sequence[th.Tensor], averages: Sequence[tuple[Sequence[th.Tensor], float]]
+        self,
+        gradient: Sequence[th.Tensor],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]] = (),
+        copies: Sequence[th.Tensor | None] = (),
+        factor: float = 1.0,
     ) -> None:
-        """Update the parameters with learning rate `lr`, then the moving averages by them.
+        """Update the parameters with learning rate `lr`, then the moving averages and copies by them.
 
         :param gradient: in the order of the parameters, in 16 or 32 bits.
         :param averages: of each moving average, the tensors, in the order of the parameters, and the decay.
+        :param copies: in the order of the parameters, what is to be a copy of them in 16 bits, or None.
+        :param factor: what the gradient is multiplied by.
         """
+        self.counts += 1
+        copies = copies or [None] * len(self.params)
+        moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
+        if update.suits(gradient):
+            settings = update.AdamWSettings(self.lr, *BETAS, EPSILON, self.weight_decay, factor)
+            update.adamw(self.params, gradient, moments, self.counts, settings, averages, copies)
+            return
         for block in self.blocks:
             params = [self.params[i] for i in block]
-            steps = [self.steps[i] for i in block]
-            th._foreach_add_(steps, 1)
             th._fused_adamw_(
                 params,
-                [gradient[i].float() for i in block],
-                *([self.moments[name][i] for i in block] for name in MOMENTS),
+                [gradient[i].float() * factor for i in block],
+                *([tensors[i] for i in block] for tensors in moments),
                 [],
-                steps,
+                [self.steps[i] for i in block],
                 lr=self.lr,
                 beta1=BETAS[0],
                 beta2=BETAS[1],
@@ -71,10 +84,13 @@ class Optimizer:
             )
             for tensors, decay in averages:
                 update_ema([tensors[i] for i in block], params, decay)
+            for i in block:
+                if copies[i] is not None:
+                    copies[i].copy_(self.params[i])
 
     def state_tensors(self) -> list[th.Tensor]:
         """All that changes from step to step, in an order that depends on the parameters alone."""
-        return [*self.steps, *self.moments["exp_avg"], *self.moments["exp_avg_sq"]]
+        return [self.counts, *self.moments["exp_avg"], *self.moments["exp_avg_sq"]]
 
     def state_dict(self) -> dict[str, Any]:
         """As that of `torch.optim.AdamW` on these parameters, for its `load_state_dict` to read."""

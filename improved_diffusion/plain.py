@@ -13,7 +13,7 @@ from torch import nn
 from improved_diffusion.cpu import keep_memory
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d
-from improved_diffusion.unet import QKVAttention, ResBlock, Upsample
+from improved_diffusion.unet import QKVAttention, ResBlock, UNetModel, Upsample
 
 # About where the GNU C library's own thresholds, which follow what a program does, come to rest in training.
 USUAL_THRESHOLDS = (16 * 2**20, 8 * 2**20)
@@ -32,7 +32,7 @@ class PlainResBlock(ResBlock):
 
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
         h = self.in_layers(x)
-        emb = self.emb_layers(emb)[..., None, None]
+        emb = emb[..., None, None]
         norm, *others = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
@@ -57,7 +57,15 @@ class PlainAttention(QKVAttention):
         return th.einsum("nqk,nck->ncq", weights, v).reshape(n, -1, length)
 
 
+class PlainUNet(UNetModel):
+    """The timestep embedding projected block by block, and memory laid out as PyTorch does by itself."""
+
+    def _project(self, emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+        return {block: block.emb_layers(emb) for block in self.modules() if isinstance(block, ResBlock)}
+
+
 PLAIN = {
+    UNetModel: PlainUNet,
     Upsample: PlainUpsample,
     ResBlock: PlainResBlock,
     QKVAttention: PlainAttention,
@@ -71,6 +79,9 @@ def make_plain(model: nn.Module, kinds: Collection[type[nn.Module]] = tuple(PLAI
     for module in model.modules():
         if type(module) in kinds:
             module.__class__ = PLAIN[type(module)]
+        if isinstance(module, PlainUNet):
+            module.channels_last = False
+            module.to(memory_format=th.contiguous_format)
     return model
 
 

@@ -154,7 +154,6 @@ class TrainLoop:
         self.model.train()
         self.has_dropout = any(layer.p > 0 for layer in model.modules() if isinstance(layer, Dropout))
         self.num_workers = num_workers
-        self.gradients = Gradients(model, precision)
         self.opt = Optimizer(self.params, lr, weight_decay)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
@@ -173,6 +172,7 @@ class TrainLoop:
                 ) from error
         if dist_util.get_world_size() > 1:
             self._make_all_alike()
+        self.gradients = Gradients(model, precision)
         if self.samples and hasattr(data, "seek"):
             data.seek(self.samples)
 
@@ -256,12 +256,11 @@ class TrainLoop:
         self.skipped = 0
         if isinstance(self.schedule_sampler, LossSecondMomentResampler):
             self.schedule_sampler.update_with_all_losses(t, losses["loss"])
-        if self.grad_clip > 0:
-            self.gradients.scale(min(1.0, self.grad_clip / (grad_norm + 1e-6)))
+        factor = min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip > 0 else 1.0
         self.opt.lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
         self.step += 1
         averages = [(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()]
-        self.opt.step(self.gradients.values, averages)
+        self.opt.step(self.gradients.values, averages, self.gradients.copies.in_16_bits, factor)
         self.gradients.clear()
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)

@@ -8,12 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from improved_diffusion import kernels
+from improved_diffusion.kernels import attention
+from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import (
     Dropout,
     avg_pool_nd,
     conv_nd,
+    in_channels_last,
     linear,
     normalization,
+    pointwise_channels_last,
     pointwise_conv_nd,
     timestep_embedding,
     zero_module,
@@ -24,11 +29,11 @@ DDPM_EPSILON = 1e-6  # of normalisations in the code of Ho et al. 2020; torch's 
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in sequence, of which the residual blocks are also given the timestep embedding."""
+    """Layers in sequence, of which the residual blocks are also given what `project` made for them."""
 
-    def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+    def forward(self, x: th.Tensor, projected: dict[nn.Module, th.Tensor]) -> th.Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, projected[layer]) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
@@ -142,35 +147,63 @@ class ResBlock(nn.Module):
             self.skip_connection = pointwise_conv_nd(dims, channels, out_channels)
 
     def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        """:param x: [N, channels, *size]; :param emb: [N, emb_channels]; :return: [N, out_channels, *size]."""
+        """Evaluate the block.
+
+        :param x: [N, channels, *size].
+        :param emb: what `emb_layers` make of the timestep embedding: [N, out_channels], or twice as many.
+        :return: [N, out_channels, *size].
+        """
         if self.use_checkpoint and th.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        h = self.in_layers(x)
-        emb = self.emb_layers(emb)
-        norm, activation, dropout, conv = self.out_layers
+        norm, _, conv = self.in_layers
+        h, x = normalize(norm, x)
+        h = conv(h)
+        norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            h = _scale_shift_norm(norm, h, *emb.chunk(2, dim=1))
+            h, _ = normalize(norm, h, modulation=emb)
         else:
-            h = norm(h + emb.reshape(*emb.shape, *[1] * (h.dim() - 2)))
-        return self.skip_connection(x) + conv(dropout(activation(h)))
+            h, _ = normalize(norm, h + emb.reshape(*emb.shape, *[1] * (h.dim() - 2)))
+        return self.skip_connection(x) + conv(dropout(h))
 
 
-def _scale_shift_norm(norm: nn.GroupNorm, x: th.Tensor, scale: th.Tensor, shift: th.Tensor) -> th.Tensor:
-    """norm(x) * (1 + scale) + shift, with `scale` and `shift` [N, C], in one pass over `x` [N, C, *size].
+def project(blocks: Sequence[ResBlock], emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+    """What the `emb_layers` of all `blocks` make of the timestep embedding `emb` [N, emb_channels], in one go.
 
-    Every image's channels become channels of a single image, whose normalisation then has weights and biases
-    of its own for each of them.
+    For a few images, one product with a tall matrix takes less time than two dozen with small ones.
     """
-    n, channels = scale.shape
-    weight = norm.weight * (1 + scale)
-    bias = norm.bias * (1 + scale) + shift
-    stacked = x.reshape(1, n * channels, *x.shape[2:])
-    return F.group_norm(stacked, n * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps).reshape(
-        x.shape
-    )
+    layers = [block.emb_layers[1] for block in blocks]
+    weight, bias = (th.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    projected = F.linear(F.silu(emb), weight, bias)
+    return dict(zip(blocks, projected.split([layer.out_features for layer in layers], dim=1)))
+
+
+def normalize(
+    norm: nn.GroupNorm, x: th.Tensor, modulation: th.Tensor | None = None, activate: bool = True
+) -> tuple[th.Tensor, th.Tensor]:
+    """SiLU(norm(x) * (1 + scale) + shift) in as few passes over `x` [N, C, *size] as can be.
+
+    :param modulation: scales and shifts, [N, 2 C]; None: without.
+    :param activate: False: without SiLU.
+    :return: that, and `x` for what else is to be made of it (see `norm_act`).
+    """
+    if suits(x, norm):
+        return norm_act(norm, x, modulation, activate)
+    if modulation is None:
+        h = norm(x)
+    else:
+        # Every image's channels become channels of a single image, whose normalisation then has weights and
+        # biases of its own for each of them.
+        scale, shift = modulation.chunk(2, dim=1)
+        n, channels = scale.shape
+        weight = norm.weight * (1 + scale)
+        bias = norm.bias * (1 + scale) + shift
+        stacked = x.reshape(1, n * channels, *x.shape[2:])
+        h = F.group_norm(stacked, n * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps)
+        h = h.reshape(x.shape)
+    return F.silu(h) if activate else h, x
 
 
 class AttentionBlock(nn.Module):
@@ -196,8 +229,13 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: th.Tensor) -> th.Tensor:
-        h = self.norm(x).flatten(2)
-        h = self.proj_out(self.attention(self.qkv(h)))
+        h, x = normalize(self.norm, x, activate=False)
+        if in_channels_last(h):
+            qkv = pointwise_channels_last(h, self.qkv.weight, self.qkv.bias)
+            h = self.attention.attend(qkv.permute(0, 2, 3, 1).flatten(1, 2))
+            h = h.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+            return x + pointwise_channels_last(h, self.proj_out.weight, self.proj_out.bias)
+        h = self.proj_out(self.attention(self.qkv(h.flatten(2))))
         return x + h.reshape(x.shape)
 
 
@@ -222,6 +260,12 @@ class QKVAttention(nn.Module):
         # memory, have to be transposed: this layout is the fastest of those measured on CPUs.
         scores = th.bmm((k * (1 / math.sqrt(width))).transpose(1, 2), q)
         return th.bmm(v, scores.softmax(dim=1)).reshape(n, -1, length)
+
+    def attend(self, qkv: th.Tensor) -> th.Tensor:
+        """As `forward`, of and to tensors whose last dimension is that of the channels: [N, T, channels]."""
+        if attention.suits(qkv, self.num_heads):
+            return attention.attention(qkv, self.num_heads)
+        return self(qkv.transpose(1, 2)).transpose(1, 2)
 
 
 class UNetModel(nn.Module):
@@ -337,6 +381,11 @@ class UNetModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.GroupNorm):
                     module.eps = DDPM_EPSILON
+        # The layout that the compiled operations, and convolutions even without, are fastest in. PyTorch's own
+        # normalisation is so slow in it that it does not pay without them.
+        self.channels_last = dims == 2 and kernels.generation() is not None
+        if self.channels_last:
+            self.to(memory_format=th.channels_last)
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """Evaluate the model.
@@ -347,7 +396,8 @@ class UNetModel(nn.Module):
         :return: [N, out_channels, *size].
         """
         *_, h = self._activations(x, timesteps, y)
-        return self.out(h.to(self.out[0].weight.dtype))
+        norm, _, conv = self.out
+        return conv(normalize(norm, h.to(norm.weight.dtype))[0])
 
     def get_feature_vectors(
         self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None
@@ -366,17 +416,22 @@ class UNetModel(nn.Module):
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y: expected shape [{x.shape[0]}], got {list(y.shape)}")
             emb = emb + self.label_emb(y)
-        emb = emb.to(self.dtype)
+        projected = self._project(emb.to(self.dtype))
         h, skips = x.to(self.dtype), []
+        if self.channels_last:
+            h = h.contiguous(memory_format=th.channels_last)
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = block(h, projected)
             skips.append(h)
             yield h
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, projected)
         yield h
         for block in self.output_blocks:
-            h = block(th.cat([h, skips.pop()], dim=1), emb)
+            h = block(th.cat([h, skips.pop()], dim=1), projected)
             yield h
+
+    def _project(self, emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+        return project([module for module in self.modules() if isinstance(module, ResBlock)], emb)
 
     @property
     def torso(self) -> list[nn.Module]:

@@ -35,8 +35,9 @@ class Workers:
 class ModelCopies:
     """Copies of `model` that share one set of weights, and have gradients of their own.
 
-    With ``"bf16"``, that is a set in 16 bits of the weights in the model's `torso` (where it has one, else of all),
-    which `update` brings up to date; the other weights are the model's own.
+    With ``"bf16"``, that is a set in 16 bits of the weights in the model's `torso` (where it has one, else of all);
+    the other weights are the model's own. `in_16_bits` holds, in the order of the parameters, the tensors that have to
+    follow when these change, or None.
 
     :param weights: tensors to take instead of the model's parameters, in their order, such as a moving average.
     """
@@ -48,15 +49,10 @@ class ModelCopies:
         sources = [p.detach() for p in own] if weights is None else list(weights)
         torso = {id(p) for part in getattr(model, "torso", [model]) for p in part.parameters()}
         dtype = DTYPES[precision]
-        # What differs from its source in type is a copy, and has to be updated; the rest is the source itself.
+        # What differs from its source in type is a copy; the rest is the source itself.
         shared = [source.to(dtype) if id(p) in torso else source for p, source in zip(own, sources)]
-        self._outdated = [(new, old) for new, old in zip(shared, sources) if new is not old]
+        self.in_16_bits = [new if new is not old else None for new, old in zip(shared, sources)]
         self.models = []
         for _ in range(count):
             parameters = {id(p): nn.Parameter(tensor, p.requires_grad) for p, tensor in zip(own, shared)}
             self.models.append(copy.deepcopy(model, parameters))
-
-    def update(self) -> None:
-        """Take over what has become of the weights."""
-        if self._outdated:
-            th._foreach_copy_(*map(list, zip(*self._outdated)))

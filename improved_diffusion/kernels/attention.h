@@ -1,0 +1,188 @@
+// Self-attention (Vaswani et al. 2017), block by block of ROWS positions, so that the scores stay in the caches (Dao et
+// al. 2022, arXiv 2205.14135). The backward pass computes the scores again. Included for each type of number, STORED.
+//
+// qkv: [images, positions, heads * 3 * width], each head's queries, keys, values; positions and width are multiples of
+// 16. In a product, rows of one matrix are broadcast a unit of 4 bytes at a time, and the other is packed by units:
+// [depth in units, columns]. A unit is UNIT numbers: in 16 bits, the processor multiplies them in pairs.
+
+// c[ROWS, COLUMNS vectors] = a[ROWS, units] * b, b packed. Steps are from row to row.
+#define MULTIPLY_COLUMNS(COLUMNS)                                                                                      \
+    static inline void TYPED(multiply_##COLUMNS)(                                                                      \
+        const STORED *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int units           \
+    ) {                                                                                                                \
+        vec sums[ROWS][COLUMNS];                                                                                       \
+        for (int i = 0; i < ROWS; i++)                                                                                 \
+            for (int j = 0; j < COLUMNS; j++) sums[i][j] = zero();                                                     \
+        for (int unit = 0; unit < units; unit++) {                                                                     \
+            vec packed[COLUMNS];                                                                                       \
+            for (int j = 0; j < COLUMNS; j++) packed[j] = get((const float *)b + unit * b_step + j * WIDTH);           \
+            _Pragma("GCC unroll 8") for (int i = 0; i < ROWS; i++) {                                                   \
+                int32_t bits;                                                                                          \
+                memcpy(&bits, a + i * a_step + UNIT * unit, sizeof bits);                                              \
+                for (int j = 0; j < COLUMNS; j++)                                                                      \
+                    sums[i][j] = ADD_PRODUCTS(sums[i][j], packed[j], (vec)VECTOR(set1_epi32)(bits));                   \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int i = 0; i < ROWS; i++)                                                                                 \
+            for (int j = 0; j < COLUMNS; j++) put(c + i * c_step + j * WIDTH, sums[i][j]);                             \
+    }
+MULTIPLY_COLUMNS(1)
+MULTIPLY_COLUMNS(2)
+#undef MULTIPLY_COLUMNS
+
+static inline void TYPED(multiply)(
+    const STORED *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int columns, int depth
+) {
+    int column = 0, units = depth / UNIT;
+    for (; column + 2 * WIDTH <= columns; column += 2 * WIDTH)
+        TYPED(multiply_2)(a, a_step, b + column, b_step, c + column, c_step, units);
+    if (column < columns) TYPED(multiply_1)(a, a_step, b + column, b_step, c + column, c_step, units);
+}
+
+// Packed with units along the rows: rows become columns. to: [width in units, rows].
+static inline void TYPED(pack_columns)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
+    for (int row = 0; row < rows; row++)
+        for (int unit = 0; unit < width / UNIT; unit++)
+            memcpy(to + (size_t)unit * rows + row, from + row * step + UNIT * unit, sizeof *to);
+}
+
+// Packed with units along the columns: to: [rows in units, width].
+static inline void TYPED(pack_rows)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
+    for (int row = 0; row < rows; row += UNIT)
+        for (int i = 0; i < width; i += WIDTH) {
+            const STORED *first = from + row * step + i;
+            put((float *)to + (size_t)row / UNIT * width + i, PACK(LOAD(first), LOAD(first + (UNIT - 1) * step)));
+        }
+}
+
+static inline void TYPED(store_rows)(const float *from, STORED *to, size_t step, int width, float factor) {
+    for (int row = 0; row < ROWS; row++)
+        for (int i = 0; i < width; i += WIDTH) STORE(to + row * step + i, get(from + row * width + i) * factor);
+}
+
+// Units of 4 bytes that either pass needs room for in each thread.
+static size_t TYPED(forward_room)(size_t positions, size_t width) {
+    return positions * (2 * width / UNIT + ROWS + ROWS / UNIT) + ROWS * width;
+}
+static size_t TYPED(backward_room)(size_t positions, size_t width) {
+    return positions * ((5 * width + positions) / UNIT + 2 * ROWS + 2 * ROWS / UNIT + 1) + ROWS * width;
+}
+size_t TYPED(attention_room)(size_t positions, size_t width) {
+    size_t forward = TYPED(forward_room)(positions, width), backward = TYPED(backward_room)(positions, width);
+    return forward > backward ? forward : backward;
+}
+
+// out: [images, positions, heads * width]. logsums: [images, heads, positions], which the backward pass wants.
+void TYPED(attention_forward)(
+    const STORED *qkv, STORED *out, float *logsums, uint32_t *room, int images, int positions, int heads, int width,
+    int threads
+) {
+    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, size = (size_t)positions * width / UNIT;
+    float scale = 1 / sqrtf((float)width);
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *keys = room + omp_get_thread_num() * TYPED(forward_room)(positions, width), *values = keys + size;
+        float *scores = (float *)(values + size), *result = scores + ROWS * positions;
+        STORED *weights = (STORED *)(result + ROWS * width);
+#pragma omp for collapse(2) schedule(static)
+        for (int image = 0; image < images; image++)
+            for (int head = 0; head < heads; head++) {
+                const STORED *q = qkv + (size_t)image * positions * step + (size_t)head * 3 * width;
+                STORED *o = out + (size_t)image * positions * out_step + (size_t)head * width;
+                float *logsum = logsums + ((size_t)image * heads + head) * positions;
+                TYPED(pack_columns)(q + width, step, keys, positions, width);
+                TYPED(pack_rows)(q + 2 * width, step, values, positions, width);
+                for (int first = 0; first < positions; first += ROWS) {
+                    TYPED(multiply)(q + first * step, step, keys, positions, scores, positions, positions, width);
+                    float inverse[ROWS];
+                    for (int row = 0; row < ROWS; row++) {
+                        const float *of_row = scores + row * positions;
+                        vec most = get(of_row), sum = zero();
+                        for (int i = WIDTH; i < positions; i += WIDTH) most = VECTOR(max_ps)(most, get(of_row + i));
+                        float top = LEVEL(largest)(most) * scale;
+                        for (int i = 0; i < positions; i += WIDTH) {
+                            vec weight = LEVEL(exponential)(get(of_row + i) * scale - top);
+                            sum += weight;
+                            STORE(weights + row * positions + i, weight);
+                        }
+                        float total = LEVEL(total)(sum);
+                        inverse[row] = 1 / total;
+                        logsum[first + row] = top + logf(total);
+                    }
+                    TYPED(multiply)(weights, positions, values, width, result, width, width, positions);
+                    for (int row = 0; row < ROWS; row++)
+                        for (int i = 0; i < width; i += WIDTH)
+                            STORE(o + (first + row) * out_step + i, get(result + row * width + i) * inverse[row]);
+                }
+            }
+    }
+}
+
+// The gradient dqkv from that of out, dout.
+void TYPED(attention_backward)(
+    const STORED *dout, const STORED *qkv, const STORED *out, const float *logsums, STORED *dqkv, uint32_t *room,
+    int images, int positions, int heads, int width, int threads
+) {
+    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, size = (size_t)positions * width / UNIT;
+    float scale = 1 / sqrtf((float)width);
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *q_columns = room + omp_get_thread_num() * TYPED(backward_room)(positions, width);
+        uint32_t *d_columns = q_columns + size, *q_rows = d_columns + size, *d_rows = q_rows + size;
+        STORED *k_turned = (STORED *)(d_rows + size);     // [width, positions]
+        uint32_t *all_ds = (uint32_t *)k_turned + size;   // the gradients of all scores, packed: [keys, queries]
+        float *scores = (float *)(all_ds + (size_t)positions * positions / UNIT), *dweights = scores + ROWS * positions;
+        float *inner = dweights + ROWS * positions, *result = inner + positions;
+        STORED *weights = (STORED *)(result + ROWS * width), *ds = weights + ROWS * positions;
+#pragma omp for collapse(2) schedule(static)
+        for (int image = 0; image < images; image++)
+            for (int head = 0; head < heads; head++) {
+                size_t start = (size_t)image * positions * step + (size_t)head * 3 * width;
+                size_t out_start = (size_t)image * positions * out_step + (size_t)head * width;
+                const STORED *q = qkv + start, *k = q + width, *v = k + width;
+                const STORED *d = dout + out_start, *o = out + out_start;
+                const float *logsum = logsums + ((size_t)image * heads + head) * positions;
+                STORED *dq = dqkv + start, *dk = dq + width, *dv = dk + width;
+                TYPED(pack_columns)(q, step, q_columns, positions, width);
+                TYPED(pack_columns)(d, out_step, d_columns, positions, width);
+                TYPED(pack_rows)(q, step, q_rows, positions, width);
+                TYPED(pack_rows)(d, out_step, d_rows, positions, width);
+                for (int t = 0; t < positions; t++) {
+                    vec sum = zero();
+                    for (int i = 0; i < width; i += WIDTH) sum += LOAD(d + t * out_step + i) * LOAD(o + t * out_step + i);
+                    inner[t] = LEVEL(total)(sum);
+                    for (int i = 0; i < width; i++) k_turned[(size_t)i * positions + t] = k[t * step + i];
+                }
+                for (int first = 0; first < positions; first += ROWS) {
+                    // Of ROWS keys, with all queries as columns.
+                    TYPED(multiply)(k + first * step, step, q_columns, positions, scores, positions, positions, width);
+                    TYPED(multiply)(v + first * step, step, d_columns, positions, dweights, positions, positions, width);
+                    for (int row = 0; row < ROWS; row += UNIT)
+                        for (int i = 0; i < positions; i += WIDTH) {
+                            vec gradients[UNIT];
+                            for (int k = 0; k < UNIT; k++) {
+                                size_t at = (size_t)(row + k) * positions + i;
+                                vec weight = LEVEL(exponential)(get(scores + at) * scale - get(logsum + i));
+                                gradients[k] = weight * (get(dweights + at) - get(inner + i));
+                                STORE(weights + at, weight);
+                                STORE(ds + at, gradients[k]);
+                            }
+                            uint32_t *to = all_ds + (size_t)(first + row) / UNIT * positions + i;
+                            put((float *)to, PACK(gradients[0], gradients[UNIT - 1]));
+                        }
+                    TYPED(multiply)(weights, positions, d_rows, width, result, width, width, positions);
+                    TYPED(store_rows)(result, dv + first * step, step, width, 1);
+                    TYPED(multiply)(ds, positions, q_rows, width, result, width, width, positions);
+                    TYPED(store_rows)(result, dk + first * step, step, width, scale);
+                }
+                for (int first = 0; first < width; first += ROWS) {
+                    // ROWS channels, with all queries as columns.
+                    const STORED *rows = k_turned + (size_t)first * positions;
+                    TYPED(multiply)(rows, positions, all_ds, positions, scores, positions, positions, positions);
+                    for (int t = 0; t < positions; t++)
+                        for (int i = 0; i < ROWS; i++)
+                            dq[t * step + first + i] = FROM_FLOAT(scores[i * positions + t] * scale);
+                }
+            }
+    }
+}

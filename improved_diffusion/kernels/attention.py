@@ -1,0 +1,69 @@
+"""Self-attention as one operation, on positions in a row with all their channels."""
+
+from ctypes import c_int, c_size_t, c_void_p
+
+import torch as th
+from torch.autograd.function import once_differentiable
+
+from improved_diffusion import kernels
+
+# Of the compiled functions: addresses, sizes, threads.
+FORWARD = (*[c_void_p] * 4, *[c_int] * 5)
+BACKWARD = (*[c_void_p] * 6, *[c_int] * 5)
+TILE = 16  # positions, and channels of a head, have to be multiples of so many
+# The gradients of all scores of a head are kept at once.
+MAX_POSITIONS = 1024
+
+
+def suits(qkv: th.Tensor, num_heads: int) -> bool:
+    """Whether `attention` can be used on this tensor."""
+    positions, channels = qkv.shape[1:]
+    return (
+        kernels.has("attention_forward", qkv.dtype)
+        and channels % (3 * num_heads * TILE) == 0
+        and positions % TILE == 0
+        and 0 < positions <= MAX_POSITIONS
+    )
+
+
+def attention(qkv: th.Tensor, num_heads: int) -> th.Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, sec. 3.2.1) of all positions with each other.
+
+    :param qkv: [N, T, heads * 3 * width], each head's queries, keys, values; see `suits`.
+    :return: [N, T, heads * width].
+    """
+    return _Attention.apply(qkv, num_heads)
+
+
+class _Attention(th.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, heads):
+        n, positions, channels = qkv.shape
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(n, positions, channels // 3)
+        logsums = qkv.new_empty(n, heads, positions, dtype=th.float32)
+        width = channels // (3 * heads)
+        threads = th.get_num_threads()
+        kernel = kernels.function("attention_forward", FORWARD, qkv.dtype)
+        tensors = (qkv, out, logsums, _room(qkv.dtype, positions, width, threads))
+        kernel(*(t.data_ptr() for t in tensors), n, positions, heads, width, threads)
+        ctx.save_for_backward(qkv, out, logsums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        qkv, out, logsums = ctx.saved_tensors
+        n, heads, positions = logsums.shape
+        dqkv = th.empty_like(qkv)
+        width = qkv.shape[2] // (3 * heads)
+        threads = th.get_num_threads()
+        kernel = kernels.function("attention_backward", BACKWARD, qkv.dtype)
+        tensors = (dout.contiguous(), qkv, out, logsums, dqkv, _room(qkv.dtype, positions, width, threads))
+        kernel(*(t.data_ptr() for t in tensors), n, positions, heads, width, threads)
+        return dqkv, None
+
+
+def _room(dtype: th.dtype, positions: int, width: int, threads: int) -> th.Tensor:
+    size = kernels.function("attention_room", (c_size_t, c_size_t), dtype, c_size_t)(positions, width)
+    return th.empty(threads * size)

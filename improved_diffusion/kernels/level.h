@@ -1,0 +1,141 @@
+// All kernels for one generation of processors, LEVEL(name); see kernels.c.
+
+#ifdef __AVX512F__
+#define WIDTH 16
+#define VECTOR(operation) _mm512_##operation
+#define VECTOR_TYPE(suffix) __m512##suffix
+#define HALF __m256i
+#define ROWS 8  // of a product that are computed together, as far as there are registers
+#else
+#define WIDTH 8
+#define VECTOR(operation) _mm256_##operation
+#define VECTOR_TYPE(suffix) __m256##suffix
+#define HALF __m128i
+#define ROWS 4
+#endif
+#define vec VECTOR_TYPE()
+#define get VECTOR(loadu_ps)
+#define put VECTOR(storeu_ps)
+#define zero VECTOR(setzero_ps)
+
+static inline vec LEVEL(load_bf16)(const uint16_t *from) {
+    HALF bits;
+    memcpy(&bits, from, sizeof bits);
+    return (vec)VECTOR(slli_epi32)(VECTOR(cvtepu16_epi32)(bits), 16);
+}
+static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
+#ifdef __AVX512BF16__
+    HALF bits = (HALF)_mm512_cvtneps_pbh(v);
+#else
+    __m256i wide = (__m256i)v, last = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
+    wide = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
+    HALF bits = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#endif
+    memcpy(to, &bits, sizeof bits);
+}
+
+// exp, to a few units in the seventh digit: 2^whole times a polynomial for what is left, in [-1/2, 1/2].
+static inline vec LEVEL(exponential)(vec x) {
+    const float most = 126;
+    x = VECTOR(min_ps)(VECTOR(max_ps)(x * 1.44269504f, VECTOR(set1_ps)(-most)), VECTOR(set1_ps)(most));
+#ifdef __AVX512F__
+    vec whole = _mm512_roundscale_ps(x, 0);
+#else
+    vec whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+    vec f = x - whole;
+    vec p = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f + f *
+            (0.00133335581f + f * 0.000154035304f)))));
+    VECTOR_TYPE(i) shifted = VECTOR(slli_epi32)(VECTOR(cvtps_epi32)(whole), 23);
+    return (vec)VECTOR(add_epi32)((VECTOR_TYPE(i))p, shifted);
+}
+static inline vec LEVEL(sigmoid)(vec x) { return 1 / (1 + LEVEL(exponential)(-x)); }
+static inline vec LEVEL(rough_sigmoid)(vec x) {
+#ifdef __AVX512F__
+    return _mm512_rcp14_ps(1 + LEVEL(exponential)(-x));  // to 4 digits, more than 16 bits hold
+#else
+    return LEVEL(sigmoid)(x);
+#endif
+}
+
+static inline float LEVEL(total)(vec v) {
+    float parts[WIDTH], sum = 0;
+    put(parts, v);
+    for (int k = 0; k < WIDTH; k++) sum += parts[k];
+    return sum;
+}
+static inline float LEVEL(largest)(vec v) {
+    float parts[WIDTH];
+    put(parts, v);
+    float most = parts[0];
+    for (int k = 1; k < WIDTH; k++) most = parts[k] > most ? parts[k] : most;
+    return most;
+}
+#ifdef __AVX512BF16__
+// Pairs of 16 bits: the first numbers in the lower halves.
+static inline vec LEVEL(pack_pairs)(vec first, vec second) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+    return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#endif
+
+#define STORED uint16_t
+#define TYPED(name) LEVEL(name##_bf16)
+#define LOAD LEVEL(load_bf16)
+#define STORE LEVEL(store_bf16)
+#define SIGMOID LEVEL(rough_sigmoid)
+#define TO_FLOAT bf16_to_float
+#define FROM_FLOAT float_to_bf16
+#include "norms.h"
+#ifdef __AVX512BF16__
+#define UNIT 2
+#define ADD_PRODUCTS(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+#define PACK LEVEL(pack_pairs)
+#include "attention.h"
+#undef UNIT
+#undef ADD_PRODUCTS
+#undef PACK
+#endif
+#undef STORED
+#undef TYPED
+#undef LOAD
+#undef STORE
+#undef SIGMOID
+#undef TO_FLOAT
+#undef FROM_FLOAT
+
+#define STORED float
+#define TYPED(name) LEVEL(name##_fp32)
+#define LOAD get
+#define STORE put
+#define SIGMOID LEVEL(sigmoid)
+#define TO_FLOAT(x) (x)
+#define FROM_FLOAT(x) (x)
+#include "norms.h"
+#define UNIT 1
+#define ADD_PRODUCTS(sum, a, b) VECTOR(fmadd_ps)(a, b, sum)
+#define PACK(first, second) (first)
+#include "attention.h"
+#undef UNIT
+#undef ADD_PRODUCTS
+#undef PACK
+#undef STORED
+#undef TYPED
+#undef LOAD
+#undef STORE
+#undef SIGMOID
+#undef TO_FLOAT
+#undef FROM_FLOAT
+
+#include "update.h"
+
+#undef WIDTH
+#undef VECTOR
+#undef VECTOR_TYPE
+#undef HALF
+#undef zero
+#undef ROWS
+#undef vec
+#undef get
+#undef put

@@ -1,0 +1,96 @@
+"""The norm of a gradient, and AdamW together with all that follows it, reading every number from memory once."""
+
+import math
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int, c_void_p
+
+import numpy as np
+import torch as th
+
+from improved_diffusion import kernels
+
+
+SQUARES = (c_int, *[c_void_p] * 4, c_int)
+ADAMW = (c_int, *[c_void_p] * 7, c_int, *[c_void_p] * 4, c_int)
+
+
+class AdamWSettings(Structure):
+    """The C structure of this name."""
+
+    _fields_ = [(name, c_float) for name in ("lr", "beta1", "beta2", "epsilon", "weight_decay", "factor")]
+
+
+def suits(tensors: Sequence[th.Tensor]) -> bool:
+    """Whether the functions below can be used on tensors in 16 or 32 bits like these."""
+    return kernels.generation() is not None and all(
+        t.dtype in kernels.TYPES and t.device.type == "cpu" for t in tensors
+    )
+
+
+def norm(values: Sequence[th.Tensor]) -> float:
+    """The Euclidean norm of all numbers in `values`."""
+    values = [t if _in_one_piece(t) else t.contiguous() for t in values]
+    squares = np.empty(len(values))
+    kernel = kernels.function("squares", SQUARES)
+    arrays = (_sizes(values), _addresses(values), _in_16_bits(values), squares)
+    kernel(len(values), *(array.ctypes.data for array in arrays), th.get_num_threads())
+    return math.sqrt(squares.sum())
+
+
+def adamw(
+    params: Sequence[th.Tensor],
+    gradient: Sequence[th.Tensor],
+    moments: tuple[Sequence[th.Tensor], Sequence[th.Tensor]],
+    steps: th.Tensor,
+    settings: AdamWSettings,
+    averages: Sequence[tuple[Sequence[th.Tensor], float]],
+    copies: Sequence[th.Tensor | None],
+) -> None:
+    """One update of `params`, in place; then of the moving averages, and of the `copies` in bfloat16.
+
+    :param gradient: in 16 or 32 bits; all other tensors are in 32, and lie in memory as the parameters do.
+    :param steps: of each parameter, the number of this update, from 1 on: [number of parameters].
+    :param averages: the tensors of each, and its decay.
+    """
+    # What autograd returns may lie in memory in another order.
+    gradient = [
+        g if g.stride() == p.stride() else th.empty_like(p, dtype=g.dtype).copy_(g)
+        for g, p in zip(gradient, params)
+    ]
+    corrections = 1 - np.array([[settings.beta1], [settings.beta2]], np.float64) ** steps.double().numpy()
+    corrections[1] **= 0.5
+    shares = np.array([1 - decay for _, decay in averages], np.float32)
+    kernel = kernels.function("adamw", ADAMW)
+    arrays = [
+        *(_sizes(params), _addresses(params), _addresses(gradient), _in_16_bits(gradient)),
+        *(_addresses(tensors) for tensors in (*moments, copies)),
+    ]
+    more = [
+        _addresses([t for tensors, _ in averages for t in tensors]),
+        shares,
+        corrections.T.astype(np.float32, order="C"),
+        np.frombuffer(settings, np.float32),
+    ]
+    kernel(
+        *(len(params), *(array.ctypes.data for array in arrays)),
+        *(len(averages), *(array.ctypes.data for array in more)),
+        th.get_num_threads(),
+    )
+
+
+def _in_one_piece(tensor: th.Tensor) -> bool:
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=th.channels_last)
+    )
+
+
+def _addresses(tensors: Sequence[th.Tensor | None]) -> np.ndarray:
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.uintp)
+
+
+def _sizes(tensors: Sequence[th.Tensor]) -> np.ndarray:
+    return np.array([t.numel() for t in tensors], np.int64)
+
+
+def _in_16_bits(tensors: Sequence[th.Tensor]) -> np.ndarray:
+    return np.array([t.dtype == th.bfloat16 for t in tensors], np.uint8)
