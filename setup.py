@@ -1,8 +1,10 @@
 """Packaging of improved_diffusion: `pip install -e .` for work on it, `pip install .` for use."""
 
+import hashlib
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -10,6 +12,23 @@ VERSION = next(
     for line in (HERE / "improved_diffusion" / "__init__.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
+
+KERNELS = Path("improved_diffusion") / "kernels"
+SOURCES = sorted(path for path in (HERE / KERNELS).iterdir() if path.suffix in (".c", ".h"))
+compiled = Extension(
+    "improved_diffusion.kernels.compiled",
+    sources=[str(KERNELS / "kernels.c")],
+    depends=[str(KERNELS / path.name) for path in SOURCES],
+    # By this, a library compiled from other sources is recognised (see kernels/__init__.py).
+    define_macros=[
+        ("SOURCES", f'"{hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()}"')
+    ],
+    extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    libraries=["m"],
+    optional=True,  # without a compiler, everything works, only slower
+)
+for_kernels = platform.system() == "Linux" and platform.machine() == "x86_64"
 
 setup(
     name="improved_diffusion",
@@ -21,6 +40,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
     package_data={"improved_diffusion": ["py.typed"]},
+    ext_modules=[compiled] if for_kernels else [],
     install_requires=[
         # The package index offers torch 2.13.0 as a CPU build where it has one; newer releases there are
         # CUDA builds that bring gigabytes of GPU libraries no CPU run needs.

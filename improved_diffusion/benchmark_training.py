@@ -64,7 +64,7 @@ def measure_training(settings: Settings) -> dict[str, Any]:
 
 
 def measure_command(settings: Settings) -> dict[str, Any]:
-    """What training costs beyond gradients and AdamW: data, noise, metrics, moving average."""
+    """What training costs beyond gradients, AdamW and the moving average: data, noise, norm, metrics."""
     bare, whole = _time_command(settings)
     # Step n, counted from 1, writes a row when the interval divides n.
     slower = ratios(whole, bare)
@@ -74,13 +74,13 @@ def measure_command(settings: Settings) -> dict[str, Any]:
     overhead = 100 * (average - 1)
     return {
         "title": f"The whole training command in {NAMES[settings.compute.precision]}, and its bare step",
-        "note": f"with a row of metrics every {LOG_INTERVAL} steps, {overhead:.1f}% more than gradients and AdamW "
-        "alone; checkpoints and previews, every 1000 steps, are not counted",
+        "note": f"with a row of metrics every {LOG_INTERVAL} steps, {overhead:.1f}% more than its bare "
+        "step; checkpoints and previews, every 1000 steps, are not counted",
         "overhead_percent": overhead,
         "rows": [
-            {"step": "gradients and AdamW", "ms_per_step": spread(bare, 1e3)},
+            {"step": "gradients, AdamW, average", "ms_per_step": spread(bare, 1e3)},
             {
-                "step": "whole: data, noise, norm, average too",
+                "step": "whole: data, noise, norm too",
                 "ms_per_step": spread(whole[::MEASURED_INTERVAL], 1e3),
                 "times_bare": spread(without),
             },
@@ -123,7 +123,7 @@ def _time_command(settings: Settings) -> tuple[list[float], list[float]]:
 
 def _bare_step(loop: TrainLoop) -> Callable[[], None]:
     """A step that computes the gradient of the last step of `loop` again, with the same draws, and updates the
-    weights by it."""
+    weights and averages by it."""
     compute, latest = loop.gradients.compute, []
 
     def remember(*arguments):
@@ -132,7 +132,8 @@ def _bare_step(loop: TrainLoop) -> Callable[[], None]:
 
     def step() -> None:
         compute(*latest)
-        loop.opt.step(loop.gradients.values, copies=loop.gradients.copies.in_16_bits)
+        averages = [(average, float(rate)) for rate, average in loop.ema_params.items()]
+        loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits)
         loop.gradients.clear()
 
     loop.gradients.compute = remember

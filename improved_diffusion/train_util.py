@@ -246,7 +246,8 @@ class TrainLoop:
 
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
         """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
-        th.set_num_threads(self.num_workers)
+        if th.get_num_threads() != self.num_workers:  # setting them takes time even when nothing changes
+            th.set_num_threads(self.num_workers)
         t, weights, losses = self._forward_backward(batch, cond)
         grad_norm = self.gradients.norm()
         self.samples += len(t)

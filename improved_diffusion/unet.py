@@ -375,6 +375,7 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(conv_nd(dims, channels, out_channels, 3, padding=1)),
         )
+        self._res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         for layer, module in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             module.layer = layer
         if ddpm_details:
@@ -431,7 +432,7 @@ class UNetModel(nn.Module):
             yield h
 
     def _project(self, emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
-        return project([module for module in self.modules() if isinstance(module, ResBlock)], emb)
+        return project(self._res_blocks, emb)
 
     @property
     def torso(self) -> list[nn.Module]:

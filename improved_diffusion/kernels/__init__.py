@@ -1,10 +1,12 @@
 """Operations that PyTorch has no fast form of on CPUs, compiled from the C files beside this one.
 
-`pip install` compiles them where it finds GCC; everything works without them, only slower.
+`pip install` compiles them where it finds GCC, on Linux and x86-64; everything works without them, only slower. The
+environment variable IMPROVED_DIFFUSION_KERNELS can be 0, to do without, or avx2, for those of older processors.
 """
 
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -12,30 +14,13 @@ from pathlib import Path
 
 import torch as th
 
-SWITCH = "IMPROVED_DIFFUSION_KERNELS"  # environment variable; 0: do without
-GENERATIONS = {2: "avx512", 1: "avx2"}
+SWITCH = "IMPROVED_DIFFUSION_KERNELS"
+GENERATIONS = ("avx2", "avx512")  # processors, older to newer
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
 
-@functools.cache
-def _library() -> tuple[ctypes.CDLL, str] | None:
-    """The compiled library and the newest generation of its functions that this processor can run."""
-    if os.environ.get(SWITCH, "1") == "0":
-        return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"compiled{suffix}")
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))
-                level = library.processor_level()
-            except (OSError, AttributeError):  # of another system, or damaged
-                return None
-            return (library, GENERATIONS[level]) if level else None
-    return None
-
-
 def generation() -> str | None:
-    """The generation of processors whose kernels are used, "avx512" or "avx2"; None: none are."""
+    """The generation of processors whose kernels are used, of `GENERATIONS`; None: none are."""
     library = _library()
     return library and library[1]
 
@@ -59,5 +44,33 @@ def function(
     return found
 
 
+def forget() -> None:
+    """Look again for the library, and at the environment variable, when a kernel is next asked for."""
+    for cached in (_library, has, function):
+        cached.cache_clear()
+
+
 def _full_name(name: str, dtype: th.dtype | None) -> str:
     return "_".join([name, *([] if dtype is None else [TYPES.get(dtype, "none")]), generation()])
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, str] | None:
+    """The compiled library and the newest generation of its functions that this processor can run."""
+    wanted = os.environ.get(SWITCH, GENERATIONS[-1])
+    here = Path(__file__).parent
+    paths = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"compiled{suffix}").exists()]
+    if wanted not in GENERATIONS or not paths:
+        return None
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+        library.sources.restype = ctypes.c_char_p
+        compiled_from, level = library.sources().decode(), library.processor_level()
+    except (OSError, AttributeError):  # of another system, or damaged
+        return None
+    sources = sorted(path for path in here.iterdir() if path.suffix in (".c", ".h"))
+    present = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    if sources and present != compiled_from:  # an installed package has none
+        return None
+    level = min(level, 1 + GENERATIONS.index(wanted))
+    return (library, GENERATIONS[level - 1]) if level else None

@@ -48,6 +48,9 @@ static inline uint16_t float_to_bf16(float value) {
 #undef LEVEL
 #pragma GCC pop_options
 
+// What this was compiled from: setup.py's hash of the sources.
+const char *sources(void) { return SOURCES; }
+
 // Which of them this processor can run: the newest generation, 2 or 1, or 0 for none.
 __attribute__((target("arch=x86-64"))) int processor_level(void) {
     __builtin_cpu_init();
