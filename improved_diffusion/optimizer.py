@@ -63,7 +63,7 @@ class Optimizer:
         copies = copies or [None] * len(self.params)
         moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
         if update.suits(gradient):
-            settings = update.AdamWSettings(self.lr, *BETAS, EPSILON, self.weight_decay, factor)
+            settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
             update.adamw(self.params, gradient, moments, self.counts, settings, averages, copies)
             return
         for block in self.blocks:

@@ -19,7 +19,7 @@ struct sizes {
     int positions, channels, groups, width;  // width: channels of a group
 };
 struct adamw {
-    float lr, beta1, beta2, epsilon, weight_decay, factor;  // factor: of the gradient
+    float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: of the gradient
 };
 
 static inline float bf16_to_float(uint16_t value) {

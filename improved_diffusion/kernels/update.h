@@ -38,8 +38,8 @@ typedef struct {
 static inline LEVEL(adam_result) LEVEL(adam)(vec p, vec g, vec m, vec v, const struct adamw *s, float c1, float c2) {
     LEVEL(adam_result) r;
     g *= s->factor;
-    r.m = m + (1 - s->beta1) * (g - m);
-    r.v = v * s->beta2 + (1 - s->beta2) * (g * g);
+    r.m = m + s->rest1 * (g - m);
+    r.v = v * s->beta2 + s->rest2 * (g * g);
     r.p = p * (1 - s->lr * s->weight_decay) - (s->lr / c1) * (r.m / (VECTOR(sqrt_ps)(r.v) / c2 + s->epsilon));
     return r;
 }

@@ -1,0 +1,337 @@
+"""The compiled operations, against what they are defined by in float64, and the model with and without them."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+import improved_diffusion
+from improved_diffusion import kernels
+from improved_diffusion.kernels import attention, update
+from improved_diffusion.kernels.norm import norm_act, suits
+from improved_diffusion.nn import pointwise_channels_last
+from improved_diffusion.unet import UNetModel
+
+PACKAGE = Path(improved_diffusion.__file__).parent
+CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensors
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def generation(request, monkeypatch):
+    """Every generation of kernels that this processor can run, in turn."""
+    monkeypatch.setenv(kernels.SWITCH, request.param)
+    kernels.forget()
+    if kernels.generation() != request.param:
+        kernels.forget()
+        pytest.skip(f"no kernels for {request.param} here")
+    yield request.param
+    monkeypatch.undo()
+    kernels.forget()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    kernels.forget()
+    yield
+    monkeypatch.undo()
+    kernels.forget()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    th.manual_seed(0)
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def images(n, channels, height, width, dtype):
+    x = 2 + th.randn(n, channels, height, width)
+    return x.to(dtype).contiguous(memory_format=th.channels_last).requires_grad_()
+
+
+def test_they_are_compiled_where_they_can_be():
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or shutil.which("gcc") is None:
+        pytest.skip("needs GCC, on Linux and x86-64")
+    script = "from improved_diffusion import kernels; print(kernels.generation())"
+    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in kernels.GENERATIONS
+
+
+@pytest.mark.parametrize("setting", ["0", "none", ""])
+def test_do_without(monkeypatch, setting):
+    monkeypatch.setenv(kernels.SWITCH, setting)
+    kernels.forget()
+    assert kernels.generation() is None
+    x = images(1, 32, 4, 4, th.float32)
+    assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
+    assert not attention.suits(th.zeros(1, 16, 48), 1)
+    monkeypatch.undo()
+    kernels.forget()
+
+
+@pytest.mark.parametrize("change", ["another source", "not a library"])
+def test_a_library_that_does_not_belong_to_the_sources_is_left_alone(tmp_path, change):
+    shutil.copytree(PACKAGE, tmp_path / "improved_diffusion")
+    folder = tmp_path / "improved_diffusion" / "kernels"
+    if change == "another source":
+        with open(folder / "update.h", "a", encoding="utf-8") as file:
+            file.write("// changed\n")
+    else:
+        for path in folder.glob("compiled*"):
+            path.write_bytes(b"not a library")
+    script = "from improved_diffusion import kernels; print(kernels.__file__, kernels.generation())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(folder / "__init__.py"), "None"]
+
+
+# -- normalisation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("activate", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "groups", "threads"),
+    [
+        ((8, 64, 8, 8), 32, 2),
+        ((3, 96, 5, 7), 32, 2),
+        ((1, 192, 4, 4), 32, 3),
+        ((2, 32, 1, 1), 4, 1),
+        ((2, 128, 3, 1), 1, 8),
+    ],
+)
+def test_norm_act(generation, dtype, activate, modulated, shape, groups, threads):
+    n, channels = shape[:2]
+    norm = nn.GroupNorm(groups, channels)
+    with th.no_grad():
+        norm.weight.normal_(1, 0.2)
+        norm.bias.normal_()
+    norm.to(dtype)
+    x = images(*shape, dtype)
+    modulation = (0.3 * th.randn(n, 2 * channels)).to(dtype).requires_grad_() if modulated else None
+    dy, more = th.randn(shape).to(dtype), th.randn(shape).to(dtype)
+    leaves = [x, norm.weight, norm.bias, *([modulation] if modulated else [])]
+
+    assert suits(x, norm)
+    before = th.get_num_threads()
+    th.set_num_threads(threads)
+    try:
+        y, same = norm_act(norm, x, modulation, activate)
+        found = th.autograd.grad([y, same], leaves, [dy, more])
+    finally:
+        th.set_num_threads(before)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=th.channels_last)
+    assert th.equal(same, x)
+
+    exact = [leaf.detach().double().contiguous().requires_grad_() for leaf in leaves]
+    z = F.group_norm(exact[0], groups, *exact[1:3], norm.eps)
+    if modulated:
+        scale, shift = exact[3][..., None, None].chunk(2, dim=1)
+        z = z * (1 + scale) + shift
+    z = F.silu(z) if activate else z
+    expected = th.autograd.grad([z, exact[0] * 1], exact, [dy.double(), more.double()])
+    assert error(y, z) < CLOSE[dtype]
+    for value, reference in zip(found, expected):
+        assert value.dtype == dtype and value.shape == reference.shape
+        assert error(value, reference) < 2 * CLOSE[dtype]
+
+
+def test_a_mean_far_from_zero_does_not_drown_the_variance(generation):
+    norm = nn.GroupNorm(32, 64)
+    x = (1000 + th.randn(2, 64, 16, 16)).contiguous(memory_format=th.channels_last)
+    expected = F.group_norm(x.double().contiguous(), 32)
+    assert error(norm_act(norm, x, activate=False)[0].detach(), expected) < 1e-3
+
+
+def test_only_one_of_the_results_is_used(generation):
+    norm = nn.GroupNorm(32, 32)
+    x = images(2, 32, 2, 2, th.float32)
+    y, same = norm_act(norm, x)
+    (gradient,) = th.autograd.grad(same.sum(), x, retain_graph=True)
+    assert th.equal(gradient, th.ones_like(x))
+    assert th.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_what_is_not_a_number_stays_so(generation):
+    for dtype in CLOSE:
+        x = images(1, 32, 4, 4, dtype).detach()
+        x[0, 5, 1, 1] = float("nan")
+        assert norm_act(nn.GroupNorm(32, 32).to(dtype), x)[0].isnan().any()
+
+
+def test_the_number_of_threads_changes_no_bit(generation):
+    norm = nn.GroupNorm(32, 64)
+    results = []
+    before = th.get_num_threads()
+    for threads in (1, 2, 5):
+        th.manual_seed(0)
+        th.set_num_threads(threads)
+        x = images(3, 64, 8, 8, th.float32)
+        y, _ = norm_act(norm, x)
+        results.append([y, *th.autograd.grad((y**3).sum(), [x, norm.weight, norm.bias])])
+    th.set_num_threads(before)
+    for others in results[1:]:
+        assert all(th.equal(a, b) for a, b in zip(results[0], others))
+
+
+def test_what_does_not_suit_is_left_to_pytorch():
+    norm = nn.GroupNorm(32, 64)
+    assert not suits(th.zeros(2, 64, 4, 4), norm)  # another layout
+    assert not suits(images(2, 64, 4, 4, th.bfloat16), norm)  # another type
+    assert not suits(images(2, 48, 4, 4, th.float32), nn.GroupNorm(4, 48))
+    assert not suits(th.zeros(2, 64, 16), norm)
+    assert not suits(th.zeros(0, 64, 4, 4).contiguous(memory_format=th.channels_last), norm)
+    assert not suits(images(2, 64, 4, 4, th.float64), norm.double())
+
+
+# -- attention -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(
+    ("n", "positions", "heads", "width", "threads"),
+    [(4, 64, 4, 32, 2), (1, 256, 1, 64, 3), (3, 16, 2, 16, 2), (2, 48, 3, 48, 1), (2, 80, 1, 128, 2)],
+)
+def test_attention(generation, dtype, n, positions, heads, width, threads):
+    qkv = (1.5 * th.randn(n, positions, heads * 3 * width)).to(dtype).requires_grad_()
+    dout = th.randn(n, positions, heads * width).to(dtype)
+    if not attention.suits(qkv, heads):
+        assert dtype == th.bfloat16 and generation != "avx512"
+        return
+    before = th.get_num_threads()
+    th.set_num_threads(threads)
+    try:
+        out = attention.attention(qkv, heads)
+        (gradient,) = th.autograd.grad(out, qkv, dout)
+    finally:
+        th.set_num_threads(before)
+
+    exact = qkv.detach().double().requires_grad_()
+    q, k, v = exact.view(n, positions, heads, 3, width).permute(3, 0, 2, 1, 4)
+    weights = (q @ k.transpose(-1, -2) / width**0.5).softmax(dim=-1)
+    expected = (weights @ v).permute(0, 2, 1, 3).reshape(n, positions, -1)
+    (reference,) = th.autograd.grad(expected, exact, dout.double())
+    assert out.dtype == dtype and error(out, expected) < CLOSE[dtype]
+    assert error(gradient, reference) < 2 * CLOSE[dtype]
+
+
+def test_scores_that_differ_widely(generation):
+    qkv = th.randn(1, 32, 48)
+    qkv[..., :32] *= 100
+    q, k, v = qkv.double().split(16, dim=2)
+    expected = (q @ k.transpose(1, 2) / 4).softmax(dim=-1) @ v
+    assert error(attention.attention(qkv, 1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 48), (1, 16, 36), (1, 2048, 48), (1, 0, 48)])
+def test_attention_leaves_other_sizes_to_pytorch(shape):
+    assert not attention.suits(th.zeros(shape), 1)
+
+
+# -- the update ----------------------------------------------------------------------------------------------
+
+SHAPES = [(3,), (64, 32, 3, 3), (17, 5), (1,), (40, 33, 1, 1), (5000,)]
+
+
+def tensors(dtype=th.float32, shapes=SHAPES):
+    made = [th.randn(shape).to(dtype) for shape in shapes]
+    return [t.contiguous(memory_format=th.channels_last) if t.dim() == 4 else t for t in made]
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_norm_of_a_gradient(generation, dtype):
+    values = [*tensors(dtype), th.ones(1).to(dtype).expand(7), th.randn(6, 4).to(dtype)[:, ::2]]
+    expected = sum((v.double() ** 2).sum() for v in values) ** 0.5
+    assert update.norm(values) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite(generation, value):
+    values = tensors()
+    values[5][4999] = value
+    assert not update.norm(values) < float("inf")
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_adamw(generation, dtype):
+    params = tensors()
+    reference = [nn.Parameter(p.double()) for p in params]
+    torch_adamw = th.optim.AdamW(reference, lr=1e-2, weight_decay=0.1)
+    averages = [([p.clone() for p in params], decay) for decay in (0.9, 0.99)]
+    expected_averages = [[p.double() for p in params] for _ in averages]
+    copies = [p.bfloat16() if i % 2 else None for i, p in enumerate(params)]
+    moments = tuple([th.zeros_like(p) for p in params] for _ in range(2))
+    settings = update.AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1, 0.5)
+    for step in range(1, 4):
+        gradient = tensors(dtype)
+        gradient[1] = gradient[1].contiguous()  # as autograd may return it
+        update.adamw(
+            params, gradient, moments, th.full((len(params),), float(step)), settings, averages, copies
+        )
+        for p, g in zip(reference, gradient):
+            p.grad = 0.5 * g.double()
+        torch_adamw.step()
+        for (_, decay), average in zip(averages, expected_averages):
+            for a, p in zip(average, reference):
+                a.lerp_(p.detach(), 1 - decay)
+    for i, p in enumerate(params):
+        assert th.allclose(p.double(), reference[i], rtol=1e-5, atol=1e-6)
+        state = torch_adamw.state[reference[i]]
+        assert th.allclose(moments[0][i].double(), state["exp_avg"], rtol=1e-5, atol=1e-7)
+        assert th.allclose(moments[1][i].double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-9)
+        assert copies[i] is None or th.equal(copies[i], p.bfloat16())
+        for (average, _), expected in zip(averages, expected_averages):
+            assert th.allclose(average[i].double(), expected[i], rtol=1e-5, atol=1e-6)
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+def model_and_gradients(dims=2, **options):
+    th.manual_seed(0)
+    model = UNetModel(3, 32, 3, 1, attention_resolutions=(1, 2), channel_mult=(1, 2), dims=dims, **options)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    size = {1: (16,), 2: (8, 8)}[dims]
+    x, timesteps = th.randn(2, 3, *size), th.tensor([3.0, 70.0])
+    y = model(x, timesteps)
+    return model, y, th.autograd.grad((y**2).mean(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_scale_shift_norm": True, "num_heads": 2}, {"dims": 1}])
+def test_the_model_computes_the_same_without_them(generation, options, monkeypatch):
+    model, y, gradients = model_and_gradients(**options)
+    assert model.channels_last == (options.get("dims", 2) == 2)
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    kernels.forget()
+    other, expected, references = model_and_gradients(**options)
+    assert not other.channels_last
+    assert th.allclose(y, expected, rtol=1e-4, atol=1e-5)
+    for gradient, reference in zip(gradients, references):
+        assert th.allclose(gradient, reference, rtol=1e-3, atol=1e-6)
+    other.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_pointwise_channels_last(dtype):
+    x = images(2, 32, 4, 5, dtype).detach()
+    weight, bias = th.randn(48, 32).to(dtype), th.randn(48).to(dtype)
+    y = pointwise_channels_last(x, weight[..., None], bias)
+    expected = F.conv2d(x.double(), weight[..., None, None].double(), bias.double())
+    assert y.is_contiguous(memory_format=th.channels_last) and error(y, expected) < CLOSE[dtype]
