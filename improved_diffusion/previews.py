@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch as th
@@ -18,6 +19,8 @@ COUNT = 16
 PER_ROW = 4
 MAX_CLASSES = 10
 BATCH = 16
+# A young model leaves noise in some images of every deterministic sampler; random steps take it away again.
+PLAN = Plan(sampler="ddim", steps=20, spacing="quadratic", eta=1.0)
 
 
 def preview_labels(num_classes: int) -> np.ndarray:
@@ -57,7 +60,7 @@ def draw_preview(
     """
     labels, low_res = subject.labels, subject.low_res
     count = len(low_res) if low_res is not None else COUNT if labels is None else len(labels)
-    plan = Plan(steps=min(Plan.steps, diffusion.num_timesteps))
+    plan = replace(PLAN, steps=min(PLAN.steps, diffusion.num_timesteps))
     parts = []
     for start in range(0, count, BATCH):
         *_, x = draw(model, diffusion, plan, subject, range(start, min(start + BATCH, count)))
