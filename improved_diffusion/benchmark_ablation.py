@@ -1,6 +1,6 @@
 """Which optimisations pay: the fast path in turns with one that does without a single of them."""
 
-import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch as th
 
+from improved_diffusion import kernels
 from improved_diffusion.benchmark import NAMES, Settings, stepping, training_loop
 from improved_diffusion.cpu import keep_memory
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d, update_ema
@@ -47,20 +48,37 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
     step = partial(stepping, settings)
     found = {
         "a microbatch for each core in a pass": lambda: step(_with_small_passes(loop())),
-        "attention arranged for CPUs": lambda: step(loop(plain=[QKVAttention])),
+        "attention as one operation": lambda: step(loop(plain=[QKVAttention])),
+        "normalisation and activation as one operation": lambda: step(loop(plain=[ResBlock])),
         "pointwise convolutions": lambda: step(loop(plain=[PointwiseConv1d, PointwiseConv2d])),
-        "scale and shift in the normalisation": lambda: step(loop(plain=[ResBlock])),
-        "optimizer and average in blocks": lambda: step(_with_torch_optimizer(loop())),
+        "one operation for AdamW and averages": lambda: step(_with_torch_optimizer(loop())),
     }
+    if kernels.generation() is not None:
+        found["compiled kernels"] = lambda: _without_kernels(loop, step)
     if keep_memory():
         found["freed memory kept"] = lambda: Contender(step(loop()).run, prepare=usual_memory)
     if precision == "bf16":
         return {"16 bits": lambda: step(training_loop(settings, "fp32")), **found}
-    return {
-        **found,
-        "fused attention from 128 positions on": lambda: step(_with_products(loop())),
-        "upsampling folded into convolution": lambda: step(loop(plain=[Upsample])),
-    }
+    return {**found, "upsampling folded into convolution": lambda: step(loop(plain=[Upsample]))}
+
+
+def _without_kernels(loop: Callable[[], TrainLoop], step: Callable[[TrainLoop], Contender]) -> Contender:
+    """A contender for whose turns the kernels are switched off, and which is built without them."""
+
+    def run_without(run: Callable[[], object]) -> object:
+        before = os.environ.get(kernels.SWITCH)
+        os.environ[kernels.SWITCH] = "0"
+        kernels.forget()
+        try:
+            return run()
+        finally:
+            os.environ.pop(kernels.SWITCH)
+            if before is not None:
+                os.environ[kernels.SWITCH] = before
+            kernels.forget()
+
+    contender = run_without(lambda: step(loop()))
+    return Contender(partial(run_without, contender.run))
 
 
 def _with_small_passes(loop: TrainLoop) -> TrainLoop:
@@ -81,19 +99,18 @@ class _TorchOptimizer:
         self.adamw = th.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(
-        self, gradient: Sequence[th.Tensor], averages: Sequence[tuple[Sequence[th.Tensor], float]]
+        self,
+        gradient: Sequence[th.Tensor],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]],
+        copies: Sequence[th.Tensor | None],
+        factor: float,
     ) -> None:
+        assert factor == 1, "the benchmark does not clip"
         for p, value in zip(self.params, gradient):
             p.grad = value.to(p.dtype)
         self.adamw.step()
         for tensors, decay in averages:
             update_ema(tensors, self.params, decay)
-
-
-def _with_products(loop: TrainLoop) -> TrainLoop:
-    """Attention by products of matrices at every length, as it is at short ones."""
-    for model in loop.gradients.copies.models:
-        for module in model.modules():
-            if isinstance(module, QKVAttention):
-                module.fused_length = math.inf
-    return loop
+        for copy, p in zip(copies, self.params):
+            if copy is not None:
+                copy.copy_(p.detach())

@@ -21,7 +21,11 @@ OPERATIONS = {
     "bmm": "attention",
     "softmax": "attention",
     "scaleddotproduct": "attention",
+    "attention": "attention",
+    "linear": "convolution",  # that with a kernel of size 1, in 16 bits and channels_last
+    "addmm": "convolution",
     "groupnorm": "normalisation and activation",
+    "normact": "normalisation and activation",
     "silu": "normalisation and activation",
 }
 PARTS = (
@@ -68,7 +72,9 @@ def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dic
     loop.gradients.values = [th.full_like(p, 1e-3) for p in loop.gradients.copies.models[0].parameters()]
     averages = [(average, 0.9999) for average in loop.ema_params.values()]
     seconds["gradient norm"] = seconds_of(loop.gradients.norm)
-    seconds["AdamW and moving average"] = seconds_of(lambda: loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits))
+    seconds["AdamW and moving average"] = seconds_of(
+        lambda: loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits)
+    )
     loop.gradients.clear()
     rest = step - sum(seconds.values())
     return {

@@ -11,7 +11,7 @@ from improved_diffusion.benchmark import NAMES, Settings, build, random_images
 from improved_diffusion.inference import fast_model
 from improved_diffusion.plain import make_plain, usual_memory
 from improved_diffusion.sample_job import DRAWING
-from improved_diffusion.sample_util import Plan
+from improved_diffusion.sample_util import DEFAULT_PLAN
 from improved_diffusion.timing import Contender, interleave, ratios, spread
 
 BATCH = DRAWING["batch_size"]
@@ -43,11 +43,12 @@ def measure_sampling(settings: Settings) -> dict[str, Any]:
                 "ms_per_batch": spread(values, 1e3),
                 "evaluations_per_second": 1 / per_image,
                 "times_plain": spread(ratios(base, values)),
-                "seconds_per_image": Plan.steps * per_image,
+                "seconds_per_image": DEFAULT_PLAN.steps * per_image,
             }
         )
+    steps = DEFAULT_PLAN.steps
     return {
         "title": f"Sampling: forward passes on batches of {BATCH} images",
-        "note": f"an evaluation is a forward pass on one image; an image takes {Plan.steps} of them, one per step",
+        "note": f"an evaluation is a forward pass on one image; an image takes {steps} of them, one per step",
         "rows": rows,
     }

@@ -1,7 +1,7 @@
 """Which samplers to compare, in how many steps each, and with what."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from improved_diffusion.samplers import SAMPLERS, SPACINGS
 # this one, the sampler has its own.
 SPACING = "logsnr"
 SPACING_OF = {"ddpm": "uniform", "ipndm": "quadratic"}
+SPACING_OF_RANDOM_DDIM = "quadratic"
 COMPARING = {
-    "samplers": "ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
+    "samplers": "ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
     "timestep_spacing": "",
     "steps": "5,10,20,50",
     "seeds": "0,1,2",
@@ -25,18 +26,33 @@ EXACT = Plan("unipc", 200, "logsnr")  # further steps change no image visibly
 EXACT_IMAGES = 64  # that are drawn in this way, which takes its time
 
 
+class Solver(NamedTuple):
+    """A sampler with what belongs to it."""
+
+    sampler: str
+    spacing: str
+    eta: float = 0.0
+
+    def __str__(self) -> str:
+        return self.sampler + (f", eta {self.eta:g}" if self.eta else "")
+
+    def plan(self, steps: int) -> Plan:
+        """It, in so many steps."""
+        return Plan(self.sampler, steps, self.spacing, self.eta)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared.
 
-    :ivar samplers: pairs of sampler and spacing.
+    :ivar samplers: with their spacings.
     :ivar steps: how many each of them takes, in ascending order.
     :ivar seeds: of the images.
     :ivar images: how many are drawn of each seed.
     :ivar baseline: whether `BASELINE` draws them, too.
     """
 
-    samplers: list[tuple[str, str]]
+    samplers: list[Solver]
     steps: list[int]
     seeds: list[int]
     images: int
@@ -44,7 +60,7 @@ class Comparison:
 
     def plans(self) -> list[Plan]:
         """Every way to draw the images, the slowest last."""
-        plans = [Plan(sampler, n, spacing) for n in self.steps for sampler, spacing in self.samplers]
+        plans = [solver.plan(n) for n in self.steps for solver in self.samplers]
         return plans + [BASELINE] * self.baseline
 
     @property
@@ -78,18 +94,25 @@ def parse_comparison(flags: dict[str, Any]) -> Comparison:
     )
 
 
-def _parse_samplers(text: str, spacing: str) -> list[tuple[str, str]]:
-    pairs = []
+def _parse_samplers(text: str, spacing: str) -> list[Solver]:
+    solvers = []
     for part in text.split(","):
-        sampler, _, own = part.strip().partition(":")
+        sampler, own, eta_text = [*part.strip().split(":", 2), "", ""][:3]
         if sampler not in SAMPLERS:
             raise ValueError(f"--samplers {sampler!r}: expected some of {', '.join(SAMPLERS)}")
-        chosen = own or spacing or SPACING_OF.get(sampler, SPACING)
+        try:
+            eta = float(eta_text or 0)
+        except ValueError:
+            eta = -1.0
+        if not 0 <= eta <= (sampler == "ddim"):
+            raise ValueError(f"--samplers {part!r}: eta, for ddim only, is a number from 0 to 1")
+        suitable = SPACING_OF_RANDOM_DDIM if eta else SPACING_OF.get(sampler, SPACING)
+        chosen = own or spacing or suitable
         if chosen not in SPACINGS:
             flag = "samplers" if own else "timestep_spacing"
             raise ValueError(f"--{flag} {chosen!r}: a spacing is one of {', '.join(SPACINGS)}")
-        pairs.append((sampler, chosen))
-    return list(dict.fromkeys(pairs))
+        solvers.append(Solver(sampler, chosen, eta))
+    return list(dict.fromkeys(solvers))
 
 
 def _parse_numbers(text: str, flag: str) -> list[int]:
@@ -106,7 +129,8 @@ def exact_plan(timesteps: int) -> Plan:
 
 def cell_name(plan: Plan, seed: int) -> str:
     """What the images of a plan and a seed, and their measurements, are called."""
-    way = f"{plan.sampler}-{plan.spacing}-{plan.steps}" if plan.steps else f"{plan.sampler}-all"
+    sampler = plan.sampler + (f"-eta{plan.eta:g}" if plan.eta else "")
+    way = f"{sampler}-{plan.spacing}-{plan.steps}" if plan.steps else f"{sampler}-all"
     return f"{way}-seed{seed}"
 
 

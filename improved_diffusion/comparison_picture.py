@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from improved_diffusion.comparison import BASELINE, cell_name, exact_plan
+from improved_diffusion.comparison import BASELINE, Solver, cell_name, exact_plan
 from improved_diffusion.sample_util import Plan
 
 SHOWN = 4  # images of a cell
@@ -28,8 +28,8 @@ def comparison_picture(record: dict[str, Any], images: dict[str, np.ndarray]) ->
         return None if cell is None else _side_by_side(cell[:SHOWN])
 
     samplers = [
-        (f"{sampler} {spacing}", [strip(Plan(sampler, steps, spacing)) for steps in record["steps"]])
-        for sampler, spacing in record["samplers"]
+        (f"{solver}, {solver.spacing}", [strip(solver.plan(steps)) for steps in record["steps"]])
+        for solver in (Solver(*entry) for entry in record["samplers"])
     ]
     others = {
         f"{exact.sampler}, {exact.steps} steps": strip(exact),

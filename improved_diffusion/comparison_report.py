@@ -8,7 +8,7 @@ from typing import Any
 import blobfile as bf
 import numpy as np
 
-from improved_diffusion.comparison import BASELINE, cell_name, exact_plan
+from improved_diffusion.comparison import BASELINE, Solver, cell_name, exact_plan
 from improved_diffusion.comparison_picture import comparison_picture
 from improved_diffusion.sample_util import Plan
 from improved_diffusion.storage import open_atomic, write_json
@@ -31,8 +31,8 @@ def write(out_dir: str, record: dict[str, Any], images: dict[str, np.ndarray]) -
     """Write the three files, of what there is so far.
 
     :param record: "model", "computing", "timesteps", "metric", "features_length", "reference" and
-        "reference_images", "images" (of each cell) and "exact_images", "seeds", "samplers" (pairs of
-        sampler and spacing), "steps", "setting", and "cells": by name, "evaluations" and "seconds" (of one image),
+        "reference_images", "images" (of each cell) and "exact_images", "seeds", "samplers" (each a
+        `Solver`), "steps", "setting", and "cells": by name, "evaluations" and "seconds" (of one image),
         "distance" and "difference" (None for random samplers).
     :param images: the first images, uint8 [n, S, S, 3], of the cells of the first seed, by name.
     """
@@ -92,8 +92,9 @@ def markdown(record: dict[str, Any]) -> str:
 def _table(record: dict[str, Any], key: str) -> list[str]:
     """The lines of a table; but for times, the lowest value of a column is bold."""
     columns = []
+    solvers = [Solver(*entry) for entry in record["samplers"]]
     for steps in record["steps"]:
-        plans = [Plan(sampler, steps, spacing) for sampler, spacing in record["samplers"]]
+        plans = [solver.plan(steps) for solver in solvers]
         found = [_values(record, plan, key) for plan in plans]
         if key == "seconds":
             counts = [_values(record, plan, "evaluations") for plan in plans]
@@ -103,7 +104,7 @@ def _table(record: dict[str, Any], key: str) -> list[str]:
             texts = [_spread(values) if values else "-" for values in found]
             texts = [f"**{t}**" if v and np.mean(v) == lowest else t for t, v in zip(texts, found)]
         columns.append([f"{steps} steps", *texts])
-    labels = [("sampler", "spacing"), *record["samplers"]]
+    labels = [("sampler", "spacing"), *((str(solver), solver.spacing) for solver in solvers)]
     lines = ["| " + " | ".join([*label, *texts]) + " |" for label, *texts in zip(labels, *columns)]
     return [lines[0], "|---|---|" + "--:|" * len(columns), *lines[1:]]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch as th
 import torch.nn.functional as F
 
+from improved_diffusion import kernels
 from improved_diffusion.cpu import usable_cores
 from improved_diffusion.workers import DTYPES, Workers
 
@@ -25,7 +26,14 @@ class Compute:
 
     def __str__(self) -> str:
         bits = {"fp32": "float32", "bf16": "bfloat16, weights in float32"}[self.precision]
-        return f"{bits}, on {self.workers} {'core' if self.workers == 1 else 'cores'}"
+        cores = "1 core" if self.workers == 1 else f"{self.workers} cores"
+        generation = kernels.generation()
+        compiled = (
+            f"with kernels compiled for {generation}"
+            if generation
+            else "without compiled kernels (GCC was missing at installation)"
+        )
+        return f"{bits}, on {cores}, {compiled}"
 
 
 def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:

@@ -81,8 +81,8 @@ HELP = {
     "sampler": "ddpm (ancestral sampling, at all timesteps unless --sample_steps is given), ddim, heun, dpmpp_2m, "
     "dpmpp_3m, unipc, deis or ipndm",
     "sample_steps": "steps from noise to image; each evaluates the model once (heun: twice)",
-    "timestep_spacing": "how the steps are spread: uniform, quadratic, logsnr or karras",
-    "eta": "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm",
+    "timestep_spacing": "how the steps are spread: uniform, quadratic, logsnr (where --sampler is given) or karras",
+    "eta": "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm; 0 where --sampler or --use_ddim is given",
     "use_ddim": "as in improved-diffusion: DDIM, or with False ancestral sampling, at all timesteps or those of "
     "--timestep_respacing",
     "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
@@ -94,7 +94,8 @@ HELP = {
     "a row for each class of --class_label (at most 10)",
     "save_png": "also write every image as a PNG of its own",
     # comparison
-    "samplers": "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing",
+    "samplers": "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing, "
+    "ddim:uniform:1 ddim with that --eta",
     "steps": "comma-separated numbers of steps",
     "seeds": "comma-separated seeds; every sampler draws --num_samples images of each, from the same noise",
     "baseline": "compare with ddpm at all timesteps too, which takes most of the time",

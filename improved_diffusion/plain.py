@@ -57,6 +57,9 @@ class PlainAttention(QKVAttention):
         weights = scores.float().softmax(dim=-1).to(v.dtype)
         return th.einsum("nqk,nck->ncq", weights, v).reshape(n, -1, length)
 
+    def attend(self, qkv: th.Tensor) -> th.Tensor:
+        return self(qkv.transpose(1, 2)).transpose(1, 2)
+
 
 class PlainUNet(UNetModel):
     """The timestep embedding projected block by block, and memory laid out as PyTorch does by itself."""

@@ -12,15 +12,13 @@ from improved_diffusion import logger
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.pictures import image_grid
 from improved_diffusion.remote_run import PICTURES
-from improved_diffusion.sample_util import Plan, Subject, draw, to_uint8
+from improved_diffusion.sample_util import DEFAULT_PLAN, Subject, draw, to_uint8
 from improved_diffusion.storage import open_atomic
 
 COUNT = 16
 PER_ROW = 4
 MAX_CLASSES = 10
 BATCH = 16
-# A young model leaves noise in some images of every deterministic sampler; random steps take it away again.
-PLAN = Plan(sampler="ddim", steps=20, spacing="quadratic", eta=1.0)
 
 
 def preview_labels(num_classes: int) -> np.ndarray:
@@ -60,7 +58,7 @@ def draw_preview(
     """
     labels, low_res = subject.labels, subject.low_res
     count = len(low_res) if low_res is not None else COUNT if labels is None else len(labels)
-    plan = replace(PLAN, steps=min(PLAN.steps, diffusion.num_timesteps))
+    plan = replace(DEFAULT_PLAN, steps=min(DEFAULT_PLAN.steps, diffusion.num_timesteps))
     parts = []
     for start in range(0, count, BATCH):
         *_, x = draw(model, diffusion, plan, subject, range(start, min(start + BATCH, count)))

@@ -164,6 +164,8 @@ def _machine(run: Run) -> list[Fact]:
     cores = f"{machine('cores')} cores, {machine('threads')} threads used" if machine("cores") else None
     if machine("workers"):
         cores = f"{machine('workers')} of {machine('cores')} used, computing in {machine('precision')}"
+        if machine("kernels"):
+            cores += f" with kernels for {machine('kernels')}"
     versions = f"Python {machine('python')}, torch {machine('torch')}" if machine("python") else None
     resumed = [f"{session['step']:,}" for session in run.sessions[1:] if isinstance(session.get("step"), int)]
     sessions = f"{len(run.sessions)}, resumed at step {_shortened(', '.join(resumed))}" if resumed else "1"

@@ -10,15 +10,21 @@ from improved_diffusion.class_labels import parse_class_labels
 from improved_diffusion.flags import check_range
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.pictures import save_samples
-from improved_diffusion.sample_util import Plan, Subject, sample_images
+from improved_diffusion.sample_util import (
+    DEFAULT_PLAN,
+    DETERMINISTIC_PLAN,
+    Plan,
+    Subject,
+    sample_images,
+)
 from improved_diffusion.samplers import SAMPLERS, SPACINGS
 from improved_diffusion.script_util import count_classes
 
 SOLVING = {
-    "sampler": Plan.sampler,
-    "sample_steps": Plan.steps,
-    "timestep_spacing": Plan.spacing,
-    "eta": Plan.eta,
+    "sampler": DEFAULT_PLAN.sampler,
+    "sample_steps": DEFAULT_PLAN.steps,
+    "timestep_spacing": DEFAULT_PLAN.spacing,
+    "eta": DEFAULT_PLAN.eta,
     "use_ddim": False,
     "clip_denoised": True,
 }
@@ -38,7 +44,9 @@ MAX_FRAMES = 60  # of an animation
 
 
 def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffusion) -> Plan:
-    """The way from noise to image that the flags of `SOLVING` and --timestep_respacing ask for.
+    """The way from noise to image that the flags of `SOLVING`, --timestep_respacing and --interpolate ask for.
+
+    Without a sampler that is `DEFAULT_PLAN`, or where images are interpolated, `DETERMINISTIC_PLAN`.
 
     Who gives --use_ddim or --timestep_respacing, the flags of improved-diffusion, and no sampler or number of
     steps, gets what they mean there: ancestral sampling or DDIM at every timestep that is left. So does who gives
@@ -49,6 +57,7 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
     :raises ValueError: a value is impossible, or two flags contradict each other.
     """
     _check_values(flags)
+    default = DETERMINISTIC_PLAN if flags.get("interpolate") else DEFAULT_PLAN
     respacing = flags["timestep_respacing"]
     if "sampler" in given:
         sampler = flags["sampler"]
@@ -59,7 +68,11 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
     elif respacing or "use_ddim" in given:
         sampler = "ddim" if flags["use_ddim"] else "ddpm"
     else:
-        sampler = flags["sampler"]
+        sampler = default.sampler
+    if "sampler" in given or "use_ddim" in given or respacing:
+        default = Plan(sampler)  # what suits most
+    spacing = flags["timestep_spacing"] if "timestep_spacing" in given else default.spacing
+    eta = flags["eta"] if "eta" in given else default.eta
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
             f"--timestep_respacing {respacing}: goes with --sampler ddpm or ddim; give --sample_steps to {sampler}"
@@ -68,10 +81,8 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
         raise ValueError(
             f"--timestep_respacing {respacing}: contradicts --sample_steps {flags['sample_steps']}; leave one out"
         )
-    if flags["eta"] and sampler != "ddim":
-        raise ValueError(
-            f"--eta {flags['eta']}: only --sampler ddim has a choice; leave it out with {sampler}"
-        )
+    if eta and sampler != "ddim":
+        raise ValueError(f"--eta {eta}: only --sampler ddim has a choice; leave it out with {sampler}")
 
     every_timestep = bool(respacing) or (
         "sample_steps" not in given and (sampler == "ddpm" or "use_ddim" in given)
@@ -87,8 +98,8 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
     return Plan(
         sampler=sampler,
         steps=None if every_timestep else min(steps, timesteps),
-        spacing=flags["timestep_spacing"],
-        eta=flags["eta"],
+        spacing=spacing,
+        eta=eta,
         clip_denoised=flags["clip_denoised"],
     )
 

@@ -15,7 +15,7 @@ from improved_diffusion.seeding import Purpose
 
 @dataclass(frozen=True)
 class Plan:
-    """How to get from noise to an image; the defaults are what was measured to be best at 20 steps.
+    """How to get from noise to an image.
 
     :ivar sampler: one of `samplers.SAMPLERS`.
     :ivar steps: how many; None, with ddpm and ddim: one at every timestep of the diffusion, as improved-diffusion
@@ -25,7 +25,7 @@ class Plan:
     :ivar clip_denoised: whether the predicted image is clipped to [-1, 1] in every step.
     """
 
-    sampler: str = "unipc"
+    sampler: str
     steps: int | None = 20
     spacing: str = "logsnr"
     eta: float = 0.0
@@ -39,6 +39,11 @@ class Plan:
     def is_random(self) -> bool:
         """Whether noise is added on the way."""
         return self.sampler == "ddpm" or self.eta > 0
+
+
+# What was measured to be best at 20 steps (docs/sampling.md), and what is best where the noise alone is to decide.
+DEFAULT_PLAN = Plan("ddim", 20, "quadratic", eta=1.0)
+DETERMINISTIC_PLAN = Plan("unipc", 20, "logsnr")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from improved_diffusion import dist_util, logger
+from improved_diffusion import dist_util, kernels, logger
 from improved_diffusion.checkpoint import Checkpoint
 from improved_diffusion.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu import describe_machine, keep_memory
@@ -226,6 +226,7 @@ def _train(
     model, diffusion = create_from_flags(flags)
     keep_memory()
     machine = {**describe_machine(), "precision": compute.precision, "workers": compute.workers}
+    machine["kernels"] = kernels.generation()
     parameters = sum(p.numel() for p in model.parameters())
 
     first = dist_util.get_rank() == 0

@@ -245,14 +245,13 @@ class QKVAttention(nn.Module):
     def __init__(self, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.fused_length = FUSED_ATTENTION_LENGTH
 
     def forward(self, qkv: th.Tensor) -> th.Tensor:
         """:param qkv: [N, heads * 3 * width, T], each head's queries, keys, values; :return: [N, heads * width, T]."""
         n, channels, length = qkv.shape
         width = channels // (3 * self.num_heads)
         q, k, v = qkv.reshape(n * self.num_heads, 3 * width, length).split(width, dim=1)
-        if qkv.dtype == th.float32 and length >= self.fused_length:
+        if qkv.dtype == th.float32 and length >= FUSED_ATTENTION_LENGTH:
             # The fused kernel wants every position's vector in one piece; q, k, v are [N, positions, width].
             q, k, v = (part.transpose(1, 2).contiguous()[:, None] for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(n, -1, length)

@@ -9,21 +9,27 @@ from conftest import read_json, save_trained
 from PIL import Image
 
 from improved_diffusion import comparison_job, gallery
-from improved_diffusion.comparison import BASELINE, cell_name, difference
+from improved_diffusion.comparison import BASELINE, Solver, cell_name, difference
 from improved_diffusion.comparison_report import markdown
 from improved_diffusion.runs import load_trained
 from improved_diffusion.sample_util import Plan, Subject, sample_images
 from improved_diffusion.script_util import model_and_diffusion_defaults
 
-SAMPLERS = [("ddim", "uniform"), ("heun", "karras"), ("unipc", "logsnr"), ("ddpm", "uniform")]
+SAMPLERS = [
+    Solver("ddim", "uniform"),
+    Solver("ddim", "quadratic", 1.0),
+    Solver("heun", "karras"),
+    Solver("unipc", "logsnr"),
+    Solver("ddpm", "uniform"),
+]
 STEPS, SEEDS, COUNT, T = [2, 5], [0, 3], 4, 20
 COMMAND = [
-    *("--samplers", "ddim:uniform,heun:karras,unipc,ddpm", "--steps", "5,2", "--seeds", "0,3"),
+    *("--samplers", "ddim:uniform,ddim::1,heun:karras,unipc,ddpm", "--steps", "5,2", "--seeds", "0,3"),
     *("--num_samples", COUNT, "--reference", "builtin", "--features", "pixel"),
     *("--precision", "fp32", "--num_workers", "1"),
 ]
 FEW = ("--samplers", "unipc", "--steps", 2, "--baseline", False)
-PLANS = [Plan(sampler, steps, spacing) for steps in STEPS for sampler, spacing in SAMPLERS] + [BASELINE]
+PLANS = [solver.plan(steps) for steps in STEPS for solver in SAMPLERS] + [BASELINE]
 CELLS = {cell_name(plan, seed) for plan in PLANS for seed in SEEDS}
 EXACT = Plan("unipc", T, "logsnr")
 
@@ -83,7 +89,7 @@ def test_every_cell_is_drawn_measured_and_reported(compare, call_script, tmp_pat
         expected = dict(zip(STEPS, evaluations.get(plan.sampler, STEPS))).get(plan.steps, T)
         assert cell["evaluations"] == expected
         assert cell["seconds"] > 0
-        assert (cell["difference"] is None) == (plan.sampler == "ddpm")
+        assert (cell["difference"] is None) == (plan.sampler == "ddpm" or plan.eta > 0)
     unipc = [images_of(out_dir / "cells" / f"{cell_name(p, 3)}.npz") for p in (Plan("unipc", 5), EXACT)]
     cells = record["cells"]
     assert cells["unipc-logsnr-5-seed3"]["difference"] == difference(*unipc) > 0
@@ -98,8 +104,8 @@ def test_every_cell_is_drawn_measured_and_reported(compare, call_script, tmp_pat
     tables = (out_dir / "comparison.md").read_text(encoding="utf-8")
     assert tables == markdown(record)
     assert tables in done.stdout
-    for sampler, spacing in SAMPLERS:
-        rows = re.findall(rf"^\| {sampler} \| {spacing} \|(.*)\|(.*)\|$", tables, re.MULTILINE)
+    for solver in SAMPLERS:
+        rows = re.findall(rf"^\| {solver} \| {solver.spacing} \|(.*)\|(.*)\|$", tables, re.MULTILINE)
         assert len(rows) == 3
         assert all(re.search(r"\d", value) for row in rows[::2] for value in row)
     assert f"ddpm at all {T} timesteps: " in tables
@@ -260,7 +266,7 @@ def test_tables_show_mean_spread_and_the_best():
         "images": 100,
         "exact_images": 64,
         "seeds": [0, 1],
-        "samplers": [("ddim", "logsnr"), ("unipc", "logsnr")],
+        "samplers": [Solver("ddim", "logsnr"), Solver("unipc", "logsnr")],
         "steps": [5, 20],
         "cells": cells,
     }

@@ -1,13 +1,14 @@
 """The flags of the scripts that draw: which sampler they stand for, and what contradicts what."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import TINY
 
 from improved_diffusion.flags import Parser, add_dict_to_argparser
 from improved_diffusion.sample_job import SOLVING, choose_labels, choose_plan
-from improved_diffusion.sample_util import Plan
+from improved_diffusion.sample_util import DEFAULT_PLAN, DETERMINISTIC_PLAN, Plan
 from improved_diffusion.script_util import create_model_and_diffusion
 
 T = 40
@@ -15,7 +16,7 @@ T = 40
 
 def plan_of(command, steps=T):
     parser = Parser("test")
-    add_dict_to_argparser(parser, {**SOLVING, "timestep_respacing": ""})
+    add_dict_to_argparser(parser, {**SOLVING, "timestep_respacing": "", "interpolate": False})
     flags, given = parser.parse_flags(command.split())
     respacing = flags["timestep_respacing"]
     diffusion = create_model_and_diffusion(**TINY, diffusion_steps=steps, timestep_respacing=respacing)[1]
@@ -25,11 +26,14 @@ def plan_of(command, steps=T):
 @pytest.mark.parametrize(
     "command, plan",
     [
-        ("", Plan()),
+        ("", DEFAULT_PLAN),
+        ("--interpolate True", DETERMINISTIC_PLAN),
+        ("--interpolate True --sample_steps 9", replace(DETERMINISTIC_PLAN, steps=9)),
         ("--sampler heun --sample_steps 7", Plan("heun", 7)),
-        ("--sample_steps 10 --timestep_spacing karras", Plan(steps=10, spacing="karras")),
+        ("--sample_steps 10 --timestep_spacing karras", replace(DEFAULT_PLAN, steps=10, spacing="karras")),
         ("--sampler ddim --eta 0.5", Plan("ddim", 20, eta=0.5)),
-        ("--clip_denoised False", Plan(clip_denoised=False)),
+        ("--eta 0.5", replace(DEFAULT_PLAN, eta=0.5)),
+        ("--clip_denoised False", replace(DEFAULT_PLAN, clip_denoised=False)),
         # What improved-diffusion's commands mean there.
         ("--timestep_respacing 10", Plan("ddpm", None)),
         ("--use_ddim True", Plan("ddim", None)),
@@ -50,7 +54,7 @@ def test_flags_to_plan(command, plan):
 
 
 def test_fewer_timesteps_than_the_default_takes_steps():
-    assert plan_of("", steps=6) == Plan(steps=6)
+    assert plan_of("", steps=6) == replace(DEFAULT_PLAN, steps=6)
     assert plan_of("--sampler ddpm", steps=6) == Plan("ddpm", None)
 
 
@@ -63,7 +67,7 @@ def test_fewer_timesteps_than_the_default_takes_steps():
         ("--sample_steps 41", "--sample_steps 41: .* 40 timesteps"),
         ("--sampler ddim --eta 1.5", r"--eta 1.5: must lie in \[0, 1\]"),
         ("--sampler ddim --eta nan", "--eta nan"),
-        ("--eta 0.5", "--eta 0.5: only --sampler ddim"),
+        ("--sampler heun --eta 0.5", "--eta 0.5: only --sampler ddim"),
         ("--sampler ddpm --eta 1", "--eta 1.0: only --sampler ddim"),
         ("--use_ddim True --sampler heun", "--use_ddim True: contradicts --sampler heun"),
         ("--use_ddim False --sampler ddim", "--use_ddim False: contradicts --sampler ddim"),

@@ -83,9 +83,13 @@ def test_microbatch_does_not_change_the_gradient(tmp_path, microbatch):
 def test_grad_norm_is_that_of_the_mean_loss_before_clipping(tmp_path):
     norm = gradient(tmp_path / "a", 3).double().norm().item()
     loop = make_loop(tmp_path / "b", microbatch=3, batch_size=7, grad_clip=1e-3, total_steps=1)
-    clear = loop.gradients.clear
-    clipped = []
-    loop.gradients.clear = lambda: (clipped.append(loop.gradients.norm()), clear())
+    step, clipped = loop.opt.step, []
+
+    def spy(gradient, averages, copies, factor):
+        clipped.append(factor * loop.gradients.norm())
+        step(gradient, averages, copies, factor)
+
+    loop.opt.step = spy
     loop.run_loop()
     assert float(rows(tmp_path / "b")[0]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
     assert clipped == [pytest.approx(1e-3, rel=1e-3)]

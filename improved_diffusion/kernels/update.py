@@ -9,7 +9,6 @@ import torch as th
 
 from improved_diffusion import kernels
 
-
 SQUARES = (c_int, *[c_void_p] * 4, c_int)
 ADAMW = (c_int, *[c_void_p] * 7, c_int, *[c_void_p] * 4, c_int)
 
@@ -22,7 +21,9 @@ class AdamWSettings(Structure):
 
     _fields_ = [(name, c_float) for name in NUMBERS]
 
-    def __init__(self, lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, factor: float):
+    def __init__(
+        self, lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, factor: float
+    ):
         # In 32 bits, 1 - 0.999 would be off in the fifth digit.
         super().__init__(lr, *betas, *(1 - beta for beta in betas), epsilon, weight_decay, factor)
 
@@ -64,7 +65,9 @@ def adamw(
         g if g.stride() == p.stride() else th.empty_like(p, dtype=g.dtype).copy_(g)
         for g, p in zip(gradient, params)
     ]
-    corrections = 1 - (1 - np.array([[settings.rest1], [settings.rest2]], np.float64)) ** steps.double().numpy()
+    corrections = (
+        1 - (1 - np.array([[settings.rest1], [settings.rest2]], np.float64)) ** steps.double().numpy()
+    )
     corrections[1] **= 0.5
     shares = np.array([1 - decay for _, decay in averages], np.float32)
     kernel = kernels.function("adamw", ADAMW)
