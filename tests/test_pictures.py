@@ -60,8 +60,11 @@ def test_the_last_frames_are_the_images(tmp_path):
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_finished_batches_survive_an_interrupt(tmp_path, name, code):
+def test_finished_batches_survive_an_interrupt(tmp_path, request, name, code):
     number = getattr(signal, name)
+    # A shell has processes in the background ignore SIGINT; this one is to be in the foreground.
+    at_start = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, at_start))
     before = signal.getsignal(number)
     assert save_samples(batches(4, signals=number), str(tmp_path)) == code
     assert load(tmp_path)["arr_0"].shape == (4, 8, 8, 3)

@@ -7,6 +7,7 @@ from conftest import TINY
 
 from improved_diffusion.class_labels import parse_class_labels
 from improved_diffusion.sample_util import (
+    DEFAULT_PLAN,
     Plan,
     Subject,
     draw,
@@ -19,7 +20,7 @@ from improved_diffusion.sample_util import (
 from improved_diffusion.script_util import create_model_and_diffusion
 
 T = 12
-SIX_STEPS = Plan(steps=6)
+SIX_STEPS = Plan("unipc", 6)
 
 
 def model(x, t):  # exact in every batch, unlike a network's convolutions
@@ -64,7 +65,7 @@ def test_without_a_number_of_steps_it_is_improved_diffusions_loop():
         *_, x = draw(model, diffusion(), plan, Subject(4, seed=3), range(2))
         assert th.equal(x, expected)
         assert plan.count_steps(diffusion()) == T
-    assert Plan().count_steps(diffusion()) == 20
+    assert DEFAULT_PLAN.count_steps(diffusion()) == 20
 
 
 def test_frames_lead_from_the_noise_to_the_image():
@@ -88,7 +89,7 @@ def test_latents_labels_and_small_images_go_to_their_image():
     low_res = th.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     latents = th.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
     subject = Subject(4, labels=[7, 8, 9, 7, 8], low_res=low_res, latents=latents)
-    states = list(draw(watched, diffusion(), Plan(steps=2), subject, range(2, 5)))
+    states = list(draw(watched, diffusion(), Plan("unipc", 2), subject, range(2, 5)))
     assert th.equal(states[0], latents[2:])
     assert told == [([9, 7, 8], [2.0, 3.0, 4.0])] * 2
 
