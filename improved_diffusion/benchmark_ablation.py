@@ -50,11 +50,12 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
         "a microbatch for each core in a pass": lambda: step(_with_small_passes(loop())),
         "attention as one operation": lambda: step(loop(plain=[QKVAttention])),
         "normalisation and activation as one operation": lambda: step(loop(plain=[ResBlock])),
-        "pointwise convolutions": lambda: step(loop(plain=[PointwiseConv1d, PointwiseConv2d])),
         "one operation for AdamW and averages": lambda: step(_with_torch_optimizer(loop())),
     }
     if kernels.generation() is not None:
         found["compiled kernels"] = lambda: _without_kernels(loop, step)
+    else:
+        found["pointwise convolutions"] = lambda: step(loop(plain=[PointwiseConv1d, PointwiseConv2d]))
     if keep_memory():
         found["freed memory kept"] = lambda: Contender(step(loop()).run, prepare=usual_memory)
     if precision == "bf16":

@@ -9,7 +9,7 @@ import torch as th
 
 from improved_diffusion.benchmark import NAMES, Settings, build, random_images
 from improved_diffusion.inference import fast_model
-from improved_diffusion.plain import make_plain, usual_memory
+from improved_diffusion.plain import make_plain
 from improved_diffusion.sample_job import DRAWING
 from improved_diffusion.sample_util import DEFAULT_PLAN
 from improved_diffusion.timing import Contender, interleave, ratios, spread
@@ -23,9 +23,8 @@ def measure_sampling(settings: Settings) -> dict[str, Any]:
     images, timesteps = random_images(settings, BATCH), th.full((BATCH,), 500.0)
     plain = th.no_grad()(make_plain(copy.deepcopy(model)))
     contenders = {
-        ("plain", "fp32", settings.compute.workers): Contender(
-            partial(plain, images, timesteps), prepare=usual_memory
-        )
+        # It keeps memory, too, as a program that only samples does before long by itself.
+        ("plain", "fp32", settings.compute.workers): Contender(partial(plain, images, timesteps))
     }
     for precision in settings.precisions:
         for cores in settings.cores:

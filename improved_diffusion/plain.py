@@ -15,8 +15,8 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d
 from improved_diffusion.unet import QKVAttention, ResBlock, UNetModel, Upsample
 
-# With these, training and sampling take as long as with the GNU C library's own thresholds, which follow what a
-# program does and cannot be had back.
+# With these, plain training takes as long as with the GNU C library's own thresholds, which follow what a program does
+# and cannot be had back.
 USUAL_THRESHOLDS = (16 * 2**20, 13 * 2**20)
 
 
