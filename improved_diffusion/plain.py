@@ -13,7 +13,7 @@ from torch import nn
 from improved_diffusion.cpu import keep_memory
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d
-from improved_diffusion.unet import QKVAttention, ResBlock, UNetModel, Upsample
+from improved_diffusion.unet import Projected, QKVAttention, ResBlock, UNetModel, Upsample
 
 # With these, plain training takes as long as with the GNU C library's own thresholds, which follow what a program does
 # and cannot be had back.
@@ -31,9 +31,9 @@ class PlainUpsample(Upsample):
 class PlainResBlock(ResBlock):
     """Normalisation, scale and shift as operations of their own."""
 
-    def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+    def _evaluate(self, x: th.Tensor, projected: th.Tensor) -> th.Tensor:
         h = self.in_layers(x)
-        emb = emb[..., None, None]
+        emb = projected[..., None, None]
         norm, *others = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
@@ -64,7 +64,7 @@ class PlainAttention(QKVAttention):
 class PlainUNet(UNetModel):
     """The timestep embedding projected block by block, and memory laid out as PyTorch does by itself."""
 
-    def _project(self, emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+    def _project(self, emb: th.Tensor) -> Projected:
         return {block: block.emb_layers(emb) for block in self._res_blocks}
 
 

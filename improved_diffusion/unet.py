@@ -29,11 +29,19 @@ DDPM_EPSILON = 1e-6  # of normalisations in the code of Ho et al. 2020; torch's 
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in sequence, of which the residual blocks are also given what `project` made for them."""
+    """Layers in sequence, of which the residual blocks are also given the timestep embedding.
 
-    def forward(self, x: th.Tensor, projected: dict[nn.Module, th.Tensor]) -> th.Tensor:
+    Instead of the embedding, `forward` takes what `project` has made of it for each block.
+    """
+
+    def forward(self, x: th.Tensor, emb: "th.Tensor | Projected") -> th.Tensor:
         for layer in self:
-            x = layer(x, projected[layer]) if isinstance(layer, ResBlock) else layer(x)
+            if not isinstance(layer, ResBlock):
+                x = layer(x)
+            elif isinstance(emb, dict):
+                x = layer.evaluate(x, emb[layer])
+            else:
+                x = layer(x, emb)
         return x
 
 
@@ -147,29 +155,31 @@ class ResBlock(nn.Module):
             self.skip_connection = pointwise_conv_nd(dims, channels, out_channels)
 
     def forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        """Evaluate the block.
+        """:param x: [N, channels, *size]; :param emb: [N, emb_channels]; :return: [N, out_channels, *size]."""
+        return self.evaluate(x, self.emb_layers(emb))
 
-        :param x: [N, channels, *size].
-        :param emb: what `emb_layers` make of the timestep embedding: [N, out_channels], or twice as many.
-        :return: [N, out_channels, *size].
-        """
+    def evaluate(self, x: th.Tensor, projected: th.Tensor) -> th.Tensor:
+        """As `forward`, given what `emb_layers` make of the embedding: [N, out_channels], or twice as many."""
         if self.use_checkpoint and th.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._evaluate, x, projected, use_reentrant=False)
+        return self._evaluate(x, projected)
 
-    def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+    def _evaluate(self, x: th.Tensor, projected: th.Tensor) -> th.Tensor:
         norm, _, conv = self.in_layers
         h, x = normalize(norm, x)
         h = conv(h)
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            h, _ = normalize(norm, h, modulation=emb)
+            h, _ = normalize(norm, h, modulation=projected)
         else:
-            h, _ = normalize(norm, h + emb.reshape(*emb.shape, *[1] * (h.dim() - 2)))
+            h, _ = normalize(norm, h + projected.reshape(*projected.shape, *[1] * (h.dim() - 2)))
         return self.skip_connection(x) + conv(dropout(h))
 
 
-def project(blocks: Sequence[ResBlock], emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+Projected = dict[ResBlock, th.Tensor]
+
+
+def project(blocks: Sequence[ResBlock], emb: th.Tensor) -> Projected:
     """What the `emb_layers` of all `blocks` make of the timestep embedding `emb` [N, emb_channels], in one go.
 
     For a few images, one product with a tall matrix takes less time than two dozen with small ones.
@@ -430,7 +440,7 @@ class UNetModel(nn.Module):
             h = block(th.cat([h, skips.pop()], dim=1), projected)
             yield h
 
-    def _project(self, emb: th.Tensor) -> dict[nn.Module, th.Tensor]:
+    def _project(self, emb: th.Tensor) -> Projected:
         return project(self._res_blocks, emb)
 
     @property

@@ -5,7 +5,14 @@ import torch as th
 import torch.nn.functional as F
 
 from improved_diffusion.nn import Dropout, conv_nd, dropout_seeds, pointwise_conv_nd
-from improved_diffusion.unet import FUSED_ATTENTION_LENGTH, QKVAttention, Upsample
+from improved_diffusion.unet import (
+    FUSED_ATTENTION_LENGTH,
+    QKVAttention,
+    ResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    project,
+)
 
 
 @pytest.mark.parametrize("dims, size", [(1, (12,)), (2, (3, 4)), (3, (2, 3, 2))])
@@ -70,3 +77,18 @@ def test_dropout_masks_belong_to_the_image():
         assert not th.equal(other(x), whole)
     assert not th.equal(layer(x), layer(x))  # without seeds, the global generator
     assert th.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_blocks_take_the_embedding_or_what_it_is_projected_to(scale_shift):
+    th.manual_seed(0)
+    blocks = [ResBlock(32, 24, 0.0, out_channels=out, use_scale_shift_norm=scale_shift) for out in (32, 64)]
+    for block in blocks:
+        th.nn.init.normal_(block.out_layers[3].weight)
+    layers = TimestepEmbedSequential(*blocks)
+    x, emb = th.randn(3, 32, 4, 4), th.randn(3, 24)
+    expected = blocks[1](blocks[0](x, emb), emb)
+    th.testing.assert_close(layers(x, emb), expected)
+    projected = project(blocks, emb)
+    assert [projected[block].shape[1] for block in blocks] == ([64, 128] if scale_shift else [32, 64])
+    th.testing.assert_close(layers(x, projected), expected, rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ def suits(qkv: th.Tensor, num_heads: int) -> bool:
     positions, channels = qkv.shape[1:]
     return (
         kernels.has("attention_forward", qkv.dtype)
+        and qkv.device.type == "cpu"
         and channels % (3 * num_heads * TILE) == 0
         and positions % TILE == 0
         and 0 < positions <= MAX_POSITIONS

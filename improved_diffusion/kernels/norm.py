@@ -11,6 +11,7 @@ from improved_diffusion import kernels
 # Of the compiled functions: addresses, sizes, epsilon, whether to activate, threads.
 FORWARD = (*[c_void_p] * 8, *[c_int] * 4, c_float, c_int, c_int)
 BACKWARD = (*[c_void_p] * 13, *[c_int] * 6)
+MAX_GROUPS = 1024  # of kernels.c
 CHANNELS = 32  # a multiple of so many can be worked on
 
 
@@ -18,9 +19,11 @@ def suits(x: th.Tensor, norm: nn.GroupNorm) -> bool:
     """Whether `norm_act` can be used: on images [N, C, H, W] in channels_last, of the normalisation's type."""
     return (
         x.dim() == 4
+        and x.device.type == "cpu"
         and kernels.has("norm_forward", x.dtype)
         and x.dtype == norm.weight.dtype
         and x.shape[1] % CHANNELS == 0
+        and norm.num_groups <= MAX_GROUPS
         and x.numel() > 0
         and x.is_contiguous(memory_format=th.channels_last)
     )
