@@ -31,7 +31,7 @@ class Compute:
         compiled = (
             f"with kernels compiled for {generation}"
             if generation
-            else "without compiled kernels (GCC was missing at installation)"
+            else "without compiled kernels (README: Troubleshooting, Slow)"
         )
         return f"{bits}, on {cores}, {compiled}"
 
