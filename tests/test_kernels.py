@@ -36,15 +36,6 @@ def generation(request, monkeypatch):
     kernels.forget()
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    kernels.forget()
-    yield
-    monkeypatch.undo()
-    kernels.forget()
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     th.manual_seed(0)

@@ -87,23 +87,12 @@ static inline vec LEVEL(pack_pairs)(vec first, vec second) {
 #define SIGMOID LEVEL(rough_sigmoid)
 #define TO_FLOAT bf16_to_float
 #define FROM_FLOAT float_to_bf16
-#include "norms.h"
 #ifdef __AVX512BF16__
 #define UNIT 2
 #define ADD_PRODUCTS(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
 #define PACK LEVEL(pack_pairs)
-#include "attention.h"
-#undef UNIT
-#undef ADD_PRODUCTS
-#undef PACK
 #endif
-#undef STORED
-#undef TYPED
-#undef LOAD
-#undef STORE
-#undef SIGMOID
-#undef TO_FLOAT
-#undef FROM_FLOAT
+#include "typed.h"
 
 #define STORED float
 #define TYPED(name) LEVEL(name##_fp32)
@@ -112,21 +101,10 @@ static inline vec LEVEL(pack_pairs)(vec first, vec second) {
 #define SIGMOID LEVEL(sigmoid)
 #define TO_FLOAT(x) (x)
 #define FROM_FLOAT(x) (x)
-#include "norms.h"
 #define UNIT 1
 #define ADD_PRODUCTS(sum, a, b) VECTOR(fmadd_ps)(a, b, sum)
 #define PACK(first, second) (first)
-#include "attention.h"
-#undef UNIT
-#undef ADD_PRODUCTS
-#undef PACK
-#undef STORED
-#undef TYPED
-#undef LOAD
-#undef STORE
-#undef SIGMOID
-#undef TO_FLOAT
-#undef FROM_FLOAT
+#include "typed.h"
 
 #include "update.h"
 

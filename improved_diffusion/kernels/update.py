@@ -11,8 +11,6 @@ from improved_diffusion import kernels
 
 SQUARES = (c_int, *[c_void_p] * 4, c_int)
 ADAMW = (c_int, *[c_void_p] * 7, c_int, *[c_void_p] * 4, c_int)
-
-
 NUMBERS = ("lr", "beta1", "beta2", "rest1", "rest2", "epsilon", "weight_decay", "factor")
 
 

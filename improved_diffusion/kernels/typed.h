@@ -1,0 +1,17 @@
+// The kernels for numbers of the type STORED; attention only where there is a UNIT to multiply them by.
+
+#include "norms.h"
+#ifdef UNIT
+#include "attention.h"
+#endif
+
+#undef STORED
+#undef TYPED
+#undef LOAD
+#undef STORE
+#undef SIGMOID
+#undef TO_FLOAT
+#undef FROM_FLOAT
+#undef UNIT
+#undef ADD_PRODUCTS
+#undef PACK
