@@ -1,6 +1,5 @@
 """Which optimisations pay: the fast path in turns with one that does without a single of them."""
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,16 +66,8 @@ def _without_kernels(loop: Callable[[], TrainLoop], step: Callable[[TrainLoop], 
     """A contender for whose turns the kernels are switched off, and which is built without them."""
 
     def run_without(run: Callable[[], object]) -> object:
-        before = os.environ.get(kernels.SWITCH)
-        os.environ[kernels.SWITCH] = "0"
-        kernels.forget()
-        try:
+        with kernels.switched("0"):
             return run()
-        finally:
-            os.environ.pop(kernels.SWITCH)
-            if before is not None:
-                os.environ[kernels.SWITCH] = before
-            kernels.forget()
 
     contender = run_without(lambda: step(loop()))
     return Contender(partial(run_without, contender.run))

@@ -24,16 +24,12 @@ CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensor
 
 
 @pytest.fixture(params=["avx512", "avx2"])
-def generation(request, monkeypatch):
+def generation(request):
     """Every generation of kernels that this processor can run, in turn."""
-    monkeypatch.setenv(kernels.SWITCH, request.param)
-    kernels.forget()
-    if kernels.generation() != request.param:
-        kernels.forget()
-        pytest.skip(f"no kernels for {request.param} here")
-    yield request.param
-    monkeypatch.undo()
-    kernels.forget()
+    with kernels.switched(request.param):
+        if kernels.generation() != request.param:
+            pytest.skip(f"no kernels for {request.param} here")
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +58,12 @@ def test_they_are_compiled_where_they_can_be():
 
 
 @pytest.mark.parametrize("setting", ["0", "none", ""])
-def test_do_without(monkeypatch, setting):
-    monkeypatch.setenv(kernels.SWITCH, setting)
-    kernels.forget()
-    assert kernels.generation() is None
-    x = images(1, 32, 4, 4, th.float32)
-    assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
-    assert not attention.suits(th.zeros(1, 16, 48), 1)
-    monkeypatch.undo()
-    kernels.forget()
+def test_do_without(setting):
+    with kernels.switched(setting):
+        assert kernels.generation() is None
+        x = images(1, 32, 4, 4, th.float32)
+        assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
+        assert not attention.suits(th.zeros(1, 16, 48), 1)
 
 
 @pytest.mark.parametrize("change", ["another source", "not a library"])
@@ -305,12 +298,11 @@ def model_and_gradients(dims=2, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_scale_shift_norm": True, "num_heads": 2}, {"dims": 1}])
-def test_the_model_computes_the_same_without_them(generation, options, monkeypatch):
+def test_the_model_computes_the_same_without_them(generation, options):
     model, y, gradients = model_and_gradients(**options)
     assert model.channels_last == (options.get("dims", 2) == 2)
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    kernels.forget()
-    other, expected, references = model_and_gradients(**options)
+    with kernels.switched("0"):
+        other, expected, references = model_and_gradients(**options)
     assert not other.channels_last
     assert th.allclose(y, expected, rtol=1e-4, atol=1e-5)
     for gradient, reference in zip(gradients, references):

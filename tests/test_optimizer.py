@@ -1,5 +1,7 @@
 """AdamW is PyTorch's: to the last bit without compiled kernels, and with them up to the order of its operations."""
 
+import contextlib
+
 import pytest
 import torch as th
 
@@ -11,15 +13,11 @@ SHAPES = [(BLOCK + 3,), (5,), (), (300, 400), (2, 3, 4), (7,)]
 
 
 @pytest.fixture(params=["with kernels", "without"], autouse=True)
-def same(request, monkeypatch):
+def same(request):
     """What two tensors that should be the same have to pass."""
-    if request.param == "without":
-        monkeypatch.setenv(kernels.SWITCH, "0")
-    kernels.forget()
-    exact = kernels.generation() is None
-    yield th.equal if exact else lambda a, b: th.allclose(a, b, rtol=1e-5, atol=1e-6)
-    monkeypatch.undo()
-    kernels.forget()
+    with kernels.switched("0") if request.param == "without" else contextlib.nullcontext():
+        exact = kernels.generation() is None
+        yield th.equal if exact else lambda a, b: th.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def parameters():

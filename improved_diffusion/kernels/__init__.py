@@ -4,11 +4,12 @@
 environment variable IMPROVED_DIFFUSION_KERNELS can be 0, to do without, or avx2, for those of older processors.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -44,7 +45,22 @@ def function(
     return found
 
 
-def forget() -> None:
+@contextlib.contextmanager
+def switched(setting: str) -> Iterator[None]:
+    """Do as if the environment variable were `setting`, for a while."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = setting
+    _forget()
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
+        _forget()
+
+
+def _forget() -> None:
     """Look again for the library, and at the environment variable, when a kernel is next asked for."""
     for cached in (_library, has, function):
         cached.cache_clear()
