@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from openpyxl import Workbook
 from openpyxl.drawing.image import Image
+from openpyxl.worksheet.pagebreak import Break
 from openpyxl.worksheet.worksheet import Worksheet
 from PIL import Image as PillowImage
 
@@ -29,7 +30,11 @@ from improved_diffusion.results_style import (
 from improved_diffusion.storage import absolute, open_atomic
 
 MAX_PREVIEWS = 50
-PIXELS_PER_ROW = 20
+PIXELS_PER_ROW, PIXELS_PER_CHARACTER = 20, 7  # of heights and widths
+PAGE_PIXELS, PAGE_ROWS = (
+    1200,
+    38,
+)  # so wide are the pictures of a printed page, which is then so many rows high
 ROWS_PER_CHART = 22
 CHARTS_PER_ROW, COLUMNS_PER_CHART = 2, 13
 
@@ -137,22 +142,28 @@ def _explain_points(rows: int, points: int) -> str:
 
 
 def _fill_samples(sheet: Worksheet, previews: list[tuple[int, str]]) -> None:
-    """One labelled picture under another, the newest first."""
+    """The pictures, the newest first, each below its step; as many beside each other as a page is wide."""
     sheet.sheet_view.showGridLines = False
     set_up_page(sheet)
     put(sheet, 1, 1, "Samples").font = TITLE
     if len(previews) > MAX_PREVIEWS:
         put(sheet, 2, 1, f"The newest {MAX_PREVIEWS} of {len(previews)}.").font = SUBTLE
-    row = 4
-    for step, path in previews[:MAX_PREVIEWS]:
-        put(sheet, row, 1, f"Step {step:,}").font = SECTION
-        picture = _read_picture(path)
+    shown = [(step, path, _read_picture(path)) for step, path in previews[:MAX_PREVIEWS]]
+    sizes = [(picture.width, picture.height) for *_, picture in shown if picture] or [(PAGE_PIXELS, 0)]
+    columns = max(1, PAGE_PIXELS // (max(width for width, _ in sizes) + PIXELS_PER_ROW))
+    set_widths(sheet, [PAGE_PIXELS / columns / PIXELS_PER_CHARACTER] * columns)
+    rows = math.ceil(max(height for _, height in sizes) / PIXELS_PER_ROW) + 3
+    first, page = 4, 1
+    for number, (step, path, picture) in enumerate(shown):
+        row, column = first + number // columns * rows, 1 + number % columns
+        if row + rows > page + PAGE_ROWS and column == 1 and number:
+            sheet.row_breaks.append(Break(row - 1))
+            page = row
+        put(sheet, row, column, f"Step {step:,}").font = SECTION
         if picture is None:
-            put(sheet, row + 1, 1, f"{os.path.basename(path)} cannot be read.").font = SUBTLE
-            row += 3
+            put(sheet, row + 1, column, f"{os.path.basename(path)} cannot be read.").font = SUBTLE
         else:
-            sheet.add_image(picture, sheet.cell(row + 1, 1).coordinate)
-            row += math.ceil(picture.height / PIXELS_PER_ROW) + 3
+            sheet.add_image(picture, sheet.cell(row + 1, column).coordinate)
 
 
 def _read_picture(path: str) -> Image | None:
