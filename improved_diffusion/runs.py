@@ -151,13 +151,25 @@ def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
     return out_dir
 
 
-def _check_model_path(flags: dict[str, Any], runs_dir: str) -> None:
-    """Check that --model_path is given. :raises ValueError: naming the newest run in `runs_dir`, if any."""
+SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
+
+
+def _choose_model(flags: dict[str, Any], project: str) -> str:
+    """The model to use: --model_path, or the one that comes with the code.
+
+    :raises ValueError: neither is there; the message names the newest run of the project, if any.
+    """
     if flags["model_path"]:
-        return
+        return flags["model_path"]
+    runs_dir, shipped = os.path.join(project, "runs"), os.path.join(project, *SHIPPED)
     found = [os.path.join(runs_dir, name) for name in os.listdir(runs_dir)] if os.path.isdir(runs_dir) else []
     found = [run for run in found if checkpoint.steps(run)]
-    example = f", such as {max(found, key=os.path.getmtime)}" if found else ""
+    newest = max(found, key=os.path.getmtime) if found else ""
+    if checkpoint.steps(shipped) and not is_super_resolution(flags):
+        hint = f"; for your newest run, give --model_path {newest}" if newest else ""
+        print(f"no --model_path is given: taking the model that comes with the code{hint}")
+        return shipped
+    example = f", such as {newest}" if newest else ""
     raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
 
 
@@ -167,13 +179,13 @@ def open_model(
     """What every script begins with that draws from a model or measures it: join the processes, check, load.
 
     :param flags, given: of `Parser.parse_flags`.
-    :param project: the folder with ``runs``, to name one where --model_path is missing.
+    :param project: the folder with ``models`` and ``runs``.
     :return: as `load_trained`, but the model is a function that computes as --precision and --num_workers say.
     :raises ValueError: a flag that all these scripts have is wrong.
     """
     join_processes(flags)
     check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
-    _check_model_path(flags, os.path.join(project, "runs"))
+    flags = {**flags, "model_path": _choose_model(flags, project)}
     chosen = choose(flags["precision"], flags["num_workers"])
     # What each process measures may differ; what they draw must not.
     compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)

@@ -138,7 +138,6 @@ def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, call_scri
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model_path", ""], "--model_path is missing"),
         (["--data_dir", ""], "--data_dir is missing"),
         (["--num_samples", "0"], "--num_samples 0"),
         (["--num_channels", "64"], "--num_channels 64: contradicts the checkpoint"),

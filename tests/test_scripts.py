@@ -12,7 +12,7 @@ from conftest import SCRIPTS, TINY_FLAGS, read_json
 from openpyxl import load_workbook
 from PIL import Image
 
-from improved_diffusion import checkpoint
+from improved_diffusion import checkpoint, runs
 
 SHORT = ["--total_steps", "12", "--log_interval", "5", "--save_interval", "6", "--ema_rate", "0.9,0.999"]
 
@@ -264,7 +264,8 @@ def test_sampling_mistakes(trained, tmp_path, call_script, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_model_path_missing_or_wrong(tmp_path, call_script):
+def test_model_path_missing_or_wrong(tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr(runs, "SHIPPED", ("models", "none"))
     for flags, message in (
         ([], "--model_path is missing"),
         (["--model_path", tmp_path / "absent"], "--model_path .*absent: there is no such"),
