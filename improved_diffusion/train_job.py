@@ -241,7 +241,7 @@ def _train(
     if flags["use_fp16"]:
         logger.log("--use_fp16 True: on a CPU, 16 bits are bfloat16, which needs no scaling of the loss")
     if compute.precision == "bf16" and not bf16_pays():
-        logger.log("WARNING: this processor is faster in float32: give --precision fp32")
+        logger.log("note: this processor is faster in float32: give --precision fp32")
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,

@@ -94,7 +94,7 @@ def test_a_run_records_its_precision_and_keeps_it(tmp_path, call_script, monkeyp
     assert "WARNING: this run was trained in fp32; it goes on in bf16" in said
     assert "computing in bfloat16, weights in float32, on 2 cores" in said and precision() == "bf16"
     monkeypatch.setattr(compute, "bf16_speedup", lambda: 0.5)
-    assert "WARNING: this processor is faster in float32: give --precision fp32" in train(4)
+    assert "note: this processor is faster in float32: give --precision fp32" in train(4)
 
 
 def test_a_resumed_run_keeps_16_bits_whatever_is_measured(tmp_path, call_script, monkeypatch):
