@@ -31,10 +31,8 @@ from improved_diffusion.storage import absolute, open_atomic
 
 MAX_PREVIEWS = 50
 PIXELS_PER_ROW, PIXELS_PER_CHARACTER = 20, 7  # of heights and widths
-PAGE_PIXELS, PAGE_ROWS = (
-    1200,
-    38,
-)  # so wide are the pictures of a printed page, which is then so many rows high
+PAGE_PIXELS = 1200  # so wide are the pictures on a printed page
+PAGE_ROWS = 38  # which is then so high
 ROWS_PER_CHART = 22
 CHARTS_PER_ROW, COLUMNS_PER_CHART = 2, 13
 
