@@ -8,7 +8,8 @@ from torch import nn
 
 from improved_diffusion.workers import ModelCopies, Workers
 
-# Matrix products of fewer rows are rounded in another way: with this many, an image comes out the same in any batch.
+# Matrix products of fewer rows are computed by other algorithms, which round differently. With this many, most
+# processors compute an image alike in any batch; on the rest, batches of different sizes differ by rounding.
 MIN_SLICE = 4
 
 
