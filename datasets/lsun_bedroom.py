@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from PIL import Image
 from tqdm import tqdm
 
-from improved_diffusion.image_reading import MAX_ASPECT, fit_image
+from improved_diffusion.data.decode import MAX_ASPECT, fit_image
 
 MAX_NAMED = 5  # unusable images that are reported one by one
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from improved_diffusion.cpu import usable_cores
-from improved_diffusion.heartbeat import Heartbeat, Listener, LostContact, connect
+from improved_diffusion.cpu.machine import usable_cores
+from improved_diffusion.run.heartbeat import Heartbeat, Listener, LostContact, connect
 
 MEETING_TIME = datetime.timedelta(minutes=2)  # for all processes to find each other
 # Others may wait while rank 0 reads images for hours; that nobody waits for the dead is the heartbeat's work.

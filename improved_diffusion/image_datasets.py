@@ -10,12 +10,12 @@ import blobfile as bf
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.batch_stream import BatchStream
-from improved_diffusion.builtin_images import BUILTIN_COUNT, CLASS_NAMES, builtin_set
-from improved_diffusion.cpu import memory_gb
-from improved_diffusion.image_folder import classify, fingerprint, read_folder
-from improved_diffusion.image_reading import MAX_ASPECT, fit_image
-from improved_diffusion.image_set import ImageSet
+from improved_diffusion.cpu.machine import memory_gb
+from improved_diffusion.data.batch_stream import BatchStream
+from improved_diffusion.data.builtin_images import BUILTIN_COUNT, CLASS_NAMES, builtin_set
+from improved_diffusion.data.decode import MAX_ASPECT, fit_image
+from improved_diffusion.data.folder import classify, fingerprint, read_folder
+from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.storage import absolute, is_remote
 
 BUILTIN = "builtin"

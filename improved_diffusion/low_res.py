@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch as th
 import torch.nn.functional as F
 
-from improved_diffusion.batch_stream import BatchStream
+from improved_diffusion.data.batch_stream import BatchStream
+from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.image_datasets import read_images
-from improved_diffusion.image_set import ImageSet
 
 
 def shrink(images: th.Tensor, size: int) -> th.Tensor:

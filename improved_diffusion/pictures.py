@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, features
 
 from improved_diffusion import dist_util
-from improved_diffusion.interrupts import Interrupts, Stoppable
+from improved_diffusion.run.interrupts import Interrupts, Stoppable
 from improved_diffusion.storage import open_atomic
 
 MAX_IN_GRID = 400

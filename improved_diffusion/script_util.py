@@ -11,9 +11,9 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion import gaussian_diffusion as gd
+from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import add_dict_to_argparser, args_to_dict, check_range, one_line, str2bool  # noqa: F401
 from improved_diffusion.image_datasets import read_images
-from improved_diffusion.image_set import ImageSet
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 

@@ -14,17 +14,19 @@ import blobfile as bf
 import torch as th
 from tqdm import tqdm
 
-from improved_diffusion import checkpoint, dist_util, logger, results, seeding
-from improved_diffusion.checkpoint import Checkpoint
-from improved_diffusion.cpu import release_memory
+from improved_diffusion import dist_util, logger, seeding
+from improved_diffusion.cpu.gradients import Gradients
+from improved_diffusion.cpu.inference import fast_model
+from improved_diffusion.cpu.machine import release_memory
+from improved_diffusion.cpu.optimizer import Optimizer
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
-from improved_diffusion.gradients import Gradients
-from improved_diffusion.inference import fast_model
-from improved_diffusion.interrupts import Interrupts
 from improved_diffusion.logger import CsvTable
 from improved_diffusion.nn import Dropout
-from improved_diffusion.optimizer import Optimizer
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
+from improved_diffusion.results.export import export
+from improved_diffusion.run import checkpoint
+from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.run.interrupts import Interrupts
 from improved_diffusion.seeding import Purpose
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "--max_hours")
@@ -477,7 +479,7 @@ class TrainLoop:
         # Between two steps there is much to give back, and a workbook of thousands of rows takes some.
         release_memory()
         try:
-            results.export(logger.get_dir())
+            export(logger.get_dir())
         except Exception as error:  # whatever is wrong with a report, it is no reason to end a run of days
             logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
 

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch as th
 
-from improved_diffusion.benchmark import Settings, build
-from improved_diffusion.benchmark_ablation import measure_ablation
-from improved_diffusion.benchmark_cost import measure_cost, measure_memory
-from improved_diffusion.benchmark_parts import measure_parts
-from improved_diffusion.benchmark_peaks import measure_peaks
-from improved_diffusion.benchmark_report import section
-from improved_diffusion.benchmark_sampling import measure_sampling
-from improved_diffusion.benchmark_training import measure_command, measure_training
-from improved_diffusion.compute import choose
-from improved_diffusion.cpu import describe_machine
+from improved_diffusion.benchmark.ablation import measure_ablation
+from improved_diffusion.benchmark.cost import measure_cost, measure_memory
+from improved_diffusion.benchmark.parts import measure_parts
+from improved_diffusion.benchmark.peaks import measure_peaks
+from improved_diffusion.benchmark.report import section
+from improved_diffusion.benchmark.sampling import measure_sampling
+from improved_diffusion.benchmark.settings import Settings, build
+from improved_diffusion.benchmark.training import measure_command, measure_training
+from improved_diffusion.cpu.compute import choose
+from improved_diffusion.cpu.machine import describe_machine
 from improved_diffusion.flags import Parser, add_dict_to_argparser, args_to_dict, check_range
+from improved_diffusion.jobs.train import COMPUTE, TRAINING
 from improved_diffusion.script_util import check_images_fit, model_defaults, run_script
 from improved_diffusion.storage import absolute, write_json
-from improved_diffusion.train_job import COMPUTE, TRAINING
 
 MODEL = {
     name: value

@@ -12,17 +12,18 @@ from functools import partial
 
 import blobfile as bf
 
-from improved_diffusion import comparison_report, dist_util
-from improved_diffusion.comparison import COMPARING, parse_comparison
-from improved_diffusion.comparison_job import compare
-from improved_diffusion.compute import choose
-from improved_diffusion.features import INCEPTION, load_extractor
+from improved_diffusion import dist_util
+from improved_diffusion.comparison import report
+from improved_diffusion.comparison.gallery import Gallery
+from improved_diffusion.comparison.job import compare
+from improved_diffusion.comparison.plan import COMPARING, parse_comparison
+from improved_diffusion.cpu.compute import choose
+from improved_diffusion.evaluation.features import INCEPTION, load_extractor
+from improved_diffusion.evaluation.measuring import distance_to, read_flag, reference_statistics
 from improved_diffusion.flags import Parser, add_dict_to_argparser, args_to_dict
-from improved_diffusion.gallery import Gallery
 from improved_diffusion.image_datasets import describe
-from improved_diffusion.measuring import distance_to, read_flag, reference_statistics
-from improved_diffusion.runs import choose_out_dir, open_model
-from improved_diffusion.sample_job import DRAWING, choose_labels
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.sample import DRAWING, choose_labels
 from improved_diffusion.script_util import (
     check_images_fit,
     diffusion_defaults,
@@ -102,9 +103,7 @@ def main() -> None:
     }
     distance = partial(distance_to, real, extractor=extractor, batch_size=FEATURE_BATCH)
     record = compare(comparison, gallery, distance, facts, out_dir)
-    print(
-        f"\n{comparison_report.markdown(record)}\nwritten: {bf.join(out_dir, 'comparison.md')}, .json, .png"
-    )
+    print(f"\n{report.markdown(record)}\nwritten: {bf.join(out_dir, 'comparison.md')}, .json, .png")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ import blobfile as bf
 import torch as th
 from torch.optim import AdamW
 
-from improved_diffusion import checkpoint
-from improved_diffusion.convert import DiffusersModel, export_model, import_model
+from improved_diffusion.convert.models import DiffusersModel, export_model, import_model
 from improved_diffusion.flags import (
     Parser,
     add_dict_to_argparser,
 )
-from improved_diffusion.runs import (
+from improved_diffusion.jobs.runs import (
     choose_out_dir,
     load_trained,
 )
+from improved_diffusion.run import checkpoint
 from improved_diffusion.script_util import (
     diffusion_defaults,
     model_defaults,

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from improved_diffusion.results import export
+from improved_diffusion.results.export import export
 
 
 def main() -> None:

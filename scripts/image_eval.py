@@ -10,14 +10,15 @@ import glob
 import os
 import time
 
-from improved_diffusion import evaluation_report, results
-from improved_diffusion.evaluation import InceptionScore, compare
-from improved_diffusion.features import INCEPTION, load_extractor
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.evaluation import report
+from improved_diffusion.evaluation.features import INCEPTION, load_extractor
+from improved_diffusion.evaluation.measuring import read_flag, reference_statistics, statistics_of
+from improved_diffusion.evaluation.metrics import InceptionScore, compare
 from improved_diffusion.flags import Parser, add_dict_to_argparser, check_range
 from improved_diffusion.image_datasets import describe
-from improved_diffusion.image_set import ImageSet
-from improved_diffusion.measuring import read_flag, reference_statistics, statistics_of
-from improved_diffusion.results_run import read_run
+from improved_diffusion.results.export import export
+from improved_diffusion.results.read import read_run
 from improved_diffusion.script_util import model_defaults, run_script
 from improved_diffusion.storage import absolute, write_json
 
@@ -44,7 +45,7 @@ def main() -> None:
     for flag in ("samples", "reference"):
         if not flags[flag]:
             raise ValueError(f"--{flag} is missing: give an .npz file or a folder of images")
-    output = evaluation_report.output_path(flags["output"], flags["samples"])
+    output = report.output_path(flags["output"], flags["samples"])
     if flags["run_dir"]:
         read_run(flags["run_dir"])  # finds out now, not in an hour, whether it is one
     samples = read_samples(flags["samples"])
@@ -74,15 +75,15 @@ def main() -> None:
         "compared_images": min(len(drawn.kept), len(real.kept)),
         "image_size": samples.image_size,
         "metrics": {extractor.metric(name): value for name, value in metrics.items()},
-        "warnings": evaluation_report.warnings(drawn, real),
+        "warnings": report.warnings(drawn, real),
         "images_per_minute": round(60 * len(samples) / seconds, 1),
     }
-    print(evaluation_report.table(record))
+    print(report.table(record))
     write_json(output, record)
     print(f"written: {output}")
     if flags["run_dir"]:
-        evaluation_report.append(flags["run_dir"], record)
-        print(f"written: {results.export(flags['run_dir'])}")
+        report.append(flags["run_dir"], record)
+        print(f"written: {export(flags['run_dir'])}")
 
 
 def read_samples(path: str) -> ImageSet:

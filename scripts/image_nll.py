@@ -7,12 +7,12 @@ mse_terms.npz, xstart_mse_terms.npz (means at every timestep, the noisiest first
 import os
 
 from improved_diffusion import dist_util
-from improved_diffusion.bits_per_dim import BoundTally, choose_images, measure_bounds
-from improved_diffusion.class_labels import labels_of
+from improved_diffusion.data.class_labels import labels_of
+from improved_diffusion.evaluation.bits_per_dim import BoundTally, choose_images, measure_bounds
 from improved_diffusion.flags import Parser, add_dict_to_argparser, args_to_dict
 from improved_diffusion.image_datasets import describe
-from improved_diffusion.interrupts import Stoppable
-from improved_diffusion.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.run.interrupts import Stoppable
 from improved_diffusion.script_util import (
     count_classes,
     diffusion_defaults,

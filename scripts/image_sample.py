@@ -7,8 +7,8 @@ import numpy as np
 import torch as th
 
 from improved_diffusion.flags import Parser, add_dict_to_argparser
-from improved_diffusion.runs import choose_out_dir, open_model
-from improved_diffusion.sample_job import DRAWING, SOLVING, choose_labels, choose_plan, draw_into
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.sample import DRAWING, SOLVING, choose_labels, choose_plan, draw_into
 from improved_diffusion.sample_util import Plan, Subject, guide, interpolate, per_image_noise
 from improved_diffusion.script_util import (
     check_images_fit,

@@ -4,9 +4,9 @@ image_sample.py --model_path FOLDER."""
 
 import os
 
-from improved_diffusion.checkpoint import find
+from improved_diffusion.convert.publish import publish
 from improved_diffusion.flags import Parser, add_dict_to_argparser
-from improved_diffusion.publish import publish
+from improved_diffusion.run.checkpoint import find
 from improved_diffusion.script_util import run_script
 
 PUBLISHING = {"model_path": "", "ema_rate": "", "log_dir": ""}

@@ -10,13 +10,13 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util
-from improved_diffusion.class_labels import labels_of
+from improved_diffusion.data.class_labels import labels_of
 from improved_diffusion.flags import Parser, add_dict_to_argparser
 from improved_diffusion.image_datasets import describe
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.sample import DRAWING, SOLVING, choose_labels, choose_plan, draw_into
 from improved_diffusion.low_res import read_base_samples, shrink
 from improved_diffusion.pictures import image_grid
-from improved_diffusion.runs import choose_out_dir, open_model
-from improved_diffusion.sample_job import DRAWING, SOLVING, choose_labels, choose_plan, draw_into
 from improved_diffusion.sample_util import Subject, from_uint8, to_uint8
 from improved_diffusion.script_util import (
     check_images_fit,

@@ -8,11 +8,11 @@ import os
 from improved_diffusion.flags import (
     Parser,
 )
+from improved_diffusion.jobs.train import create_training_parser, run_training
 from improved_diffusion.script_util import (
     run_script,
     sr_model_defaults,
 )
-from improved_diffusion.train_job import create_training_parser, run_training
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -90,7 +90,8 @@ def save_trained(folder, step=4, class_names=(), **arguments):
     """
     import torch as th
 
-    from improved_diffusion import checkpoint, script_util
+    from improved_diffusion import script_util
+    from improved_diffusion.run import checkpoint
 
     defaults = script_util.model_and_diffusion_defaults()
     if "large_size" in arguments:

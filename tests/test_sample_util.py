@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from conftest import TINY
 
-from improved_diffusion.class_labels import parse_class_labels
+from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.sample_util import (
     DEFAULT_PLAN,
     Plan,

@@ -8,9 +8,9 @@ import torch as th
 from conftest import ROOT, TINY
 
 from improved_diffusion import flags as flags_module
-from improved_diffusion import runs
 from improved_diffusion import script_util as su
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from improved_diffusion.jobs import runs
 
 
 def build(**flags):

@@ -8,9 +8,10 @@ import pytest
 import torch as th
 from conftest import TINY
 
-from improved_diffusion import checkpoint, logger
+from improved_diffusion import logger
 from improved_diffusion.image_datasets import BatchStream, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.run import checkpoint
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
 )

@@ -18,7 +18,7 @@ import torch as th
 from conftest import SCRIPTS, TINY_FLAGS
 from tqdm import tqdm
 
-from improved_diffusion import checkpoint
+from improved_diffusion.run import checkpoint
 
 TIMING = {"images_per_sec", "elapsed"}
 PATIENCE = 120  # seconds until a process that does not end or do what is waited for has failed the test
@@ -26,7 +26,7 @@ PATIENCE = 120  # seconds until a process that does not end or do what is waited
 _METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 if "forkserver" in _METHODS:
-    _context.set_forkserver_preload(["improved_diffusion.train_job"])
+    _context.set_forkserver_preload(["improved_diffusion.jobs.train"])
 _numbers = itertools.count()
 
 

@@ -1,0 +1,1 @@
+"""How fast this machine trains and samples: fair timing, the plain path, and the report."""

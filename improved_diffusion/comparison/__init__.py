@@ -1,0 +1,1 @@
+"""Samplers compared on one model: the plan, the drawing job, its picture and its report."""

@@ -1,0 +1,1 @@
+"""Fast computing on a CPU: precision and cores, gradients, the optimizer, inference without gradients."""

@@ -1,0 +1,91 @@
+"""How to compute on this machine: in which precision, and on how many cores."""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch as th
+import torch.nn.functional as F
+
+from improved_diffusion import kernels
+from improved_diffusion.cpu.machine import usable_cores
+from improved_diffusion.cpu.workers import DTYPES, Workers
+
+PRECISIONS = ("auto", *DTYPES)
+# 16 bits have to be so many times as fast: they cost some accuracy, and convolutions gain more than a step does.
+WORTHWHILE = 1.25
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A decision: `precision` is "fp32" or "bf16", `workers` the number of cores."""
+
+    precision: str
+    workers: int
+
+    def __str__(self) -> str:
+        bits = {"fp32": "float32", "bf16": "bfloat16, weights in float32"}[self.precision]
+        cores = "1 core" if self.workers == 1 else f"{self.workers} cores"
+        generation = kernels.generation()
+        compiled = (
+            f"with kernels compiled for {generation}"
+            if generation
+            else "without compiled kernels (README: Troubleshooting, Slow)"
+        )
+        return f"{bits}, on {cores}, {compiled}"
+
+
+def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
+    """What to compute with.
+
+    :param precision: ``"fp32"``, ``"bf16"``, or ``"auto"``: what this processor does faster.
+    :param num_workers: a number of cores, or ``"auto"``: the threads that PyTorch would use.
+    :raises ValueError: either is neither of these.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision}: use one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "bf16" if bf16_pays() else "fp32"
+    if num_workers == "auto":
+        return Compute(precision, max(1, min(th.get_num_threads(), usable_cores())))
+    if not (num_workers.isdecimal() and 1 <= int(num_workers) <= 1024):
+        raise ValueError(f"--num_workers {num_workers}: use auto, or a number of cores from 1 on")
+    return Compute(precision, int(num_workers))
+
+
+def bf16_pays() -> bool:
+    """Whether this processor computes fast enough in bfloat16."""
+    return bf16_speedup() >= WORTHWHILE
+
+
+@functools.cache
+def bf16_speedup() -> float:
+    """How many times as fast a convolution is in bfloat16 as in float32, forward and backward, on one core.
+
+    It is measured, in less than a tenth of a second: what a processor says it can do tells less. Without
+    instructions for it, it can be far below 1; processors of the AVX2 generation have none, and are not asked.
+    """
+    if th.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return 0.0
+    return Workers(1).run([_time_both])[0]
+
+
+def _time_both() -> float:
+    # The thread's own time, where it is told finely enough: what else runs on the machine does not count.
+    fine = time.get_clock_info("thread_time").resolution < 1e-5
+    clock = time.thread_time if fine else time.perf_counter
+    times: dict[th.dtype, list[float]] = {dtype: [] for dtype in DTYPES.values()}
+    # Contents do not matter, and the global random state is not to be touched.
+    tensors = {
+        dtype: (th.ones(4, 64, 32, 32, dtype=dtype), th.ones(64, 64, 3, 3, dtype=dtype, requires_grad=True))
+        for dtype in times
+    }
+    for _ in range(1 + ROUNDS):
+        for dtype, (images, weight) in tensors.items():
+            before = clock()
+            F.conv2d(images, weight, padding=1).sum().backward()
+            times[dtype].append(clock() - before)
+    # The first round also compiles the kernels; the fastest is the one that nothing else disturbed.
+    fp32, bf16 = (min(times[DTYPES[name]][1:]) for name in ("fp32", "bf16"))
+    return fp32 / bf16

@@ -1,0 +1,1 @@
+"""Images from disk to batches: folders, decoding, the cache, class labels."""

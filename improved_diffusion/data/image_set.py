@@ -1,0 +1,85 @@
+"""A set of images to train on: pixels by index, classes, and what is known about where it came from."""
+
+import itertools
+import warnings
+
+import numpy as np
+
+from improved_diffusion.data.decode import UnusableImage, read_image
+from improved_diffusion.data.folder import ImageFile
+
+
+class ImageSet:
+    """N images of one size S, as uint8, either held in memory or decoded when they are asked for.
+
+    :ivar image_size: S.
+    :ivar in_memory: whether `get` only has to look them up.
+    :ivar labels: the class of each image, int64 [N], or None where nothing tells the classes.
+    :ivar class_names: the name of each class.
+    :ivar fingerprint: a hash that changes when the set does; it does not depend on where the set lies.
+    :ivar summary: what was read, ready for JSON: "source", "images", "bytes" (in memory), "sizes" (of the
+        files, "WxH": "min" and "max" by area, "most_common"), "modes" and "classes" (name -> number of
+        images), "skipped" (reason -> number of files), "skipped_names" (reason -> the first few) and
+        "cached".
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        images: np.ndarray | None,
+        files: list[ImageFile] | None,
+        labels: np.ndarray | None,
+        class_names: list[str],
+        fingerprint: str,
+        summary: dict,
+    ):
+        assert (images is None) != (files is None)
+        self.image_size = image_size
+        self.in_memory = images is not None
+        self.labels = labels
+        self.class_names = class_names
+        self.fingerprint = fingerprint
+        self._images = images
+        self._files = files
+        counts = np.bincount(labels, minlength=len(class_names)).tolist() if labels is not None else []
+        self.summary = summary | {
+            "images": len(self),
+            "bytes": images.nbytes if images is not None else 0,
+            "classes": dict(zip(class_names, counts)),
+        }
+
+    def __len__(self) -> int:
+        return len(self._files if self._images is None else self._images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def get(self, indices: np.ndarray) -> np.ndarray:
+        """The images `indices`, an integer array [B], as a new array: uint8 [B, S, S, 3]."""
+        if self._images is not None:
+            return self._images[indices]
+        return np.stack([self._decode(int(index)) for index in indices])
+
+    def _decode(self, index: int) -> np.ndarray:
+        """Image `index` of a streamed set or, if its file turns out damaged, the next good one of its class.
+
+        Of a streamed set only the headers were read at the start, and days of training must not end at one
+        file.
+        """
+        label = self.labels[index] if self.labels is not None else None
+        following = itertools.chain(range(index, len(self)), range(index))
+        alike = (i for i in following if label is None or self.labels[i] == label)
+        for candidate in itertools.islice(alike, 100):
+            try:
+                pixels = read_image(self._files[candidate].path, self.image_size)[0]
+            except UnusableImage as error:
+                reason = error
+                continue
+            if candidate != index:
+                warnings.warn(f"{self._files[index].path} is {reason}: used the next image", stacklevel=2)
+            return pixels
+        raise ValueError(
+            f"cannot read the images of --data_dir any more: {self._files[index].path}: {reason}"
+        )

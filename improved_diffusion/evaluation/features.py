@@ -1,0 +1,145 @@
+"""Feature vectors of images: from the genuine Inception network, another TorchScript network, or the pixels."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+from improved_diffusion.cpu.workers import Workers
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.evaluation import inception
+from improved_diffusion.evaluation.metrics import InceptionScore
+from improved_diffusion.progress import Progress
+
+INCEPTION, PIXEL = "inception", "pixel"
+PIXEL_SIDE = 16
+MAX_FEATURES = 8192  # their covariance takes half a GB
+
+
+class Extractor(NamedTuple):
+    """Something that turns images, uint8 [n, H, W, 3], into float32 features [n, D].
+
+    `fingerprint` changes when the features would. `classifier`, where there is one, is the weight [C, D] of the
+    layer that turns features into the logits of C classes.
+    """
+
+    name: str
+    fingerprint: str
+    compute: Callable[[np.ndarray], np.ndarray]
+    classifier: np.ndarray | None = None
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether this is the network that FID is defined by."""
+        return self.fingerprint == inception.SHA256
+
+    def metric(self, name: str) -> str:
+        """What the metric `name` of `evaluation` is called for these features; FID is for Inception's only."""
+        if not self.is_inception:
+            return f"{name}[{self.name}]"
+        return name.replace("frechet_distance", "fid").replace("kernel_distance", "kid")
+
+
+def load_extractor(features: str, inception_weights: str = "") -> Extractor:
+    """The extractor that --features and --inception_weights name.
+
+    :param features: "inception"; "pixel": the colours of the image, averaged to at most 16x16; or the path of a
+        TorchScript file whose module takes uint8 [n, 3, H, W] and returns [n, D]. One that has an argument
+        `return_features` is called with it, and its `output.weight` [C, D] makes an Inception Score.
+    :raises ValueError: there is no such file, or it is none of that kind; the message names the flag.
+    """
+    if inception_weights and features != INCEPTION:
+        raise ValueError(
+            f"--inception_weights {inception_weights}: says where Inception is, and --features {features} another "
+            "network; leave one of the flags out"
+        )
+    if features == PIXEL:
+        return Extractor(PIXEL, f"{PIXEL}-{PIXEL_SIDE}", _pixel_features)
+    if features == INCEPTION:
+        return _load_network(inception.find_inception(inception_weights), "--features inception")
+    path = os.path.abspath(os.path.expanduser(features))
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"--features {path}: there is no such file; give inception, pixel or a TorchScript file"
+        )
+    return _load_network(path, f"--features {path}")
+
+
+def extract(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    batch_size: int,
+    score: InceptionScore | None = None,
+    doing: str,
+) -> Iterator[np.ndarray]:
+    """The features of all `images`, in order, in arrays [n, D].
+
+    :param batch_size: images that a core computes at a time.
+    :param score: also takes the class probabilities of the images, from an extractor with a classifier.
+    :param doing: a word for the progress bar.
+    :raises ValueError: the extractor does not work on these images.
+    """
+    workers = Workers(th.get_num_threads())
+    at_once = batch_size * workers.count
+    with Progress(len(images), 1, doing) as progress:
+        for start in range(0, len(images), at_once):
+            pixels = images.get(np.arange(start, min(start + at_once, len(images))))
+            parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
+            features = np.concatenate(workers.run([partial(extractor.compute, part) for part in parts]))
+            if score is not None:
+                score.add(_softmax(features @ extractor.classifier.T))
+            progress.step(len(pixels))
+            progress.finish(len(pixels))
+            yield features
+
+
+def _pixel_features(pixels: np.ndarray) -> np.ndarray:
+    x = th.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return F.adaptive_avg_pool2d(x, min(PIXEL_SIDE, x.shape[-1])).flatten(1).numpy()
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return th.from_numpy(logits).double().softmax(dim=1).numpy()
+
+
+def _load_network(path: str, flag: str) -> Extractor:
+    fingerprint = inception.sha256_of(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            network = th.jit.load(path, map_location="cpu").eval()
+        arguments = [argument.name for argument in network.forward.schema.arguments]
+    except Exception as error:  # torch raises almost anything here
+        raise ValueError(f"{flag}: is not a TorchScript module ({_reason(error)})") from None
+    options = {"return_features": True} if "return_features" in arguments else {}
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        x = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        try:
+            with th.inference_mode():
+                features = network(x, **options)
+        except Exception as error:
+            shape = "x".join(map(str, pixels.shape[1:3]))
+            raise ValueError(f"{flag}: fails on images of {shape} pixels ({_reason(error)})") from None
+        if not isinstance(features, th.Tensor) or features.ndim != 2 or len(features) != len(pixels):
+            raise ValueError(f"{flag}: must turn n images into features of shape [n, D]")
+        if features.shape[1] > MAX_FEATURES:
+            raise ValueError(f"{flag}: {features.shape[1]:,} features are too many; at most {MAX_FEATURES:,}")
+        if not features.isfinite().all():
+            raise ValueError(f"{flag}: makes features that are NaN or infinite")
+        return features.float().numpy()
+
+    name = os.path.basename(path).encode("utf-8", "replace").decode()  # what is no text could not be printed
+    classifier = network.state_dict().get("output.weight") if options else None
+    return Extractor(name, fingerprint, compute, None if classifier is None else classifier.float().numpy())
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error, which says what is wrong: torch puts a trace of its own before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

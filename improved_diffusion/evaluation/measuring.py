@@ -1,0 +1,53 @@
+"""Sets of images that the flags of a script name, and what the metrics need to know of them."""
+
+import numpy as np
+
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.evaluation.features import Extractor, extract
+from improved_diffusion.evaluation.metrics import InceptionScore, Statistics, frechet_distance, summarize
+from improved_diffusion.evaluation.reference import cached_statistics
+from improved_diffusion.image_datasets import read_images
+
+
+def read_flag(flag: str, path: str, image_size: int) -> ImageSet:
+    """The images that --`flag` names. :raises ValueError: nothing usable there; the message names the flag."""
+    try:
+        images = read_images(path, image_size)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--data_dir", f"--{flag}")) from None
+    if len(images) < 4:
+        raise ValueError(
+            f"--{flag} {path}: holds {len(images)} images, of which nothing can be told; give more"
+        )
+    return images
+
+
+def statistics_of(
+    images: ImageSet, extractor: Extractor, batch_size: int, doing: str, score: InceptionScore | None = None
+) -> Statistics:
+    """What the metrics need to know of `images`; the arguments are those of `features.extract`."""
+    batches = extract(images, extractor, batch_size=batch_size, score=score, doing=doing)
+    return summarize(batches, len(images))
+
+
+def reference_statistics(reference: ImageSet, extractor: Extractor, batch_size: int) -> Statistics:
+    """`statistics_of` the reference, computed once for each network."""
+    return cached_statistics(
+        [reference.fingerprint, reference.image_size, extractor.fingerprint],
+        lambda: statistics_of(reference, extractor, batch_size, "measuring the reference"),
+    )
+
+
+def distance_to(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> float:
+    """The Frechet distance of `images`, uint8 [N, S, S, 3], from those of the statistics `real`."""
+    drawn = ImageSet(
+        image_size=images.shape[1],
+        images=images,
+        files=None,
+        labels=None,
+        class_names=[],
+        fingerprint="",
+        summary={},
+    )
+    stats = statistics_of(drawn, extractor, batch_size, "measuring")
+    return frechet_distance(stats.mean, stats.covariance, real.mean, real.covariance)

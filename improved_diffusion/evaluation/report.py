@@ -1,0 +1,75 @@
+"""What an evaluation found, for people and for programs: a table, warnings, JSON files."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from improved_diffusion.evaluation.metrics import Statistics
+from improved_diffusion.storage import absolute, write_json
+
+FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
+
+
+def output_path(output: str, samples: str) -> str:
+    """Where the record goes: --output, or beside the samples.
+
+    :raises ValueError: there is no such folder.
+    """
+    path = (
+        absolute(output)
+        if output
+        else os.path.splitext(absolute(samples))[0].rstrip("/\\") + ".evaluation.json"
+    )
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"--output {path}: there is no folder {os.path.dirname(path)}")
+    return path
+
+
+def warnings(samples: Statistics, reference: Statistics) -> list[str]:
+    """What a reader of the numbers has to be told."""
+    found = []
+    for name, stats in (("samples", samples), ("reference", reference)):
+        if stats.count < len(stats.mean):
+            found.append(
+                f"only {stats.count:,} images in --{name} for {len(stats.mean):,} features: the Frechet distance is "
+                "far too large, and comparable only with those of as many images"
+            )
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    """The metrics of a record, its warnings, and always the numbers of images, in a few lines."""
+    metrics = record["metrics"]
+    shown = [name for name in metrics if not name.partition("[")[0].endswith("_std")]
+    width = max(map(len, shown))
+    lines = [
+        f"{record['images']:,} samples against {record['reference_images']:,} reference images of "
+        f"{record['image_size']}x{record['image_size']} pixels (precision and recall: "
+        f"{record['compared_images']:,} of either)",
+        f"{record['features_length']:,} features from {record['features']}, "
+        f"{record['images_per_minute']:,.0f} images per minute",
+    ]
+    for name in shown:
+        spread = metrics.get(_spread(name))
+        lines.append(
+            f"  {name:<{width}}  {metrics[name]:.5g}" + (f" +- {spread:.2g}" if spread is not None else "")
+        )
+    return "\n".join(lines + [f"WARNING: {warning}" for warning in record["warnings"]])
+
+
+def append(run_dir: str, record: dict[str, Any]) -> None:
+    """Add a record to those in a run's directory, from where the workbook takes them."""
+    path = os.path.join(absolute(run_dir), FILE_NAME)
+    records = []
+    # What cannot be read is no reason to lose this result as well.
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+        records = content if isinstance(content, list) else []
+    write_json(path, [*records, record])
+
+
+def _spread(metric: str) -> str:
+    """The name of a metric's standard deviation: ``kid_std`` for ``kid``, ``kernel_distance_std[pixel]`` too."""
+    name, bracket, features = metric.partition("[")
+    return f"{name}_std{bracket}{features}"

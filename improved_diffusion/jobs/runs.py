@@ -1,0 +1,340 @@
+"""Where a run lives, what it continues, and which flags it then has; models read back from where they were trained."""
+
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import blobfile as bf
+import torch as th
+
+from improved_diffusion import dist_util
+from improved_diffusion.cpu.compute import Compute, choose
+from improved_diffusion.cpu.inference import fast_model
+from improved_diffusion.flags import check_range
+from improved_diffusion.image_datasets import BUILTIN
+from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.run import checkpoint
+from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.script_util import (
+    check_images_fit,
+    create_from_flags,
+    is_super_resolution,
+    join_processes,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+)
+from improved_diffusion.storage import absolute, new_directory, write_json
+from improved_diffusion.unet import UNetModel
+
+# Flags that define what is learned. They travel with the checkpoint and cannot be contradicted.
+ARCHITECTURE = (
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "num_heads_upsample",
+    "attention_resolutions",
+    "channel_mult",
+    "learn_sigma",
+    "class_cond",
+    "num_classes",
+    "class_dropout",
+    "use_scale_shift_norm",
+    "ddpm_details",
+    "large_size",
+    "small_size",
+)
+PROCESS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")
+# Flags that a resumed run cannot change without becoming another run.
+TRAINED_WITH = (
+    "random_flip",
+    "seed",
+    "schedule_sampler",
+    "use_kl",
+    "rescale_learned_sigmas",
+    "dropout",
+)
+
+
+def _stored_arguments(source: Checkpoint, flags: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a checkpoint. :raises ValueError: one is of another type than the flag of this name."""
+    stored = source.state.get("arguments", {})
+    for name, value in stored.items():
+        kind = type(flags.get(name, value))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(
+                f"{source.path('state')}: damaged (its --{name} {value!r} should be a {kind.__name__})"
+            )
+    return stored
+
+
+def _check_same_kind(where: str, stored: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Refuse a super-resolution model where `flags` are those of a plain one, and the other way round."""
+    if stored and is_super_resolution(stored) != is_super_resolution(flags):
+        problem = "holds no super-resolution model; use the scripts image_..."
+        if is_super_resolution(stored):
+            problem = "holds a super-resolution model, which is for the scripts super_res_... only"
+        raise ValueError(f"{where}: {problem}")
+
+
+def merge_stored_flags(
+    flags: dict[str, Any], given: set[str], stored: dict[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """Let a checkpoint's arguments take the place of defaults.
+
+    :param flags: the flags of this command; `given` names those that the user gave.
+    :param stored: the checkpoint's arguments.
+    :param names: the flags to take from there; those that define the model must not contradict it.
+    :raises ValueError: a given flag of `ARCHITECTURE` or `PROCESS` differs from the checkpoint's.
+    """
+    merged = dict(flags)
+    for name in names:
+        if name not in stored:
+            continue
+        if name in given and name in ARCHITECTURE + PROCESS and flags[name] != stored[name]:
+            raise ValueError(
+                f"--{name} {flags[name]}: contradicts the checkpoint, which was trained with {stored[name]}; "
+                "leave the flag out"
+            )
+        if name not in given:
+            merged[name] = stored[name]
+    return merged
+
+
+def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = print) -> str:
+    """The data to train on: what the user named, or CIFAR-10 if it can be had, or the built-in shapes.
+
+    :param data_dir: the flag; unless empty, it is returned, as a path that a resumed run finds from anywhere.
+    :param datasets_dir: the folder with `cifar10.py` and what that has prepared.
+    :return: a path, or "builtin".
+    """
+    if data_dir:
+        return data_dir if data_dir == BUILTIN else absolute(data_dir)
+    prepared = os.path.join(datasets_dir, "cifar_train")
+    if os.path.exists(os.path.join(prepared, ".complete")):
+        return prepared
+    script = os.path.join(datasets_dir, "cifar10.py")
+    if os.path.exists(script):
+        log("No --data_dir given and CIFAR-10 is not prepared yet: preparing it now.")
+        if subprocess.run([sys.executable, script]).returncode == 0:
+            return prepared
+    for line in (
+        "*" * 78,
+        "CIFAR-10 could not be had: TRAINING ON THE BUILT-IN SHAPES INSTEAD.",
+        f"For CIFAR-10: python {script} --archive cifar-10-python.tar.gz",
+        "For your own images: --data_dir FOLDER",
+        "*" * 78,
+    ):
+        log(line)
+    return BUILTIN
+
+
+def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:
+    """Where a training run lives: --log_dir, $OPENAI_LOGDIR, beside what it resumes, or new in `runs_dir`."""
+    log_dir = flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
+    resume = flags["resume_checkpoint"]
+    if not log_dir and resume:
+        log_dir = resume if bf.isdir(resume) else bf.dirname(absolute(resume))
+    return absolute(log_dir or new_directory(runs_dir))
+
+
+def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
+    """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
+    out_dir = absolute(flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
+    if dist_util.get_rank() == 0:
+        bf.makedirs(out_dir)
+    return out_dir
+
+
+SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
+
+
+def _choose_model(flags: dict[str, Any], project: str) -> str:
+    """The model to use: --model_path, or the one that comes with the code.
+
+    :raises ValueError: neither is there; the message names the newest run of the project, if any.
+    """
+    if flags["model_path"]:
+        return flags["model_path"]
+    runs_dir, shipped = os.path.join(project, "runs"), os.path.join(project, *SHIPPED)
+    found = [os.path.join(runs_dir, name) for name in os.listdir(runs_dir)] if os.path.isdir(runs_dir) else []
+    found = [run for run in found if checkpoint.steps(run)]
+    newest = max(found, key=os.path.getmtime) if found else ""
+    if checkpoint.steps(shipped) and not is_super_resolution(flags):
+        hint = f"; for your newest run, give --model_path {newest}" if newest else ""
+        print(f"no --model_path is given: taking the model that comes with the code{hint}")
+        return shipped
+    example = f", such as {newest}" if newest else ""
+    raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
+
+
+def open_model(
+    flags: dict[str, Any], given: set[str], project: str
+) -> tuple[Callable[..., th.Tensor], SpacedDiffusion, dict[str, Any], list[str]]:
+    """What every script begins with that draws from a model or measures it: join the processes, check, load.
+
+    :param flags, given: of `Parser.parse_flags`.
+    :param project: the folder with ``models`` and ``runs``.
+    :return: as `load_trained`, but the model is a function that computes as --precision and --num_workers say.
+    :raises ValueError: a flag that all these scripts have is wrong.
+    """
+    join_processes(flags)
+    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
+    flags = {**flags, "model_path": _choose_model(flags, project)}
+    chosen = choose(flags["precision"], flags["num_workers"])
+    # What each process measures may differ; what they draw must not.
+    compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
+    model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
+    check_images_fit(flags, "batch_size", bytes_per_number=4)
+    print(f"computing in {compute}")
+    return fast_model(model, compute.precision, compute.workers), diffusion, flags, class_names
+
+
+def choose_source(
+    resume_checkpoint: str, log_dir: str, log: Callable[[str], None] = print
+) -> Checkpoint | None:
+    """The checkpoint that a run in `log_dir` continues, or None for a new run.
+
+    A directory that already holds checkpoints is continued, whatever that run had started from, so that the
+    same command can be given again.
+
+    :raises ValueError: there is no such checkpoint, or going on from it would overwrite newer ones.
+    """
+    present = checkpoint.steps(log_dir)
+    if not resume_checkpoint:
+        return checkpoint.find(log_dir, log=log) if present else None
+    resume = absolute(resume_checkpoint)
+    if present and (bf.isdir(resume) or bf.dirname(resume) != log_dir):
+        return checkpoint.find(log_dir, log=log)
+    try:
+        source = checkpoint.find(resume, log=log)
+    except ValueError as error:
+        raise ValueError(f"--resume_checkpoint {error}") from None
+    if present and source.step < present[-1]:
+        raise ValueError(
+            f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer checkpoints "
+            f"up to step {present[-1]} beside it; give --log_dir a new directory to branch off, or give the "
+            "directory to continue from the newest"
+        )
+    return source
+
+
+def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint) -> dict[str, Any]:
+    """The flags of a resumed run: the checkpoint's, except for those given that may change.
+
+    :raises ValueError: a given flag would make it another run; the message names it.
+    """
+    stored = _stored_arguments(source, flags)
+    _check_same_kind(source.folder, stored, flags)
+    stays = {"log_dir", "resume_checkpoint", "allow_changed_flags"}
+    merged = {
+        name: value if name in given | stays else stored.get(name, value) for name, value in flags.items()
+    }
+    for name in ARCHITECTURE + PROCESS + TRAINED_WITH:
+        if name not in merged or name not in stored or merged[name] == stored[name]:
+            continue
+        if name in ARCHITECTURE or not flags["allow_changed_flags"]:
+            hint = "" if name in ARCHITECTURE else ", or --allow_changed_flags True to go on all the same"
+            raise ValueError(
+                f"--{name} {merged[name]}: the run to resume was started with {stored[name]!r}; leave the flag "
+                f"out{hint}"
+            )
+    return merged
+
+
+def check_same_data(flags: dict[str, Any], source: Checkpoint, fingerprint: str) -> None:
+    """Refuse to resume on other data. :raises ValueError: `fingerprint` is not that of `source`."""
+    trained_on = source.state.get("data", {}).get("fingerprint", fingerprint)
+    if trained_on != fingerprint and not flags["allow_changed_flags"]:
+        raise ValueError(
+            f"--data_dir {flags['data_dir']}: its images are not those that the run to resume was trained on; give "
+            "the same data, or --allow_changed_flags True to go on all the same"
+        )
+
+
+def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step: int) -> None:
+    """Write ``args.json`` and ``run.json``, which the workbook is made from, into `log_dir`.
+
+    :param facts: what shall stand in ``run.json``; the list of sessions is continued here.
+    :param step: the step at which this session begins.
+    """
+    path = os.path.join(log_dir, "run.json")
+    before = []
+    # A damaged record of earlier sessions is no reason not to train; what can be read of it is kept.
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        content = json.load(file)
+        sessions = content.get("sessions") if isinstance(content, dict) else None
+        before = (
+            [s for s in sessions if isinstance(s, dict) and "started" in s]
+            if isinstance(sessions, list)
+            else []
+        )
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    sessions = [*before, {"started": now, "step": step}] if step else [{"started": now, "step": 0}]
+    facts = {
+        **facts,
+        "started": sessions[0]["started"],
+        "sessions": sessions,
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    for name, content in (("args.json", flags), ("run.json", facts)):
+        write_json(os.path.join(log_dir, name), content)
+
+
+def load_trained(
+    model_path: str, flags: dict[str, Any], given: set[str], log: Callable[[str], None] = print
+) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any], list[str]]:
+    """Build the model that `model_path` holds the weights of, and its diffusion.
+
+    :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
+    :param flags: the flags of this command; `given` names those that the user gave.
+    :return: the model in eval mode, the diffusion, all flags after the checkpoint's have been taken over
+        ("model_path" is the weights file), and the names of the classes (empty when unknown).
+    :raises ValueError: there are no such weights, or a given flag contradicts them.
+    """
+    path = absolute(model_path)
+    if not bf.exists(path):
+        raise ValueError(f"--model_path {model_path}: there is no such file or directory")
+    if bf.isdir(path):
+        source = checkpoint.find(path, log=log)
+        rates = sorted(source.ema_rates, key=float)
+        kind = rates[-1] if rates else "model"
+        path, weights = source.path(kind), source.load(kind)
+    else:
+        kind = checkpoint.kind_of(path)
+        if kind in ("opt", "state"):
+            raise ValueError(
+                f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
+            )
+        source = checkpoint.state_beside(path)
+        weights = source.load(kind) if source else checkpoint.load_tensors(path)
+    stored = _stored_arguments(source, flags) if source else {}
+    _check_same_kind(f"--model_path {path}", stored, flags)
+    if not stored:
+        log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
+    super_resolution = is_super_resolution(flags)
+    described = sr_model_and_diffusion_defaults() if super_resolution else model_and_diffusion_defaults()
+    flags = {**merge_stored_flags(flags, given, stored, described), "model_path": path}
+    if "timestep_respacing" not in given:
+        flags["timestep_respacing"] = ""
+    model, diffusion = create_from_flags(flags)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1].strip()
+        raise ValueError(
+            f"--model_path {path}: its weights do not fit the model that the flags describe ({first}); give the "
+            "flags it was trained with"
+        ) from None
+    log(
+        f"weights: {path}"
+        + (f" ({source.step:,} steps of {source.state.get('samples', 0):,} images)" if source else "")
+    )
+    class_names = source.state.get("data", {}).get("class_names", []) if source else []
+    return model.eval(), diffusion, flags, class_names

@@ -1,0 +1,200 @@
+"""The workbook's first sheet: the run at a glance."""
+
+import datetime
+import os
+
+import numpy as np
+from openpyxl.worksheet.worksheet import Worksheet
+
+from improved_diffusion.results.charts import half_window, smooth
+from improved_diffusion.results.columns import COUNT, DURATION, GENERAL, REAL, SCIENTIFIC, SHORT_REAL, TIME
+from improved_diffusion.results.read import Run, Table
+from improved_diffusion.results.style import (
+    NOTE,
+    NOTE_FILL,
+    RULE,
+    SECTION,
+    SUBTLE,
+    TITLE,
+    WARNING,
+    WARNING_FILL,
+    WRAPPED,
+    put,
+    set_row_height,
+    set_up_page,
+    set_widths,
+)
+
+CHART_COLUMN = "E"
+LABEL, VALUE, LAST = 2, 3, 16  # columns; the banners reach across the chart, to the last
+WIDTHS = [2, 24, 50, 3]
+
+Fact = tuple[str, object, str]  # label, value, number format
+
+
+def fill_overview(sheet: Worksheet, run: Run) -> int:
+    """Write the sheet, and return the row where there is room for a chart, from `CHART_COLUMN` on."""
+    sheet.title = "Run"
+    sheet.sheet_view.showGridLines = False
+    set_widths(sheet, WIDTHS)
+    set_up_page(sheet, pages_high=1)
+    put(sheet, 1, LABEL, os.path.basename(run.dir) or run.dir).font = TITLE
+    sheet.row_dimensions[1].height = 30
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    put(sheet, 2, LABEL, f"{_coverage(run.metrics)}  Exported {now}.").font = SUBTLE
+
+    row = 4
+    if run.data.get("source") == "builtin":
+        text = "BUILT-IN IMAGES: this run was trained on drawn shapes, not on CIFAR-10 or images of your own."
+        _put_banner(sheet, row, text, WARNING, WARNING_FILL)
+        sheet.row_dimensions[row].height = 26
+        row += 1
+    for note in run.notes:
+        _put_banner(sheet, row, note, NOTE, NOTE_FILL)
+        row += 1
+    first = row = row if row == 4 else row + 1
+
+    for title, facts in _sections(run):
+        for column in (LABEL, VALUE):
+            sheet.cell(row, column).border = RULE
+        put(sheet, row, LABEL, title).font = SECTION
+        row += 1
+        for label, value, number_format in facts:
+            put(sheet, row, LABEL, label).alignment = WRAPPED
+            cell = put(sheet, row, VALUE, "not recorded" if value is None else value, number_format)
+            cell.alignment = WRAPPED
+            if value is None:
+                cell.font = SUBTLE
+            set_row_height(sheet, row, [(str(value), WIDTHS[VALUE - 1])])
+            row += 1
+        row += 1
+    return first
+
+
+def _coverage(metrics: Table) -> str:
+    if not metrics.rows:
+        return "No rows have been logged yet."
+    steps = metrics.column("step")
+    return f"{len(steps):,} rows, up to step {int(steps.max()):,}."
+
+
+def _put_banner(sheet: Worksheet, row: int, text: str, font, fill) -> None:
+    for column in range(LABEL, LAST + 1):
+        sheet.cell(row, column).fill = fill
+    put(sheet, row, LABEL, text).font = font
+
+
+def _sections(run: Run) -> list[tuple[str, list[Fact]]]:
+    return [
+        ("Progress", _progress(run)),
+        ("Loss", _loss(run.metrics)),
+        ("Data", _data(run)),
+        ("Model and training", _training(run)),
+        ("Machine and session", _machine(run)),
+    ]
+
+
+def _progress(run: Run) -> list[Fact]:
+    steps = run.metrics.column("step")
+    done = int(steps.max()) if len(steps) else 0
+    total = run.arguments.get("total_steps")
+    facts = [("Steps done", done, COUNT), ("Steps planned", total, COUNT)]
+    if isinstance(total, int) and total > 0:
+        facts.append(("Finished", done / total, "0.0%"))
+    return [
+        *facts,
+        ("Images seen", _last(run.metrics.column("samples")), COUNT),
+        ("Training time", _last(run.metrics.column("elapsed")), DURATION),
+        ("Images per second", _median(run.metrics.column("images_per_sec")), "0.00"),
+        ("Checkpoints", len(run.checkpoints.rows), COUNT),
+    ]
+
+
+def _loss(metrics: Table) -> list[Fact]:
+    count = len(metrics.rows)
+    tail = max(1, count // 10)
+    steps, loss = metrics.column("step"), metrics.column("loss")
+    facts = [(f"Final {name}", _mean(metrics.column(name)[-tail:]), REAL) for name in ("loss", "mse")]
+    if np.isfinite(metrics.column("vb")).any():
+        facts.append(("Final vb", _mean(metrics.column("vb")[-tail:]), REAL))
+    facts.append(("Final grad_norm", _mean(metrics.column("grad_norm")[-tail:]), REAL))
+    if count:
+        which = f"means of the last {tail:,} rows, steps {int(steps[-tail]):,} to {int(steps[-1]):,}"
+        facts.append(("Final values are", which, GENERAL))
+    smoothed = smooth(loss, half_window(count))
+    if np.isfinite(smoothed).any():
+        best = int(np.nanargmin(smoothed))
+        facts.append(("Best smoothed loss", float(smoothed[best]), REAL))
+        facts.append(("reached at step", int(steps[best]), COUNT))
+    return facts
+
+
+def _data(run: Run) -> list[Fact]:
+    classes = run.data.get("classes")
+    if isinstance(classes, dict):
+        names = ", ".join(
+            f"{name} {count:,}" if isinstance(count, int) else name for name, count in classes.items()
+        )
+        classes = f"{len(classes)}: {_shortened(names)}" if classes else "none"
+    return [
+        ("Source", run.data.get("source"), GENERAL),
+        ("Images", run.data.get("images"), COUNT),
+        ("Image size", run.arguments.get("image_size"), GENERAL),
+        ("Classes", classes, GENERAL),
+    ]
+
+
+def _training(run: Run) -> list[Fact]:
+    given = run.arguments.get
+    return [
+        ("Parameters", run.model.get("parameters"), COUNT),
+        ("Channels", given("num_channels"), GENERAL),
+        ("Residual blocks", given("num_res_blocks"), GENERAL),
+        ("Diffusion steps", run.diffusion_steps, COUNT),
+        ("Noise schedule", given("noise_schedule"), GENERAL),
+        ("Batch size", given("batch_size"), COUNT),
+        ("Microbatch", given("microbatch"), GENERAL),
+        ("Learning rate", given("lr"), SCIENTIFIC),
+        ("EMA rates", given("ema_rate"), GENERAL),
+    ]
+
+
+def _machine(run: Run) -> list[Fact]:
+    machine = run.machine.get
+    cores = f"{machine('cores')} cores, {machine('threads')} threads used" if machine("cores") else None
+    if machine("workers"):
+        cores = f"{machine('workers')} of {machine('cores')} used, computing in {machine('precision')}"
+        if machine("kernels"):
+            cores += f" with kernels for {machine('kernels')}"
+    versions = f"Python {machine('python')}, torch {machine('torch')}" if machine("python") else None
+    resumed = [f"{session['step']:,}" for session in run.sessions[1:] if isinstance(session.get("step"), int)]
+    sessions = f"{len(run.sessions)}, resumed at step {_shortened(', '.join(resumed))}" if resumed else "1"
+    return [
+        ("Processor", machine("processor"), GENERAL),
+        ("Cores", cores, GENERAL),
+        ("Memory (GB)", machine("memory_gb"), SHORT_REAL),
+        ("System", machine("os"), GENERAL),
+        ("Software", versions, GENERAL),
+        ("Started", run.started, TIME),
+        ("Sessions", sessions if run.sessions else None, GENERAL),
+        ("Command", _shortened(run.command) if run.command else None, GENERAL),
+    ]
+
+
+def _shortened(text: str, length: int = 600) -> str:
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def _last(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
+
+
+def _median(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None

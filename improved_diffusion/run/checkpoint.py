@@ -1,0 +1,324 @@
+"""Checkpoints on disk: complete or absent, verified by checksums, found again by directory or by any file.
+
+A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt`` and ``optN.pt`` (N with six digits or
+more, the number of completed optimizer updates) and, written last, ``stateN.json`` with everything else, the
+sizes and checksums of the others and a checksum of itself. Without its state file a checkpoint does not exist.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import blobfile as bf
+import torch as th
+
+from improved_diffusion.run.tensor_file import RefusedContent, parse_tensors
+from improved_diffusion.storage import absolute, is_remote, open_atomic
+
+FORMAT = 2  # 1 had no checksum of the state file
+_MEMBER = re.compile(r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_)(?P<step>\d{6,})\.(?:pt|json)")
+_STATE_TYPES = {
+    "samples": int,
+    "elapsed": int | float,
+    "arguments": dict,
+    "data": dict,
+    "schedule_sampler": dict,
+    "log": dict,
+    "logged_step": int,
+    "skipped": int,
+    "files": dict,
+}
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint file is missing, truncated or altered; the message names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, its step and what its state file holds."""
+
+    folder: str
+    step: int
+    state: dict[str, Any]
+
+    def path(self, kind: str) -> str:
+        """The file of `kind`: "model", "opt" or an EMA rate such as "0.9999"."""
+        return bf.join(self.folder, member_name(kind, self.step))
+
+    def load(self, kind: str) -> dict[str, Any]:
+        """The tensors of `kind`, verified against the checksum.
+
+        :raises DamagedCheckpoint: the file is missing or is not what was written.
+        """
+        recorded = self.state["files"].get(member_name(kind, self.step))
+        if recorded is None:
+            raise DamagedCheckpoint(f"{self.path('state')}: records no file {member_name(kind, self.step)}")
+        return load_tensors(self.path(kind), sha256=recorded["sha256"])
+
+    @property
+    def ema_rates(self) -> list[str]:
+        """The rates of the moving averages it holds, as they stand in the file names."""
+        matches = (_MEMBER.fullmatch(name) for name in self.state["files"])
+        return [match["rate"] for match in matches if match and match["rate"]]
+
+
+def member_name(kind: str, step: int) -> str:
+    """The file name of `kind` ("model", "opt", "state" or an EMA rate) at `step`."""
+    if kind == "state":
+        return f"state{step:06d}.json"
+    return f"{kind}{step:06d}.pt" if kind in ("model", "opt") else f"ema_{kind}_{step:06d}.pt"
+
+
+def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]) -> Checkpoint:
+    """Write a checkpoint; it exists once this returns, and not before the last byte is on the disk.
+
+    :param tensors: by kind ("model", "opt", EMA rates), what `torch.save` shall write.
+    :param state: what else belongs to it, JSON-able.
+    :raises OSError: it could not be written; earlier checkpoints are untouched. The message names `folder`.
+    """
+    state_path = bf.join(folder, member_name("state", step))
+    files = {}
+    try:
+        if bf.exists(state_path):
+            # The files below are about to be replaced: until they all are, this step has no checkpoint.
+            bf.remove(state_path)
+        for kind, content in tensors.items():
+            name = member_name(kind, step)
+            with open_atomic(bf.join(folder, name)) as file:
+                writer = _HashingWriter(file)
+                _save_tensors(content, writer)
+            files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
+        state = {"format": FORMAT, "step": step, **state, "files": files}
+        with open_atomic(state_path, "w") as file:
+            json.dump({**state, "sha256": _state_checksum(state)}, file, indent=1)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: cannot write checkpoint {step} ({error.strerror or error}); earlier checkpoints are "
+            "intact. Make room or mend the directory, then run the same command again"
+        ) from error
+    return Checkpoint(folder, step, state)
+
+
+def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str], object] = print) -> None:
+    """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
+
+    Only files that a checkpoint's state file lists are deleted, the state file first, so that what is left
+    of an interrupted deletion is no checkpoint. Unless one of those that stay is intact, all stay.
+
+    :param log: told what could not be deleted and why; that is no reason to stop training.
+    """
+    assert keep_last >= 1
+    complete = steps(folder)
+    old = [step for step in complete[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    if not old:
+        return
+    if not any(_is_intact(folder, step) for step in reversed(complete) if step not in old):
+        log(f"WARNING: {folder}: all checkpoints are kept, because none of the newest is intact")
+        return
+    for step in old:
+        try:
+            checkpoint = read(folder, step)
+            bf.remove(checkpoint.path("state"))
+            for name in checkpoint.state["files"]:
+                bf.remove(bf.join(folder, name))
+        except (DamagedCheckpoint, OSError) as error:
+            log(f"WARNING: checkpoint {step} is not deleted: {error}")
+
+
+def _is_intact(folder: str, step: int) -> bool:
+    try:
+        verify(read(folder, step))
+    except (DamagedCheckpoint, OSError):
+        return False
+    return True
+
+
+def steps(folder: str) -> list[int]:
+    """The steps of all complete checkpoints in `folder`, ascending; a missing folder has none."""
+    if not bf.isdir(folder):
+        return []
+    # blobfile's listing of a local folder fails when a file goes away meanwhile, as in a run under way.
+    names = bf.listdir(folder) if is_remote(folder) else os.listdir(folder)
+    matches = (_MEMBER.fullmatch(name) for name in names)
+    return sorted(int(match["step"]) for match in matches if match and match["kind"] == "state")
+
+
+def read(folder: str, step: int) -> Checkpoint:
+    """The checkpoint of `step`, its state file read and the sizes of its other files compared.
+
+    :raises DamagedCheckpoint: the state file or one of the others is missing or not what was written.
+    """
+    path = bf.join(folder, member_name("state", step))
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            state = json.loads(file.read())
+        _check_state(state, step)
+        sizes = {name: int(entry["bytes"]) for name, entry in state["files"].items()}
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: missing, so this checkpoint is not complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged ({error})") from None
+    for name, size in sizes.items():
+        member = bf.join(folder, name)
+        if not bf.exists(member):
+            raise DamagedCheckpoint(f"{member}: missing, though {path} lists it")
+        if bf.stat(member).size != size:
+            raise DamagedCheckpoint(f"{member}: {bf.stat(member).size} bytes where {size} were written")
+    return Checkpoint(folder, step, state)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare the checksum of every file. :raises DamagedCheckpoint: naming the first that differs."""
+    for name, entry in checkpoint.state["files"].items():
+        path = bf.join(checkpoint.folder, name)
+        try:
+            content = _read(path)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{path}: missing") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
+
+
+def find(path: str, log=print) -> Checkpoint:
+    """The checkpoint that `path` stands for.
+
+    :param path: a directory, whose newest intact checkpoint is meant (damaged ones are named through `log`
+        and passed over), or any file of a checkpoint, of which every file must be intact.
+    :raises ValueError: there is none; the message names `path`.
+    """
+    path = absolute(path)
+    if bf.isdir(path):
+        candidates = steps(path)
+        for step in reversed(candidates):
+            try:
+                checkpoint = read(path, step)
+                verify(checkpoint)
+                return checkpoint
+            except DamagedCheckpoint as error:
+                log(f"WARNING: passing over checkpoint {step}: {error}")
+        raise ValueError(f"{path}: holds no {'intact' if candidates else 'complete'} checkpoint")
+    if not bf.exists(path):
+        raise ValueError(f"{path}: there is no such file or directory")
+    match = _MEMBER.fullmatch(bf.basename(path))
+    if match is None:
+        raise ValueError(
+            f"{path}: not a file of a checkpoint (modelN.pt, ema_RATE_N.pt, optN.pt, stateN.json)"
+        )
+    checkpoint = read(bf.dirname(path), int(match["step"]))
+    verify(checkpoint)
+    return checkpoint
+
+
+def kind_of(path: str) -> str | None:
+    """What a file's name says it holds: "model", "opt", "state", an EMA rate, or None for another name."""
+    match = _MEMBER.fullmatch(bf.basename(path))
+    return match and (match["rate"] or match["kind"])
+
+
+def state_beside(path: str) -> Checkpoint | None:
+    """The checkpoint that the weights file `path` belongs to, or None when no state file lies beside it."""
+    match = _MEMBER.fullmatch(bf.basename(path))
+    if match is None or not bf.exists(bf.join(bf.dirname(path), member_name("state", int(match["step"])))):
+        return None
+    return read(bf.dirname(path), int(match["step"]))
+
+
+def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
+    """What `torch.save` wrote to `path`, on the CPU, without executing anything in it (see `parse_tensors`).
+
+    :param sha256: the expected checksum, compared when given.
+    :raises DamagedCheckpoint: the file is missing, damaged, or holds more than tensors.
+    """
+    try:
+        content = _read(path)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: there is no such file") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise DamagedCheckpoint(f"{path}: damaged (its checksum is not the recorded one)")
+    try:
+        return parse_tensors(content)
+    except RefusedContent as error:
+        raise DamagedCheckpoint(f"{path}: refused: {error}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from None
+
+
+def _state_checksum(state: dict[str, Any]) -> str:
+    """The checksum of a state file's content but for the checksum itself."""
+    return hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+
+
+def _check_state(state: dict[str, Any], step: int) -> None:
+    """Raise some error unless `state`, fresh from a state file, is whole and of the right types.
+
+    The checksum is removed. Names of files are what the checkpoint of `step` would call them, so that nobody
+    reads or deletes another file on account of them.
+    """
+    recorded = state.pop("sha256", None)
+    if state["format"] > FORMAT:
+        raise ValueError(f"its format {state['format']} is that of a newer version of this program")
+    if recorded != _state_checksum(state):
+        raise ValueError("its checksum is not the recorded one")
+    if state["step"] != step:
+        raise ValueError("holds another step")
+    for key, kind in _STATE_TYPES.items():
+        if key in state and not isinstance(state[key], kind):
+            raise TypeError(f"its {key} is a {type(state[key]).__name__}")
+        if key in state and kind is int and not 0 <= state[key] < 2**53:
+            raise ValueError(f"its {key} is {state[key]}")
+    class_names = state.get("data", {}).get("class_names", [])
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise TypeError("its class names are no list of texts")
+    for name, entry in state["files"].items():
+        kind = kind_of(name)
+        if kind in (None, "state") or name != member_name(kind, step):
+            raise ValueError(f"it lists {name!r}, which is no file of checkpoint {step}")
+        if kind not in ("model", "opt"):
+            float(kind)
+        if not isinstance(entry["sha256"], str):
+            raise TypeError(f"it has no checksum of {name}")
+
+
+def _read(path: str) -> bytes:
+    if is_remote(path):
+        with bf.BlobFile(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _save_tensors(content: dict, writer: "_HashingWriter") -> None:
+    try:
+        th.save(content, writer)
+    except RuntimeError:
+        # torch's writer, stopped in the middle, reports its own state instead of the reason.
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
+class _HashingWriter:
+    """A file for writing that keeps the checksum of what passes through it, and its first error."""
+
+    def __init__(self, file):
+        self.file = file
+        self.error: OSError | None = None
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

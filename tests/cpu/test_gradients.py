@@ -1,0 +1,99 @@
+"""Gradients in several passes, on several cores and in 16 bits: the same as in one, on one core, in 32."""
+
+from functools import partial
+
+import pytest
+import torch as th
+from conftest import TINY
+
+from improved_diffusion.cpu.gradients import Gradients
+from improved_diffusion.script_util import create_model_and_diffusion
+
+BATCH = 8
+CASES = {
+    "plain": {},
+    "embedding_added": {"use_scale_shift_norm": False},
+    "learned_sigma": {"learn_sigma": True},
+    "classes": {"class_cond": True, "num_classes": 10},
+    "dropout": {"dropout": 0.3},
+    "checkpointing": {"use_checkpoint": True, "dropout": 0.3},
+    "predicts_the_image": {"predict_xstart": True},
+    "larger_images": {"image_size": 16, "attention_resolutions": "16"},
+}
+
+
+def gradient(case, precision="fp32", cores=1, part=4):
+    """The gradient of one batch as a vector, in double precision, and the engine that made it."""
+    th.set_num_threads(cores)
+    flags = {**TINY, **CASES[case]}
+    th.manual_seed(0)
+    model, diffusion = create_model_and_diffusion(**flags)
+    rng = th.Generator().manual_seed(1)
+    for p in model.parameters():
+        # The last layers start at zero; filling them lets every gradient flow.
+        if not p.any():
+            p.data.normal_(0, 0.02, generator=rng)
+    shape = (BATCH, 3, flags["image_size"], flags["image_size"])
+    images, noise = th.randn(shape, generator=rng).clamp(-1, 1), th.randn(shape, generator=rng)
+    t = th.randint(0, diffusion.num_timesteps, (BATCH,), generator=rng)
+    y = th.arange(BATCH) % 10
+
+    def loss(where, copy):
+        kwargs = {"y": y[where]} if flags.get("class_cond") else {}
+        terms = diffusion.training_losses(copy, images[where], t[where], kwargs, noise=noise[where])
+        return terms["loss"].sum() / BATCH, {"loss": terms["loss"].detach()}
+
+    engine = Gradients(model, precision)
+    parts = [slice(start, min(start + part, BATCH)) for start in range(0, BATCH, part)]
+    details = engine.compute(
+        [partial(loss, where) for where in parts], [range(BATCH)[where] for where in parts]
+    )
+    assert th.cat([detail["loss"] for detail in details]).shape == (BATCH,)
+    return th.cat([value.flatten() for value in engine.values]).double(), engine
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.01)])
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_cores_changes_nothing_but_rounding(case, precision, tolerance):
+    one, _ = gradient(case, precision)
+    two, _ = gradient(case, precision, cores=2)
+    assert th.equal(gradient(case, precision, cores=2)[0], two)
+    assert (two - one).norm() < tolerance * one.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_16_bits_give_the_gradient_of_32(case):
+    exact, _ = gradient(case)
+    rounded, _ = gradient(case, "bf16", cores=2)
+    assert not th.equal(rounded, exact)
+    assert th.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999
+    assert abs(rounded.norm() / exact.norm() - 1) < 0.01
+
+
+@pytest.mark.parametrize("part", [1, 3, 4, 8])
+def test_where_the_batch_is_cut_changes_nothing(part):
+    exact, _ = gradient("dropout")
+    other, _ = gradient("dropout", part=part)
+    assert (other - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_checkpointing_draws_the_same_masks_again():
+    assert th.equal(gradient("checkpointing")[0], gradient("dropout")[0])
+
+
+def test_the_norm_is_that_of_all_gradients():
+    vector, engine = gradient("plain", cores=2)
+    assert engine.norm() == pytest.approx(vector.norm().item(), rel=1e-6)
+    engine.clear()
+    assert not engine.values and all(p.grad is None for p in engine.params)
+
+
+def test_gradients_are_of_the_weights_as_they_are_now():
+    vector, engine = gradient("plain", "bf16")
+    with th.no_grad():
+        for p, copy in zip(engine.params, engine.copies.in_16_bits):
+            p.zero_()
+            if copy is not None:
+                copy.copy_(p)
+    engine.compute([lambda model: (sum((p.float() ** 2).sum() for p in model.parameters()), {})], [[]])
+    assert engine.norm() == 0

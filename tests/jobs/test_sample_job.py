@@ -1,0 +1,101 @@
+"""The flags of the scripts that draw: which sampler they stand for, and what contradicts what."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import TINY
+
+from improved_diffusion.flags import Parser, add_dict_to_argparser
+from improved_diffusion.jobs.sample import SOLVING, choose_labels, choose_plan
+from improved_diffusion.sample_util import DEFAULT_PLAN, DETERMINISTIC_PLAN, Plan
+from improved_diffusion.script_util import create_model_and_diffusion
+
+T = 40
+
+
+def plan_of(command, steps=T):
+    parser = Parser("test")
+    add_dict_to_argparser(parser, {**SOLVING, "timestep_respacing": "", "interpolate": False})
+    flags, given = parser.parse_flags(command.split())
+    respacing = flags["timestep_respacing"]
+    diffusion = create_model_and_diffusion(**TINY, diffusion_steps=steps, timestep_respacing=respacing)[1]
+    return choose_plan(flags, given, diffusion)
+
+
+@pytest.mark.parametrize(
+    "command, plan",
+    [
+        ("", DEFAULT_PLAN),
+        ("--interpolate True", DETERMINISTIC_PLAN),
+        ("--interpolate True --sample_steps 9", replace(DETERMINISTIC_PLAN, steps=9)),
+        ("--sampler heun --sample_steps 7", Plan("heun", 7)),
+        ("--sample_steps 10 --timestep_spacing karras", replace(DEFAULT_PLAN, steps=10, spacing="karras")),
+        ("--sampler ddim --eta 0.5", Plan("ddim", 20, eta=0.5)),
+        ("--eta 0.5", replace(DEFAULT_PLAN, eta=0.5)),
+        ("--clip_denoised False", replace(DEFAULT_PLAN, clip_denoised=False)),
+        # What improved-diffusion's commands mean there.
+        ("--timestep_respacing 10", Plan("ddpm", None)),
+        ("--use_ddim True", Plan("ddim", None)),
+        ("--use_ddim False", Plan("ddpm", None)),
+        ("--use_ddim True --timestep_respacing ddim10", Plan("ddim", None)),
+        ("--use_ddim True --eta 1", Plan("ddim", None, eta=1.0)),
+        ("--sampler ddpm", Plan("ddpm", None)),
+        # Both at once, where they go together.
+        ("--sampler ddim --timestep_respacing ddim10", Plan("ddim", None)),
+        ("--sampler ddim --use_ddim True", Plan("ddim", None)),
+        ("--sampler ddpm --sample_steps 5", Plan("ddpm", 5)),
+        ("--use_ddim True --sample_steps 5", Plan("ddim", 5)),
+        ("--use_ddim False --sampler heun --sample_steps 5", Plan("heun", 5)),
+    ],
+)
+def test_flags_to_plan(command, plan):
+    assert plan_of(command) == plan
+
+
+def test_fewer_timesteps_than_the_default_takes_steps():
+    assert plan_of("", steps=6) == replace(DEFAULT_PLAN, steps=6)
+    assert plan_of("--sampler ddpm", steps=6) == Plan("ddpm", None)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("--sampler euler", "--sampler 'euler': .*ddpm, ddim, heun"),
+        ("--timestep_spacing even", "--timestep_spacing 'even': .*uniform, quadratic, logsnr, karras"),
+        ("--sample_steps 0", "--sample_steps 0"),
+        ("--sample_steps 41", "--sample_steps 41: .* 40 timesteps"),
+        ("--sampler ddim --eta 1.5", r"--eta 1.5: must lie in \[0, 1\]"),
+        ("--sampler ddim --eta nan", "--eta nan"),
+        ("--sampler heun --eta 0.5", "--eta 0.5: only --sampler ddim"),
+        ("--sampler ddpm --eta 1", "--eta 1.0: only --sampler ddim"),
+        ("--use_ddim True --sampler heun", "--use_ddim True: contradicts --sampler heun"),
+        ("--use_ddim False --sampler ddim", "--use_ddim False: contradicts --sampler ddim"),
+        (
+            "--timestep_respacing 10 --sample_steps 10",
+            "--timestep_respacing 10: contradicts --sample_steps 10",
+        ),
+        (
+            "--timestep_respacing 10 --sampler unipc",
+            "--timestep_respacing 10: goes with --sampler ddpm or ddim",
+        ),
+        (
+            "--timestep_respacing 10 --timestep_spacing logsnr",
+            "--timestep_spacing logsnr: contradicts --timestep_respacing",
+        ),
+        ("--sampler ddpm --timestep_spacing logsnr", "--timestep_spacing logsnr: contradicts .*ddpm"),
+    ],
+)
+def test_contradictions(command, message):
+    with pytest.raises(ValueError) as caught:
+        plan_of(command)
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_labels():
+    flags = {"class_cond": True, "num_classes": 3, "class_label": ""}
+    assert choose_labels(flags, ["a", "b", "c"]) == [0, 1, 2]
+    assert choose_labels({**flags, "class_label": "c,0"}, ["a", "b", "c"]) == [2, 0]
+    assert choose_labels({**flags, "class_cond": False}, []) is None
+    with pytest.raises(ValueError, match="--class_label c: this model was trained without classes"):
+        choose_labels({**flags, "class_cond": False, "class_label": "c"}, [])

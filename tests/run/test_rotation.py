@@ -1,0 +1,128 @@
+"""--keep_last and --keep_every: old checkpoints go only when newer ones are safe, other people's files never."""
+
+import os
+import shutil
+
+import pytest
+import torch as th
+from training_process import assert_one_line_error, run_training
+
+from improved_diffusion.run import checkpoint
+from improved_diffusion.run.checkpoint import member_name
+
+FOREIGN = ["model_best.pt", "notes.txt", "model999999.pt", "ema_0.9_000001.pt", "state.json", "opt1.pt"]
+
+
+def save(folder, *steps):
+    for step in steps:
+        tensors = {kind: {"w": th.full((4,), float(step))} for kind in ("model", "0.9", "opt")}
+        checkpoint.save(str(folder), step, tensors, {"samples": step})
+
+
+def steps(folder):
+    return checkpoint.steps(str(folder))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "keep_last, keep_every, kept",
+    [(1, 0, [12]), (2, 0, [10, 12]), (9, 0, [2, 4, 6, 8, 10, 12]), (1, 4, [4, 8, 12]), (2, 5, [10, 12])],
+)
+def test_what_is_kept(tmp_path, keep_last, keep_every, kept):
+    save(tmp_path, 2, 4, 6, 8, 10, 12)
+    checkpoint.rotate(str(tmp_path), keep_last, keep_every, log=pytest.fail)
+    assert steps(tmp_path) == kept
+    names = {member_name(kind, step) for step in kept for kind in ("model", "0.9", "opt", "state")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    for name in FOREIGN:
+        (tmp_path / name).write_text("mine")
+    save(tmp_path, 2, 4, 6)
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    assert steps(tmp_path) == [6]
+    assert all((tmp_path / name).read_text() == "mine" for name in FOREIGN)
+
+
+@pytest.mark.parametrize("kind", ["model", "0.9", "opt", "state"])
+def test_the_last_good_one_stays_when_the_newest_is_damaged(tmp_path, kind):
+    save(tmp_path, 2, 4, 6)
+    damage(tmp_path / member_name(kind, 6))
+    messages = []
+    checkpoint.rotate(str(tmp_path), 1, log=messages.append)
+    assert steps(tmp_path) == [2, 4, 6] and "all checkpoints are kept" in messages[0]
+    assert checkpoint.find(str(tmp_path), log=messages.append).step == 4
+
+
+def test_one_good_one_among_those_that_stay_is_enough(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    damage(tmp_path / "model000006.pt")
+    checkpoint.rotate(str(tmp_path), 2, log=pytest.fail)
+    assert steps(tmp_path) == [4, 6]
+
+
+def test_a_damaged_old_one_is_named_and_left(tmp_path):
+    save(tmp_path, 2, 4, 6)
+    (tmp_path / "state000002.json").write_text("{")
+    messages = []
+    checkpoint.rotate(str(tmp_path), 1, log=messages.append)
+    assert steps(tmp_path) == [2, 6]
+    assert (
+        len(messages) == 1
+        and "checkpoint 2 is not deleted" in messages[0]
+        and "state000002.json" in messages[0]
+    )
+
+
+def test_the_state_file_goes_first(tmp_path, monkeypatch):
+    save(tmp_path, 2, 4)
+    removed = []
+    original = checkpoint.bf.remove
+
+    def remove(path):
+        removed.append(os.path.basename(path))
+        if len(removed) == 2:
+            raise PermissionError(13, "in use", path)  # as on Windows, while somebody reads the file
+        original(path)
+
+    monkeypatch.setattr(checkpoint.bf, "remove", remove)
+    messages = []
+    checkpoint.rotate(str(tmp_path), 1, log=messages.append)
+    assert removed == ["state000002.json", "model000002.pt"]
+    assert steps(tmp_path) == [4] and "in use" in messages[0]
+
+
+FLAGS = ["--save_interval", 2, "--batch_size", 2, "--ema_rate", 0.9]
+
+
+def test_a_run_keeps_what_its_flags_say(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in FOREIGN:
+        (run / name).write_text("mine")
+    run_training(run, *FLAGS, "--total_steps", 11, "--keep_last", 2, "--keep_every", 4)
+    assert steps(run) == [4, 8, 10, 11]
+    assert all((run / name).read_text() == "mine" for name in FOREIGN)
+    weights = {path.name for path in run.glob("*.pt")} - set(FOREIGN)
+    assert weights == {member_name(kind, step) for step in steps(run) for kind in ("model", "0.9", "opt")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_nothing_is_deleted_before_the_new_one_is_complete(tmp_path):
+    run = tmp_path / "run"
+    run_training(run, *FLAGS, "--total_steps", 4)
+    limit = (run / "opt000004.pt").stat().st_size - 1
+    undisturbed = shutil.copytree(run, tmp_path / "copy")
+    more = [*FLAGS, "--total_steps", 6, "--keep_last", 1]
+    failed = run_training(run, *more, check=2, file_size_limit=limit)
+    assert_one_line_error(failed, f"{run}: cannot write checkpoint 6")
+    assert steps(run) == [2, 4]
+    for folder in (run, undisturbed):
+        run_training(folder, *more)
+        assert steps(folder) == [6]
