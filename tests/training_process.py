@@ -33,6 +33,8 @@ _numbers = itertools.count()
 class Training(contextlib.AbstractContextManager):
     """A process of image_train.py: a tiny model, the built-in shapes, the run directory `folder`.
 
+    It computes in float32: `auto` measures anew in every process, and runs are compared that have to agree.
+
     :param flags: more flags; they override those.
     :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
     :param output: the folder for what it says; by default that of `folder`.
@@ -52,7 +54,8 @@ class Training(contextlib.AbstractContextManager):
         self._out, self._err = (
             (output or folder.parent) / f"process{number}.{name}" for name in ("out", "err")
         )
-        argv = ["--data_dir", "builtin", *TINY_FLAGS, "--log_dir", str(folder), *map(str, flags)]
+        argv = ["--data_dir", "builtin", *TINY_FLAGS, "--precision", "fp32", "--log_dir", str(folder)]
+        argv += map(str, flags)
         arguments = (argv, self._out, self._err, file_size_limit, environment or {})
         self._process = _context.Process(target=_main, args=arguments)
         self._process.start()

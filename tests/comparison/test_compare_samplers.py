@@ -170,7 +170,7 @@ def test_interrupted_it_goes_on_where_it_was(compare, drawn, tmp_path, monkeypat
         patch.setattr(gallery, "SAVE_SECONDS", -1)
         patch.setattr(gallery, "draw", interrupted)
         compare(*flags, "--batch_size", 3, check=130)
-    assert np.array_equal(images_of(path), whole[:3])
+    assert difference(images_of(path), whole[:3]) < 1
     drawn.clear()
     compare(*flags)
     assert drawn == [(BASELINE, 0, range(3, 4))]

@@ -17,7 +17,7 @@ STEPS = 8
 FLAGS = ["--class_cond", "True", "--dropout", "0.2", "--random_flip", "True", "--lr", "1e-3"]
 FLAGS += ["--batch_size", "8", "--microbatch", "3", "--ema_rate", "0.9,0.99", "--seed", "5"]
 FLAGS += ["--diffusion_steps", "3", "--schedule_sampler", "loss-second-moment"]
-FLAGS += ["--total_steps", str(STEPS), "--log_interval", "2", "--save_interval", "5"]
+FLAGS += ["--total_steps", str(STEPS), "--log_interval", "2", "--save_interval", "5", "--precision", "fp32"]
 STREAMED = ["--cache_limit_gb", "0"]
 RUNS = {
     "in memory": [],
