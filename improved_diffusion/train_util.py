@@ -76,6 +76,8 @@ class TrainLoop:
     :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
     :param num_workers: cores to compute on; a pass takes a microbatch for each.
     :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
+    :param check_folder: called by rank 0 before anything is written; raises an OSError that ends the run when the
+        directory is no longer its own (see `run_lock`).
     :raises ValueError: a parameter or the checkpoint is unusable.
     """
 
@@ -112,6 +114,7 @@ class TrainLoop:
         precision: str = "fp32",
         num_workers: int = 1,
         publish: Callable[[], object] | None = None,
+        check_folder: Callable[[], object] | None = None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -141,6 +144,7 @@ class TrainLoop:
         self.preview = preview
         self.precision = precision
         self.publish = publish
+        self.check_folder = check_folder or (lambda: None)
 
         self.step = 0  # completed optimizer updates
         self.samples = 0  # images consumed, by all processes together
@@ -207,6 +211,7 @@ class TrainLoop:
                 with self.interval:
                     batch, cond = next(self.data)
                     self.run_step(batch, cond)
+                self.check_folder()
                 if bar is not None:
                     bar.update(self.step - bar.n)
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
@@ -431,6 +436,7 @@ class TrainLoop:
         self.saved_step = self.step
         if not self.writes:
             return
+        self.check_folder()  # drawing the preview may have taken minutes
         before = time.monotonic()
         self.elapsed = before - self.started
         tensors = {
@@ -476,6 +482,7 @@ class TrainLoop:
         )
 
     def _export(self) -> None:
+        self.check_folder()
         # Between two steps there is much to give back, and a workbook of thousands of rows takes some.
         release_memory()
         try:

@@ -1,5 +1,6 @@
 """Pictures that a model draws while it is being trained, from the same noise every time, so that one sees it grow."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +38,8 @@ def create_preview(
     def preview(model: Callable[..., th.Tensor], step: int) -> None:
         path = os.path.join(run_dir, PICTURES, f"step_{step:06d}.png")
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path))  # and not `run_dir`, should that be gone
             draw_preview(model, diffusion, subject, path)
         except Exception as error:  # whatever is wrong with a picture, training goes on
             logger.log(f"WARNING: {path} could not be drawn ({error}); training goes on")

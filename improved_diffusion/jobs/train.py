@@ -140,10 +140,10 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
     first = dist_util.get_rank() == 0
     log_dir = dist_util.broadcast(choose_log_dir(flags, os.path.join(project, "runs")))
     with contextlib.ExitStack() as stack:
-        source, folder, publish = None, log_dir, None
+        source, folder, publish, check_folder = None, log_dir, None, None
         if first:
             folder, publish = stack.enter_context(working_folder(log_dir))
-            stack.enter_context(run_lock(folder))
+            check_folder = stack.enter_context(run_lock(folder))
             for part in filter(os.path.isdir, (folder, os.path.join(folder, PICTURES))):
                 remove_temporaries(part)
             source = choose_source(_as_local(flags["resume_checkpoint"], log_dir, folder), folder)
@@ -168,7 +168,7 @@ def run_training(flags: dict[str, Any], given: set[str], project: str) -> int:
         images = read_images_alike(flags["data_dir"], output_size(flags), flags["cache_limit_gb"])
         if source is not None:
             check_same_data(flags, source, images.fingerprint)
-        return _train(flags, compute, log_dir, folder, publish, source, images, project)
+        return _train(flags, compute, log_dir, folder, publish, check_folder, source, images, project)
 
 
 def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
@@ -200,6 +200,7 @@ def _train(
     log_dir: str,
     folder: str,
     publish: Callable[[], None] | None,
+    check_folder: Callable[[], None] | None,
     source: Checkpoint | None,
     images: ImageSet,
     project: str,
@@ -231,6 +232,7 @@ def _train(
 
     first = dist_util.get_rank() == 0
     if first:
+        check_folder()
         logger.configure(folder)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
@@ -249,6 +251,7 @@ def _train(
         schedule_sampler=create_named_schedule_sampler(flags["schedule_sampler"], diffusion),
         resume_checkpoint=source or "",
         publish=publish,
+        check_folder=check_folder,
         preview=_preview(flags, diffusion, images, folder) if first and flags["sample_interval"] else None,
         precision=compute.precision,
         num_workers=compute.workers,

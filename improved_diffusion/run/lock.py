@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from filelock import FileLock, Timeout
 
@@ -16,10 +16,14 @@ OWNER_NAME = ".lock-owner.json"
 
 
 @contextlib.contextmanager
-def run_lock(folder: str) -> Iterator[None]:
+def run_lock(folder: str) -> Iterator[Callable[[], None]]:
     """Hold the lock of `folder`, which is created where needed, and goes again if nothing comes into it.
 
     The operating system releases the lock when its owner ends, however it ends, so a crash blocks nobody.
+
+    Who holds the lock gets a function to call before anything is written: it raises OSError when `folder` is no
+    longer the directory that was locked, because it was moved, deleted or replaced. What is written by name then
+    would begin a second run there, beside whoever locks that one.
 
     :raises ValueError: another process holds it (the message says which), or `folder` cannot be written.
     """
@@ -34,8 +38,8 @@ def run_lock(folder: str) -> Iterator[None]:
         raise ValueError(
             f"--log_dir {folder}: cannot be written ({error.strerror}); choose another"
         ) from error
-    owner_path = os.path.join(folder, OWNER_NAME)
-    lock = FileLock(os.path.join(folder, LOCK_NAME))
+    owner_path, lock_path = os.path.join(folder, OWNER_NAME), os.path.join(folder, LOCK_NAME)
+    lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -43,6 +47,21 @@ def run_lock(folder: str) -> Iterator[None]:
             f"--log_dir {folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give "
             "another directory"
         ) from None
+    locked = os.stat(lock_path)
+
+    def is_still_here() -> bool:
+        try:
+            return os.path.samestat(os.stat(lock_path), locked)
+        except OSError:
+            return False
+
+    def check() -> None:
+        if not is_still_here():
+            raise OSError(
+                f"--log_dir {folder}: was moved, deleted or replaced during the run, which stops here. Put it back, "
+                "or give the place it was moved to, and the same command goes on from the last checkpoint"
+            )
+
     try:
         owner = {
             "pid": os.getpid(),
@@ -51,14 +70,16 @@ def run_lock(folder: str) -> Iterator[None]:
         }
         with open_atomic(owner_path, "w") as file:
             json.dump(owner, file)
-        yield
+        yield check
     finally:
+        ours = is_still_here()
         with contextlib.suppress(OSError):
-            os.remove(owner_path)
+            if ours:
+                os.remove(owner_path)
         lock.release()
-        with contextlib.suppress(OSError):  # somebody may have removed the folder meanwhile
-            if not existed and os.listdir(folder) == [LOCK_NAME]:
-                os.remove(os.path.join(folder, LOCK_NAME))
+        with contextlib.suppress(OSError):
+            if ours and not existed and os.listdir(folder) == [LOCK_NAME]:
+                os.remove(lock_path)
                 os.rmdir(folder)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -140,11 +141,11 @@ def set_read_only():
         change(folder, False)
 
 
-def finish_from_where_it_is(run, undisturbed):
+def finish_from_where_it_is(run, undisturbed, *flags):
     """Give the command again, for a few steps more, and compare with a run that nothing disturbed."""
     saved = checkpoint.steps(str(run))[-1]
     for folder in (run, undisturbed):
-        run_training(folder, *FLAGS, "--total_steps", saved + 3)
+        run_training(folder, *FLAGS, *flags, "--total_steps", saved + 3)
     assert_same_run(run, undisturbed, saved + 3)
 
 
@@ -170,10 +171,51 @@ def test_directory_vanishes_and_comes_back(tmp_path):
         training.wait_until(lambda: checkpoint.steps(str(run)))
         run.rename(elsewhere)
         assert training.wait() == 2
-    assert_one_line_error(training, f"{run}: cannot write checkpoint")
+    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced", "goes on")
     assert not run.exists()
     elsewhere.rename(run)
     finish_from_where_it_is(run, tmp_path / "undisturbed")
+
+
+@posix
+def test_a_moved_directory_goes_on_where_it_was_moved_to(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    often = [*FLAGS, "--sample_interval", 2, "--diffusion_steps", 10, "--total_steps", 10**6]
+    with Training(run, *often) as training:  # a preview comes before each save
+        training.wait_until(lambda: checkpoint.steps(str(run)))
+        run.rename(elsewhere)
+        assert training.wait() == 2
+    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert not run.exists()
+    finish_from_where_it_is(elsewhere, tmp_path / "undisturbed", "--diffusion_steps", 10)
+
+
+@posix
+def test_a_deleted_directory_is_not_made_again(tmp_path):
+    run = tmp_path / "run"
+    with Training(run, *FLAGS, "--sample_interval", 2, "--total_steps", 10**6) as training:
+        training.wait_until(lambda: checkpoint.steps(str(run)))
+        run.rename(tmp_path / "gone")  # at once, which rmtree is not
+        shutil.rmtree(tmp_path / "gone")
+        assert training.wait() == 2
+    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert not run.exists()
+
+
+@posix
+def test_a_directory_that_took_the_place_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    with Training(run, *FLAGS, "--sample_interval", 2, "--total_steps", 10**6) as training:
+        training.wait_until(lambda: checkpoint.steps(str(run)))
+        training.signal(signal.SIGSTOP)
+        run.rename(tmp_path / "elsewhere")
+        run.mkdir()
+        (run / ".lock").touch()
+        (run / ".lock-owner.json").write_text("{}")
+        training.signal(signal.SIGCONT)
+        assert training.wait() == 2
+    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert {path.name for path in run.iterdir()} == {".lock", ".lock-owner.json"}
 
 
 def test_a_workbook_that_cannot_be_written_stops_nothing(half, whole):
