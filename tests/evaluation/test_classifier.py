@@ -1,0 +1,82 @@
+"""The classifier that tells whether a drawn image is of the class asked for."""
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+
+from improved_diffusion.data.builtin_images import CLASS_NAMES, draw_builtin
+from improved_diffusion.evaluation.classifier import (
+    Classifier,
+    class_accuracy,
+    classify,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+
+WIDTHS = (16, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return draw_builtin(1200, 16)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes):
+    images, labels = shapes
+    return train_classifier(
+        images[:1000],
+        labels[:1000],
+        classes=len(CLASS_NAMES),
+        epochs=10,
+        batch_size=50,
+        widths=WIDTHS,
+        log=lambda line: None,
+    )
+
+
+def test_it_learns_the_shapes(trained, shapes):
+    images, labels = shapes
+    assert class_accuracy(classify(trained, images[1000:]), labels[1000:]) > 0.8
+    untrained = Classifier(len(CLASS_NAMES), WIDTHS).eval()
+    assert class_accuracy(classify(untrained, images[1000:]), labels[1000:]) < 0.5
+
+
+def test_it_is_stored_with_its_classes(trained, shapes, tmp_path):
+    images, _ = shapes
+    save_classifier(trained, str(tmp_path / "classifier.pt"), CLASS_NAMES)
+    stored, names = load_classifier(str(tmp_path / "classifier.pt"))
+    assert names == list(CLASS_NAMES)
+    np.testing.assert_array_equal(classify(stored, images[:50]), classify(trained, images[:50]))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"class_names": ["a"], "weights": {}}, {"class_names": 3, "weights": 4}]
+)
+def test_another_file_is_no_classifier(content, tmp_path):
+    th.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: holds no classifier; make one with"):
+        load_classifier(str(tmp_path / "model.pt"))
+
+
+def test_the_first_layer_whitens_patches(shapes):
+    pixels = th.from_numpy(shapes[0]).permute(0, 3, 1, 2)
+    model = Classifier(4)
+    model.whiten(pixels)
+    x = (pixels.float() / 255 - model.mean) / model.deviation
+    found = model.whitening(x)[:, :12].transpose(0, 1).flatten(1)
+    patches = F.unfold(x, 2).transpose(1, 2).reshape(-1, 12)
+    values = th.linalg.eigvalsh(patches.T @ patches / len(patches))
+    # An epsilon keeps what is almost constant from being blown up.
+    expected = th.diag(values / (values + 5e-4))
+    th.testing.assert_close(found @ found.T / found.shape[1], expected, atol=1e-3, rtol=0)
+
+
+def test_no_images():
+    assert classify(Classifier(3), np.zeros((0, 32, 32, 3), np.uint8)).shape == (0,)
+
+
+def test_the_share_of_images_that_are_of_the_class():
+    assert class_accuracy(np.array([1, 2, 0, 0]), np.array([1, 2, 3, 0])) == 0.75
