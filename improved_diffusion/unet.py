@@ -283,7 +283,8 @@ class UNetModel(nn.Module):
     :param in_channels: channels of the input image.
     :param model_channels: channels of the first level; a multiple of 32.
     :param out_channels: channels of the output: those of the image, twice that when the variance is learned.
-    :param num_res_blocks: residual blocks per level on the way down (one more on the way up).
+    :param num_res_blocks: residual blocks per level on the way down (one more on the way up): a number, or one for
+        each level.
     :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each block.
     :param dropout: dropout probability within the residual blocks.
     :param channel_mult: for each level, its channels as a multiple of `model_channels`.
@@ -296,6 +297,9 @@ class UNetModel(nn.Module):
     :param ddpm_details: compute as the code of Ho et al. 2020 does where that differs, for weights that come
         from it: other frequencies of the timestep embedding, a smaller epsilon in the normalisation, and
         downsampling that pads at the end. The parameters are the same.
+    :param patch_size: P > 1: every P x P pixels become the channels of one position before the first layer, and
+        again pixels after the last one (space to depth: Shi et al. 2016, arXiv 1609.05158). The levels are then
+        those of an image P times smaller, and so is most of the cost.
     :raises ValueError: the channels do not divide into groups or heads.
     """
 
@@ -304,7 +308,7 @@ class UNetModel(nn.Module):
         in_channels: int,
         model_channels: int,
         out_channels: int,
-        num_res_blocks: int,
+        num_res_blocks: int | Sequence[int],
         attention_resolutions: Sequence[int],
         dropout: float = 0,
         channel_mult: Sequence[int] = (1, 2, 4, 8),
@@ -316,10 +320,14 @@ class UNetModel(nn.Module):
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         ddpm_details: bool = False,
+        patch_size: int = 1,
     ):
         super().__init__()
         if num_heads_upsample == -1:
             num_heads_upsample = num_heads
+        blocks = [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else num_res_blocks
+        assert len(blocks) == len(channel_mult) and (patch_size == 1 or dims == 2)
+        self.patch_size = patch_size
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.num_levels = len(channel_mult)
@@ -343,12 +351,13 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        first = conv_nd(dims, in_channels, model_channels, 3, padding=1)
+        pixels = patch_size**2  # that make one position
+        first = conv_nd(dims, in_channels * pixels, model_channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
         skip_channels = [model_channels]
         channels, factor = model_channels, 1
         for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
+            for _ in range(blocks[level]):
                 layers = [res_block(channels, mult * model_channels)]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
@@ -369,12 +378,12 @@ class UNetModel(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
+            for i in range(blocks[level] + 1):
                 layers = [res_block(channels + skip_channels.pop(), mult * model_channels)]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(AttentionBlock(channels, num_heads_upsample, use_checkpoint))
-                if level > 0 and i == num_res_blocks:
+                if level > 0 and i == blocks[level]:
                     layers.append(Upsample(channels, conv_resample, dims))
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
@@ -382,7 +391,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             normalization(channels),
             nn.SiLU(),
-            zero_module(conv_nd(dims, channels, out_channels, 3, padding=1)),
+            zero_module(conv_nd(dims, channels, out_channels * pixels, 3, padding=1)),
         )
         self._res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         for layer, module in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
@@ -407,7 +416,8 @@ class UNetModel(nn.Module):
         """
         *_, h = self._activations(x, timesteps, y)
         norm, _, conv = self.out
-        return conv(normalize(norm, h.to(norm.weight.dtype))[0])
+        out = conv(normalize(norm, h.to(norm.weight.dtype))[0])
+        return out if self.patch_size == 1 else F.pixel_shuffle(out, self.patch_size)
 
     def get_feature_vectors(
         self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None
@@ -428,6 +438,8 @@ class UNetModel(nn.Module):
             emb = emb + self.label_emb(y)
         projected = self._project(emb.to(self.dtype))
         h, skips = x.to(self.dtype), []
+        if self.patch_size > 1:
+            h = F.pixel_unshuffle(h, self.patch_size)
         if self.channels_last:
             h = h.contiguous(memory_format=th.channels_last)
         for block in self.input_blocks:

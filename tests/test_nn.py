@@ -10,6 +10,7 @@ from improved_diffusion.unet import (
     QKVAttention,
     ResBlock,
     TimestepEmbedSequential,
+    UNetModel,
     Upsample,
     project,
 )
@@ -92,3 +93,34 @@ def test_blocks_take_the_embedding_or_what_it_is_projected_to(scale_shift):
     projected = project(blocks, emb)
     assert [projected[block].shape[1] for block in blocks] == ([64, 128] if scale_shift else [32, 64])
     th.testing.assert_close(layers(x, projected), expected, rtol=1e-4, atol=1e-4)
+
+
+def small_unet(patch_size, channels=3, **options):
+    th.manual_seed(0)
+    arguments = {"num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 2), **options}
+    model = UNetModel(channels, 32, channels, patch_size=patch_size, **arguments)
+    th.nn.init.normal_(model.out[2].weight, std=0.1)
+    return model.eval()
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    x, t = th.randn(2, 3, 16, 16, generator=th.Generator().manual_seed(1)), th.tensor([3, 700])
+    patched, plain = small_unet(2), small_unet(1, channels=12)
+    assert {k: v.shape for k, v in patched.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t), 2)
+    th.testing.assert_close(patched(x, t), expected)
+
+
+def test_patches_cost_a_quarter():
+    """The convolutions of the first level see a quarter of the positions."""
+    x, t = th.zeros(1, 3, 16, 16), th.tensor([0])
+    sizes = [small_unet(patch).get_feature_vectors(x, t)["down"][0].shape[2:] for patch in (1, 2)]
+    assert sizes == [(16, 16), (8, 8)]
+
+
+def test_blocks_for_each_level():
+    model = small_unet(1, num_res_blocks=(1, 3))
+    assert len(model.input_blocks) == 1 + 1 + 1 + 3 and len(model.output_blocks) == 4 + 2
+    assert model(th.zeros(1, 3, 8, 8), th.tensor([0])).shape == (1, 3, 8, 8)
