@@ -15,6 +15,8 @@ it learns the variance, one with twice the channels, the second half for the var
 Ho et al. 2020: "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
 Song et al. 2020: "Denoising Diffusion Implicit Models" (DDIM), arXiv 2010.02502.
 Nichol & Dhariwal 2021: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672.
+Salimans & Ho 2022: "Progressive Distillation for Fast Sampling of Diffusion Models", arXiv 2202.00512.
+Karras et al. 2022: "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM), arXiv 2206.00364.
 """
 
 import enum
@@ -74,6 +76,10 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
     START_X = enum.auto()  # x_start
     EPSILON = enum.auto()  # the noise in x_t
+    VELOCITY = enum.auto()  # v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_start (Salimans & Ho 2022)
+    EDM = (
+        enum.auto()
+    )  # F, which with x_t makes up x_start (Karras et al. 2022, eq. 7); see `GaussianDiffusion`
 
 
 class ModelVarType(enum.Enum):
@@ -103,6 +109,10 @@ class GaussianDiffusion:
 
     :param betas: the variance that each step adds, [T], strictly between 0 and 1.
     :param rescale_timesteps: whether the model is told timesteps on a scale from 0 to 1000, whatever T is.
+    :param sigma_data: standard deviation of the images, for EDM. Its model is given x_t / q, of variance 1, and its
+        answer F means x_start = (alpha sigma_data^2 / q^2) x_t + (sigma sigma_data / q) F, where q^2 = sigma^2 +
+        alpha^2 sigma_data^2, alpha^2 = alpha_bar and sigma^2 = 1 - alpha_bar. That is Karras et al. 2022, table 1,
+        whose x is x_t / alpha and whose sigma is sigma / alpha. With sigma_data 1, q is 1 and F is -v.
 
     The attributes that hold coefficients (`alphas_cumprod`, ...) are float64 arrays [T].
     """
@@ -115,11 +125,13 @@ class GaussianDiffusion:
         model_var_type: ModelVarType,
         loss_type: LossType,
         rescale_timesteps: bool = False,
+        sigma_data: float = 0.5,
     ):
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.sigma_data = sigma_data
 
         self.betas = betas = np.asarray(betas, dtype=np.float64)
         assert betas.ndim == 1 and betas.size and (betas > 0).all() and (betas < 1).all()
@@ -146,6 +158,34 @@ class GaussianDiffusion:
         first_variance = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first_variance, self.posterior_variance[1:]))
         self._fixed_large_log_variance = np.log(np.append(first_variance, betas[1:]))
+        self._relate_prediction_to_x_start()
+
+    def _relate_prediction_to_x_start(self) -> None:
+        """Set the coefficients of what the model predicts, each [T]:
+
+        x_start = `_x_start_from_x` x_t + `_x_start_from_prediction` prediction, and, with VELOCITY and EDM,
+        prediction = `_prediction_from_noise` noise + `_prediction_from_x_start` x_start.
+        """
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            from_x, from_prediction = self.sqrt_recip_alphas_cumprod, -self.sqrt_recipm1_alphas_cumprod
+        elif self.model_mean_type is ModelMeanType.START_X:
+            from_x, from_prediction = np.zeros_like(alpha), np.ones_like(alpha)
+        elif self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            # the image for which q(x_{t-1} | x_t, x_start) has the predicted mean
+            from_x = -self.posterior_mean_coef2 / self.posterior_mean_coef1
+            from_prediction = 1 / self.posterior_mean_coef1
+        elif self.model_mean_type is ModelMeanType.VELOCITY:
+            from_x, from_prediction = alpha, -sigma
+            self._prediction_from_noise, self._prediction_from_x_start = alpha, -sigma
+        else:
+            deviation = np.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)  # of x_t
+            self._input_scale = 1 / deviation
+            from_x = alpha * (self.sigma_data / deviation) ** 2
+            from_prediction = sigma * self.sigma_data / deviation
+            self._prediction_from_noise = -alpha * self.sigma_data / deviation
+            self._prediction_from_x_start = sigma / (self.sigma_data * deviation)
+        self._x_start_from_x, self._x_start_from_prediction = from_x, from_prediction
 
     # The forward process q
 
@@ -205,19 +245,49 @@ class GaussianDiffusion:
         :return: `mean`, `variance`, `log_variance` and `pred_xstart`, each of x's shape. With FIXED_SMALL,
             the variance at t = 0 is 0 and the log-variance that of t = 1.
         """
-        prediction, variance_values = self._predict(model, x, t, model_kwargs)
+        prediction, variance_values = self.predict(model, x, t, model_kwargs)
         return self._reverse_step(prediction, variance_values, x, t, clip_denoised, denoised_fn)
 
-    def _predict(
-        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: dict | None
+    def predict(
+        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: dict | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's prediction and, if it learns the variance, its values for that; both of x's shape."""
-        output = model(x, self.model_timesteps(t), **(model_kwargs or {})).float()
+        """The model's prediction and, if it learns the variance, its values for that; both of x's shape.
+
+        :param x: x_t. The work is done in its precision, and at least in 32 bits.
+        """
+        dtype = th.promote_types(x.dtype, th.float32)
+        told = self.model_timesteps(t)
+        told = told.to(dtype) if told.is_floating_point() else told
+        scaled = x * _at(self._input_scale, t, x) if self.model_mean_type is ModelMeanType.EDM else x
+        output = model(scaled, told, **(model_kwargs or {})).to(dtype)
         variance_values = None
         if self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
             output, variance_values = output.chunk(2, dim=1)
         assert output.shape == x.shape, "the model's output channels do not fit the variance type"
         return output, variance_values
+
+    def predicted_x_start(
+        self,
+        prediction: Tensor,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The image that the model's `prediction` at x = x_t stands for, whatever it predicts.
+
+        The arguments are those of `p_mean_variance`.
+        """
+        x_start = _at(self._x_start_from_x, t, x) * x + _at(self._x_start_from_prediction, t, x) * prediction
+        if denoised_fn is not None:
+            x_start = denoised_fn(x_start)
+        return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+    def eps_of(self, x_start: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise that makes x = x_t of the image `x_start`."""
+        return (_at(self.sqrt_recip_alphas_cumprod, t, x) * x - x_start) / _at(
+            self.sqrt_recipm1_alphas_cumprod, t, x
+        )
 
     def _reverse_step(
         self,
@@ -229,22 +299,12 @@ class GaussianDiffusion:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """`p_mean_variance` from what the model has returned."""
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            pred_xstart = self._predict_xstart_from_eps(x, t, prediction)
-        elif self.model_mean_type is ModelMeanType.START_X:
-            pred_xstart = prediction
-        else:
-            pred_xstart = self._predict_xstart_from_xprev(x, t, prediction)
-        if denoised_fn is not None:
-            pred_xstart = denoised_fn(pred_xstart)
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
-
+        pred_xstart = self.predicted_x_start(prediction, x, t, clip_denoised, denoised_fn)
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             mean = prediction
         else:
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        log_variance = self._log_variance(variance_values, x, t)
+        log_variance = self.log_variance(variance_values, x, t)
         if self.model_var_type is ModelVarType.FIXED_SMALL:
             variance = _at(self.posterior_variance, t, x)
         else:
@@ -256,7 +316,11 @@ class GaussianDiffusion:
             "pred_xstart": pred_xstart,
         }
 
-    def _log_variance(self, variance_values: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+    def log_variance(self, variance_values: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+        """The logarithm of the variance of p(x_{t-1} | x_t), of x's shape.
+
+        :param variance_values: what the model says about it, if it learns it.
+        """
         if self.model_var_type is ModelVarType.LEARNED:
             return variance_values
         if self.model_var_type is ModelVarType.FIXED_LARGE:
@@ -267,23 +331,6 @@ class GaussianDiffusion:
         # Nichol & Dhariwal 2021, eq. 15; the model's values run from -1 to 1
         share = (variance_values + 1) / 2
         return share * _at(np.log(self.betas), t, x) + (1 - share) * smallest
-
-    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The image that gives x_t with the noise `eps`."""
-        return (
-            _at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-            - _at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
-        )
-
-    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        """The image for which q(x_{t-1} | x_t, x_start) has the mean `xprev`."""
-        return (xprev - _at(self.posterior_mean_coef2, t, x_t) * x_t) / _at(self.posterior_mean_coef1, t, x_t)
-
-    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        """The noise that gives x_t from the image `pred_xstart`."""
-        return (_at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - pred_xstart) / _at(
-            self.sqrt_recipm1_alphas_cumprod, t, x_t
-        )
 
     # Ancestral sampling
 
@@ -373,14 +420,10 @@ class GaussianDiffusion:
             raise ValueError(
                 f"eta is {eta}; DDIM needs a value from 0 (deterministic) to 1 (ancestral sampling)"
             )
-        pred_xstart = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)[
-            "pred_xstart"
-        ]
-        # sigma_t of eq. 16: eta = 1 is exactly the variance of q(x_{t-1} | x_t, x_start)
-        variance = eta**2 * self.posterior_variance
-        sample = self._ddim_move(x, t, pred_xstart, self.alphas_cumprod_prev, variance)
+        step = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = _not_at_zero(t, x) * randn_like(x)
-        return {"sample": sample + _at(np.sqrt(variance), t, x) * noise, "pred_xstart": pred_xstart}
+        sample = self.ddim_move(x, t, step["pred_xstart"], eta, noise)
+        return {"sample": sample, "pred_xstart": step["pred_xstart"]}
 
     def ddim_reverse_sample(
         self,
@@ -398,19 +441,29 @@ class GaussianDiffusion:
 
         :return: `sample` and `pred_xstart`, of x's shape.
         """
-        pred_xstart = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)[
-            "pred_xstart"
-        ]
+        step = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         no_variance = np.zeros(self.num_timesteps)
-        sample = self._ddim_move(x, t, pred_xstart, self.alphas_cumprod_next, no_variance)
-        return {"sample": sample, "pred_xstart": pred_xstart}
+        sample = self._mix_anew(x, t, step["pred_xstart"], self.alphas_cumprod_next, no_variance)
+        return {"sample": sample, "pred_xstart": step["pred_xstart"]}
 
-    def _ddim_move(
+    def ddim_move(
+        self, x: Tensor, t: Tensor, pred_xstart: Tensor, eta: float = 0.0, noise: Tensor | None = None
+    ) -> Tensor:
+        """x_{t-1} by DDIM, from x = x_t and the image seen in it: keep that image, and all noise but what is replaced.
+
+        :param noise: what replaces it, standard normal, of x's shape; needed when `eta` is not 0.
+        """
+        # sigma_t of eq. 16: eta = 1 is exactly the variance of q(x_{t-1} | x_t, x_start)
+        variance = eta**2 * self.posterior_variance
+        sample = self._mix_anew(x, t, pred_xstart, self.alphas_cumprod_prev, variance)
+        return sample if noise is None else sample + _at(np.sqrt(variance), t, x) * noise
+
+    def _mix_anew(
         self, x: Tensor, t: Tensor, pred_xstart: Tensor, alpha_bar: np.ndarray, variance: np.ndarray
     ) -> Tensor:
         """Mix image and noise of x_t anew at level `alpha_bar`, with room for `variance` of fresh noise."""
-        eps = self._predict_eps_from_xstart(x, t, pred_xstart)
-        old_noise = np.sqrt(1 - alpha_bar - variance)
+        eps = self.eps_of(pred_xstart, x, t)
+        old_noise = np.sqrt(np.maximum(1 - alpha_bar - variance, 0))
         return _at(np.sqrt(alpha_bar), t, x) * pred_xstart + _at(old_noise, t, x) * eps
 
     def ddim_sample_loop(
@@ -488,8 +541,8 @@ class GaussianDiffusion:
         """The training loss of each image at its timestep.
 
         :param noise: standard normal, of x_start's shape; drawn when not given.
-        :return: `loss` [N], to be minimized. With the MSE losses also `mse` [N], and `vb` [N] when the
-            variance is learned; then loss = mse + vb (Nichol & Dhariwal 2021, eq. 16).
+        :return: `loss` [N], to be minimized. With the MSE losses also `mse` [N], of what the model predicts, and
+            `vb` [N] when the variance is learned; then loss = mse + vb (Nichol & Dhariwal 2021, eq. 16).
         """
         noise = th.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -498,13 +551,8 @@ class GaussianDiffusion:
             scale = self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1
             return {"loss": scale * bound["output"]}
 
-        prediction, variance_values = self._predict(model, x_t, t, model_kwargs)
-        if self.model_mean_type is ModelMeanType.EPSILON:
-            target = noise
-        elif self.model_mean_type is ModelMeanType.START_X:
-            target = x_start
-        else:
-            target, _, _ = self.q_posterior_mean_variance(x_start, x_t, t)
+        prediction, variance_values = self.predict(model, x_t, t, model_kwargs)
+        target = self._target(x_start, noise, x_t, t)
         mse = mean_flat((target - prediction) ** 2)
         if variance_values is None:
             return {"mse": mse, "loss": mse}
@@ -515,6 +563,19 @@ class GaussianDiffusion:
         scale = self.num_timesteps / 1000 if self.loss_type is LossType.RESCALED_MSE else 1
         vb = scale * self._bound_of_step(step, x_start, x_t, t)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
+
+    def _target(self, x_start: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the model should predict."""
+        if self.model_mean_type is ModelMeanType.EPSILON:
+            return noise
+        if self.model_mean_type is ModelMeanType.START_X:
+            return x_start
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            return self.q_posterior_mean_variance(x_start, x_t, t)[0]
+        return (
+            _at(self._prediction_from_noise, t, x_t) * noise
+            + _at(self._prediction_from_x_start, t, x_t) * x_start
+        )
 
     def _vb_terms_bpd(
         self,
@@ -574,7 +635,7 @@ class GaussianDiffusion:
             with th.no_grad():
                 bound = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             pred_xstart = bound["pred_xstart"]
-            eps = self._predict_eps_from_xstart(x_t, t, pred_xstart)
+            eps = self.eps_of(pred_xstart, x_t, t)
             columns["vb"].append(bound["output"])
             columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
             columns["mse"].append(mean_flat((eps - noise) ** 2))
@@ -589,8 +650,9 @@ def rescale_to_thousand(t: Tensor, num_timesteps: int) -> Tensor:
 
 
 def _at(coefficients: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """The coefficients [T] at `t` [N], float32, spread to the shape of `like` [N, ...]."""
-    values = th.from_numpy(coefficients).float().to(t.device)[t]
+    """The coefficients [T] at `t` [N], in 32 bits or `like`'s precision, spread to the shape of `like` [N, ...]."""
+    dtype = th.promote_types(like.dtype, th.float32)
+    values = th.from_numpy(coefficients).to(dtype).to(t.device)[t]
     return values.view(-1, *[1] * (like.dim() - 1)).expand(like.shape)
 
 

@@ -1,4 +1,4 @@
-"""Respacing: run a diffusion on a subset of the timesteps that its model was trained on."""
+"""Respacing: run a diffusion on other timesteps than its model was trained on, a subset or in between."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, rescale_to_thousand
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, rescale_to_thousand
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -71,7 +71,7 @@ def _spread(count: int, size: int) -> list[int]:
 class SpacedDiffusion(GaussianDiffusion):
     """A diffusion on some of the timesteps of another; its model still sees the original timesteps.
 
-    The betas are those that leave alpha_bar as it was at the timesteps kept (Nichol & Dhariwal 2021, eq. 19).
+    The betas are those that leave alpha_bar as it was at the timesteps kept.
 
     :param use_timesteps: which original timesteps to keep.
     :param betas: the original diffusion's betas, [original_num_steps].
@@ -86,11 +86,51 @@ class SpacedDiffusion(GaussianDiffusion):
         assert self.timestep_map, "no timestep is kept"
         assert self.timestep_map[0] >= 0 and self.timestep_map[-1] < self.original_num_steps
         alpha_bar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))[self.timestep_map]
-        spaced_betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-        # Schedules of about ten steps reach alpha_bar 1e-17; skipping steps there would round beta to 1.
-        super().__init__(betas=np.minimum(spaced_betas, np.nextafter(1.0, 0.0)), **kwargs)
+        super().__init__(betas=_betas_between(alpha_bar), **kwargs)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The original timesteps of the steps `t` [N], rescaled if the diffusion rescales."""
         original = th.tensor(self.timestep_map, device=t.device)[t]
         return rescale_to_thousand(original, self.original_num_steps) if self.rescale_timesteps else original
+
+
+class InterpolatedDiffusion(GaussianDiffusion):
+    """A diffusion at any timesteps of another, also between the whole ones.
+
+    There, lambda and the timestep that the model is told, a float, are interpolated linearly.
+
+    :param diffusion: the other one.
+    :param timesteps: rising, from 0 to its last timestep.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, timesteps: np.ndarray):
+        whole = np.arange(diffusion.num_timesteps)
+        told = diffusion.model_timesteps(th.from_numpy(whole)).double().numpy()
+        self._told = np.interp(timesteps, whole, told)
+        lam = np.interp(timesteps, whole, log_signal_to_noise(diffusion))
+        super().__init__(
+            betas=_betas_between(1 / (1 + np.exp(-2 * lam))),
+            model_mean_type=diffusion.model_mean_type,
+            model_var_type=diffusion.model_var_type,
+            loss_type=diffusion.loss_type,
+            sigma_data=diffusion.sigma_data,
+        )
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            # The step that the model foresees is one of the other diffusion.
+            for name in ("_x_start_from_x", "_x_start_from_prediction"):
+                setattr(self, name, np.interp(timesteps, whole, getattr(diffusion, name)))
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """What the model is told at the steps `t` [N], float64."""
+        return th.from_numpy(self._told).to(t.device)[t]
+
+
+def log_signal_to_noise(diffusion: GaussianDiffusion) -> np.ndarray:
+    """lambda = log(alpha / sigma) at every timestep, [T], falling: half the logarithm of the signal-to-noise ratio."""
+    return (np.log(diffusion.alphas_cumprod) - np.log1p(-diffusion.alphas_cumprod)) / 2
+
+
+def _betas_between(alpha_bar: np.ndarray) -> np.ndarray:
+    """The betas [T] of a diffusion whose alpha_bar [T] is given (Nichol & Dhariwal 2021, eq. 19)."""
+    # Schedules of about ten steps reach alpha_bar 1e-17; skipping steps there would round beta to 1.
+    return np.minimum(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]), np.nextafter(1.0, 0.0))

@@ -32,8 +32,8 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
-from improved_diffusion.respace import space_timesteps
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.respace import InterpolatedDiffusion, log_signal_to_noise, space_timesteps
 
 Moves = Iterator[tuple[Tensor, Tensor]]  # x at the next level, and the x_0 before it
 Known = list[tuple[int, Tensor]]  # levels and the values found there, the newest first
@@ -50,10 +50,9 @@ class Path:
     """The levels from noise to image and the model's view at each: all that a solver knows.
 
     :param model, diffusion, clip_denoised, model_kwargs, eta, randn_like: as in `sample_progressive`.
-    :param timesteps: of the levels, falling; between whole ones, lambda and the timestep that the model is told
-        are interpolated linearly.
+    :param timesteps: of the levels, falling; they may lie between whole ones.
 
-    `alpha`, `sigma` and `lam` (lambda) hold a number per level.
+    `alpha`, `sigma` and `lam` (lambda) hold a number per level. `diffusion` is the one between the levels.
     """
 
     def __init__(
@@ -70,21 +69,17 @@ class Path:
         self.steps = len(timesteps)
         self.eta = eta
         self.randn_like = randn_like
+        self.diffusion = InterpolatedDiffusion(diffusion, timesteps[::-1])
         self._model = model
-        self._model_kwargs = model_kwargs or {}
-        self._mean_type = diffusion.model_mean_type
-        self._var_type = diffusion.model_var_type
+        self._model_kwargs = model_kwargs
         self._clip_denoised = clip_denoised
+        self.lam: list[float] = log_signal_to_noise(self.diffusion)[::-1].tolist()
+        self.alpha: list[float] = self.diffusion.sqrt_alphas_cumprod[::-1].tolist()
+        self.sigma: list[float] = self.diffusion.sqrt_one_minus_alphas_cumprod[::-1].tolist()
 
-        whole = np.arange(diffusion.num_timesteps)
-        told = diffusion.model_timesteps(th.from_numpy(whole)).double().numpy()
-        self._told = np.interp(timesteps, whole, told).tolist()
-        lam = np.interp(timesteps, whole, log_signal_to_noise(diffusion))
-        self.lam: list[float] = lam.tolist()
-        self.alpha: list[float] = (1 / np.sqrt(1 + np.exp(-2 * lam))).tolist()
-        self.sigma: list[float] = (1 / np.sqrt(1 + np.exp(2 * lam))).tolist()
-        self._posterior_coef1 = np.interp(timesteps, whole, diffusion.posterior_mean_coef1).tolist()
-        self._posterior_coef2 = np.interp(timesteps, whole, diffusion.posterior_mean_coef2).tolist()
+    def timestep(self, x: Tensor, i: int) -> Tensor:
+        """Level i as a timestep of `diffusion`, for each image in x."""
+        return th.full((len(x),), self.steps - 1 - i, device=x.device)
 
     def denoise(self, x: Tensor, i: int) -> Tensor:
         """The x_0 that the model sees in x at level i."""
@@ -92,43 +87,13 @@ class Path:
 
     def predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
         """`denoise`, and the model's values for the variance, where it learns that."""
-        t = th.full((len(x),), self._told[i], dtype=x.dtype, device=x.device)
-        output = self._model(x, t, **self._model_kwargs).to(x.dtype)
-        variance_values = None
-        if self._var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
-            output, variance_values = output.chunk(2, dim=1)
-        assert output.shape == x.shape, "the model's output channels do not fit the variance type"
-        if self._mean_type is ModelMeanType.EPSILON:
-            x0 = (x - self.sigma[i] * output) / self.alpha[i]
-        elif self._mean_type is ModelMeanType.START_X:
-            x0 = output
-        else:
-            x0 = (output - self._posterior_coef2[i] * x) / self._posterior_coef1[i]
-        return (x0.clamp(-1, 1) if self._clip_denoised else x0), variance_values
+        t = self.timestep(x, i)
+        prediction, variance_values = self.diffusion.predict(self._model, x, t, self._model_kwargs)
+        return self.diffusion.predicted_x_start(prediction, x, t, self._clip_denoised), variance_values
 
     def eps(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
         """The noise that makes x of `x0` at level i."""
-        return (x - self.alpha[i] * x0) / self.sigma[i]
-
-    def beta(self, i: int) -> float:
-        """The variance that a step of the forward process adds from level i + 1 to level i."""
-        return -math.expm1(2 * math.log(self.alpha[i] / self.alpha[i + 1]))
-
-    def posterior_variance(self, i: int) -> float:
-        """The variance of q(x' | x, x_0) from level i to level i + 1 (Ho et al. 2020, eq. 7)."""
-        return self.beta(i) * (self.sigma[i + 1] / self.sigma[i]) ** 2
-
-    def log_variance(self, variance_values: Tensor | None, i: int) -> Tensor | float:
-        """The logarithm of the variance of p(x' | x) from level i to level i + 1, as the diffusion has it."""
-        if self._var_type is ModelVarType.LEARNED:
-            return variance_values
-        largest, smallest = math.log(self.beta(i)), math.log(self.posterior_variance(i))
-        if self._var_type is ModelVarType.FIXED_LARGE:
-            return largest
-        if self._var_type is ModelVarType.FIXED_SMALL:
-            return smallest
-        # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15; the model's values run from -1 to 1
-        return smallest + (variance_values + 1) / 2 * (largest - smallest)
+        return self.diffusion.eps_of(x0, x, self.timestep(x, i))
 
     def order(self, highest: int, i: int) -> int:
         """The order of a multistep solver's step from level i: as many levels as there are before and after."""
@@ -136,12 +101,12 @@ class Path:
 
 
 def ddpm(path: Path, x: Tensor) -> Moves:
-    """Ancestral sampling: draw x' from p(x' | x) (Ho et al. 2020, eq. 6 and 7, algorithm 2)."""
+    """Ancestral sampling: draw x' from p(x' | x) (Ho et al. 2020, algorithm 2)."""
     for i in range(path.steps - 1):
+        t = path.timestep(x, i)
         x0, variance_values = path.predict(x, i)
-        beta, next_alpha, next_sigma = path.beta(i), path.alpha[i + 1], path.sigma[i + 1]
-        mean = (next_alpha * beta * x0 + path.alpha[i] / next_alpha * next_sigma**2 * x) / path.sigma[i] ** 2
-        deviation = th.as_tensor(path.log_variance(variance_values, i) / 2, dtype=x.dtype).exp()
+        mean, _, _ = path.diffusion.q_posterior_mean_variance(x0, x, t)
+        deviation = (path.diffusion.log_variance(variance_values, x, t) / 2).exp()
         x = mean + deviation * path.randn_like(x)
         yield x, x0
 
@@ -150,11 +115,8 @@ def ddim(path: Path, x: Tensor) -> Moves:
     """DDIM (Song et al. 2020, eq. 12 and 16): keep x_0, and all of eps that fresh noise does not replace."""
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)
-        variance = path.eta**2 * path.posterior_variance(i)
-        kept = math.sqrt(max(path.sigma[i + 1] ** 2 - variance, 0.0))
-        x = path.alpha[i + 1] * x0 + kept * path.eps(x, x0, i)
-        if variance > 0:
-            x = x + math.sqrt(variance) * path.randn_like(x)
+        noise = path.randn_like(x) if path.eta else None
+        x = path.diffusion.ddim_move(x, path.timestep(x, i), x0, path.eta, noise)
         yield x, x0
 
 
@@ -377,11 +339,6 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     timesteps = np.interp(-lam, -known, np.arange(last + 1))
     timesteps[0], timesteps[-1] = last, 0
     return timesteps
-
-
-def log_signal_to_noise(diffusion: GaussianDiffusion) -> np.ndarray:
-    """lambda at every timestep, [T], falling: half the logarithm of the signal-to-noise ratio."""
-    return (np.log(diffusion.alphas_cumprod) - np.log1p(-diffusion.alphas_cumprod)) / 2
 
 
 def _results(path: Path, moves: Moves, x: Tensor) -> Iterator[dict[str, Tensor]]:

@@ -27,6 +27,13 @@ CHANNEL_MULT = {
     256: (1, 1, 2, 2, 4, 4),
     512: (1, 1, 1, 2, 2, 4, 4),
 }
+# What a model can predict, by the names of --prediction.
+PREDICTIONS = {
+    "epsilon": gd.ModelMeanType.EPSILON,
+    "x_start": gd.ModelMeanType.START_X,
+    "v": gd.ModelMeanType.VELOCITY,
+    "edm": gd.ModelMeanType.EDM,
+}
 # Where to read from may be another place on each machine.
 MACHINE_PATHS = ("data_dir", "model_path", "base_samples")
 MAX_LEVELS = 10  # of --channel_mult
@@ -168,8 +175,19 @@ def create_gaussian_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | list[int] = "",
+    prediction: str = "epsilon",
 ) -> SpacedDiffusion:
-    """Build the diffusion process; the arguments are the flags of `diffusion_defaults`."""
+    """Build the diffusion process; the arguments are the flags of `diffusion_defaults`.
+
+    :param prediction: what the model predicts, a name in `PREDICTIONS`; `predict_xstart` stands for "x_start".
+    :raises ValueError: a value is unknown, or two contradict each other.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"--prediction {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+    if predict_xstart and prediction not in ("epsilon", "x_start"):
+        raise ValueError(
+            f"--predict_xstart True: contradicts --prediction {prediction}; leave one of them out"
+        )
     betas = gd.get_named_beta_schedule(noise_schedule, steps)
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
@@ -186,7 +204,7 @@ def create_gaussian_diffusion(
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_mean_type=PREDICTIONS["x_start" if predict_xstart else prediction],
         model_var_type=variance,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,

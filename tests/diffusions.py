@@ -19,6 +19,7 @@ def build(
     loss=LossType.MSE,
     respacing=None,
     rescale_timesteps=False,
+    sigma_data=0.5,
 ):
     arguments = {
         "betas": get_named_beta_schedule(schedule, steps),
@@ -26,6 +27,7 @@ def build(
         "model_var_type": var,
         "loss_type": loss,
         "rescale_timesteps": rescale_timesteps,
+        "sigma_data": sigma_data,
     }
     if respacing:
         return SpacedDiffusion(space_timesteps(steps, respacing), **arguments)

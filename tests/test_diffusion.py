@@ -23,13 +23,15 @@ from improved_diffusion.respace import space_timesteps
 DATA_MEAN, DATA_STD = 0.3, 0.5
 
 
-def gaussian_model(steps, schedule="linear", mean=ModelMeanType.EPSILON, data_std=DATA_STD):
+def gaussian_model(steps, schedule="linear", mean=ModelMeanType.EPSILON, data_std=DATA_STD, sigma_data=0.5):
     """The perfect model, in closed form, of independent pixels from N(DATA_MEAN, data_std ** 2)."""
     original = build(steps, schedule=schedule)
     alpha_bar = th.from_numpy(original.alphas_cumprod)
 
     def model(x, t):
         share = alpha_bar[t].view(-1, *[1] * (x.dim() - 1))
+        if mean is ModelMeanType.EDM:  # it is given x at variance 1
+            x = x.double() * (share * sigma_data**2 + 1 - share).sqrt()
         distance = x.double() - share.sqrt() * DATA_MEAN
         variance = share * data_std**2 + 1 - share
         x_start = DATA_MEAN + share.sqrt() * data_std**2 * distance / variance
@@ -37,6 +39,12 @@ def gaussian_model(steps, schedule="linear", mean=ModelMeanType.EPSILON, data_st
             return (1 - share).sqrt() * distance / variance
         if mean is ModelMeanType.START_X:
             return x_start
+        if mean is ModelMeanType.VELOCITY:  # Salimans & Ho 2022: v = alpha eps - sigma x_start
+            return (1 - share).sqrt() * (share.sqrt() * distance / variance - x_start)
+        if mean is ModelMeanType.EDM:  # Karras et al. 2022, eq. 7 and table 1, on their scale
+            noisy, sigma = x / share.sqrt(), (1 / share - 1).sqrt()
+            total = sigma**2 + sigma_data**2
+            return (x_start - sigma_data**2 / total * noisy) * total.sqrt() / (sigma * sigma_data)
         return original.q_posterior_mean_variance(x_start, x, t)[0]
 
     return model
@@ -155,20 +163,29 @@ def test_denoised_fn_comes_before_clipping():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("var", [ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE])
-def test_ancestral_sampling_reaches_the_data_distribution(schedule, var):
+@pytest.mark.parametrize("mean", ModelMeanType)
+def test_ancestral_sampling_reaches_the_data_distribution(schedule, var, mean):
     th.manual_seed(0)
-    diffusion = build(300, schedule=schedule, var=var)
-    samples = diffusion.p_sample_loop(gaussian_model(300, schedule), (5000, 8), clip_denoised=False)
+    diffusion, model = build(300, schedule=schedule, var=var, mean=mean), gaussian_model(300, schedule, mean)
+    samples = diffusion.p_sample_loop(model, (5000, 8), clip_denoised=False)
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.015)
     assert samples.std().item() == pytest.approx(DATA_STD, rel=0.04)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("respacing", [None, "300", "ddim300"])
-def test_ddim_reaches_the_data_distribution(eta, respacing):
+@pytest.mark.parametrize(
+    "respacing, mean",
+    [
+        (None, ModelMeanType.EPSILON),
+        ("300", ModelMeanType.EPSILON),
+        ("ddim300", ModelMeanType.VELOCITY),
+        ("300", ModelMeanType.EDM),
+    ],
+)
+def test_ddim_reaches_the_data_distribution(eta, respacing, mean):
     th.manual_seed(0)
     steps = 600 if respacing else 300
-    diffusion, model = build(steps, respacing=respacing), gaussian_model(steps)
+    diffusion, model = build(steps, respacing=respacing, mean=mean), gaussian_model(steps, mean=mean)
     samples = diffusion.ddim_sample_loop(model, (5000, 8), clip_denoised=False, eta=eta)
     assert samples.mean().item() == pytest.approx(DATA_MEAN, abs=0.015)
     assert samples.std().item() == pytest.approx(DATA_STD, rel=0.04)
@@ -183,10 +200,11 @@ def test_ddim_with_eta_1_is_ancestral_sampling(schedule):
     th.testing.assert_close(ddim, ancestral, atol=1e-4, rtol=1e-4)
 
 
-def test_ddim_reverse_then_forward_returns_the_image():
+@pytest.mark.parametrize("mean", [ModelMeanType.EPSILON, ModelMeanType.VELOCITY, ModelMeanType.EDM])
+def test_ddim_reverse_then_forward_returns_the_image(mean):
     x_start, errors = images(), []
     for steps in (200, 400):
-        diffusion, model = build(steps), gaussian_model(steps)
+        diffusion, model = build(steps, mean=mean), gaussian_model(steps, mean=mean)
         noise = diffusion.ddim_reverse_loop(model, x_start, clip_denoised=False)
         assert (noise - x_start).abs().mean() > 0.3  # it is another picture in between
         again = diffusion.ddim_sample_loop(model, x_start.shape, noise=noise, clip_denoised=False)
@@ -322,7 +340,7 @@ def test_every_combination_trains_samples_and_scores(steps, mean, var, loss):
         assert diffusion.calc_bpd_loop(toy_model(var), images())["total_bpd"].isfinite().all()
 
 
-@pytest.mark.parametrize("mean", ModelMeanType)
+@pytest.mark.parametrize("mean", [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X])
 def test_the_perfect_prediction_has_no_squared_error(mean):
     diffusion, x_start, noise, t = build(100, mean=mean), images(), images(seed=1), th.tensor([0, 5, 50, 99])
     x_t = diffusion.q_sample(x_start, t, noise)
@@ -333,6 +351,45 @@ def test_the_perfect_prediction_has_no_squared_error(mean):
     }
     terms = diffusion.training_losses(lambda x, t: answers[mean], x_start, t, noise=noise)
     assert (terms["mse"] == 0).all()
+
+
+@pytest.mark.parametrize("mean", ModelMeanType)
+def test_no_prediction_errs_less_than_the_perfect_model(mean):
+    th.manual_seed(0)
+    diffusion, model = build(100, mean=mean), gaussian_model(100, mean=mean)
+    t = th.tensor([1, 10, 50, 98])
+    x_start, noise = DATA_MEAN + DATA_STD * th.randn(4, 100_000), th.randn(4, 100_000)
+
+    def mse(change):
+        return diffusion.training_losses(lambda x, t: change(model(x, t), x), x_start, t, noise=noise)["mse"]
+
+    best = mse(lambda prediction, x: prediction)
+    # The error of the mean given x is correlated with nothing that x determines: a constant, it, x.
+    for change in (lambda p, x, by: p + by, lambda p, x, by: p + by * p, lambda p, x, by: p + by * x):
+        more, less = (mse(lambda p, x, by=by, change=change: change(p, x, by)) for by in (1, -1))
+        size = ((more + less) / 2 - best).clamp(min=1e-12)
+        assert ((more - less).abs() / 4 / (size * best).sqrt() < 0.015).all()
+
+
+def test_the_target_of_edm_has_variance_one_and_velocity_is_edm_with_sigma_data_1():
+    th.manual_seed(0)
+    t, noise = th.tensor([0, 30, 60, 99]), th.randn(4, 100_000)
+    x_start = DATA_STD * th.randn(4, 100_000)
+    edm = build(100, mean=ModelMeanType.EDM, sigma_data=DATA_STD)
+    inputs = []
+    size = edm.training_losses(lambda x, t: inputs.append(x) or 0 * x, x_start, t, noise=noise)["mse"]
+    th.testing.assert_close(size, th.ones(4), atol=0.02, rtol=0)
+    th.testing.assert_close(inputs[0].var(dim=1), th.ones(4), atol=0.02, rtol=0)
+
+    velocity, as_edm = (
+        build(100, mean=ModelMeanType.VELOCITY),
+        build(100, mean=ModelMeanType.EDM, sigma_data=1.0),
+    )
+    steps = (
+        diffusion.p_mean_variance(lambda x, t, sign=sign: sign * th.sin(x), noise, t, clip_denoised=False)
+        for diffusion, sign in ((velocity, 1), (as_edm, -1))
+    )
+    th.testing.assert_close(next(steps), next(steps))
 
 
 def test_rescaling_multiplies_the_bound():
@@ -360,15 +417,19 @@ def test_the_bound_teaches_the_variance_and_not_the_mean():
     assert by_values.all()
 
 
-def test_with_the_perfect_model_the_bound_is_the_likelihood():
+@pytest.mark.parametrize(
+    "mean",
+    [ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.VELOCITY, ModelMeanType.EDM],
+)
+def test_with_the_perfect_model_the_bound_is_the_likelihood(mean):
     th.manual_seed(0)
     steps, std = 100, 0.05
     x_start = DATA_MEAN + std * th.randn(64, 100)
-    diffusion = build(steps, var=ModelVarType.LEARNED)
+    diffusion = build(steps, mean=mean, var=ModelVarType.LEARNED)
     before = th.from_numpy(diffusion.alphas_cumprod_prev * std**2 + 1 - diffusion.alphas_cumprod_prev)
     after = th.from_numpy(diffusion.alphas_cumprod * std**2 + 1 - diffusion.alphas_cumprod)
     log_variance = th.log(before * th.from_numpy(diffusion.betas) / after)  # of x_{t-1} given x_t
-    predict = gaussian_model(steps, data_std=std)
+    predict = gaussian_model(steps, mean=mean, data_std=std)
 
     def model(x, t):
         return th.cat([predict(x, t), log_variance[t].view(-1, 1).expand(x.shape)], dim=1)

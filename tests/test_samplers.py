@@ -17,6 +17,7 @@ from improved_diffusion.respace import space_timesteps
 from improved_diffusion.samplers import SAMPLERS, SPACINGS, evaluations, sample_progressive, space_levels
 
 EPSILON, START_X, PREVIOUS_X = ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X
+VELOCITY, EDM = ModelMeanType.VELOCITY, ModelMeanType.EDM
 ORDERS = {"ddim": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_3m": 3, "unipc": 4, "deis": 3, "ipndm": 2}
 
 # Data that need no network: independent pixels from a mixture of normal distributions (share, mean, std).
@@ -53,12 +54,20 @@ def perfect_model(diffusion, data):
 
     def model(x, t):
         alpha, sigma = mix(diffusion, t, x)
+        edm = sigma / alpha, diffusion.sigma_data, (sigma**2 / alpha**2 + diffusion.sigma_data**2) ** 0.5
+        if diffusion.model_mean_type is EDM:  # Karras et al. 2022, table 1: it is given c_in times x / alpha
+            x = x * alpha * edm[2]
         eps = exact_eps(data, x, alpha, sigma)
         if diffusion.model_mean_type is EPSILON:
             return eps
         x0 = (x - sigma * eps) / alpha
         if diffusion.model_mean_type is START_X:
             return x0
+        if diffusion.model_mean_type is VELOCITY:
+            return alpha * eps - sigma * x0
+        if diffusion.model_mean_type is EDM:
+            noise_level, sigma_data, root = edm
+            return (x0 - (sigma_data / root) ** 2 * x / alpha) * root / (noise_level * sigma_data)
         return diffusion.q_posterior_mean_variance(x0, x, t.long())[0]
 
     return model
@@ -159,20 +168,32 @@ def test_random_samplers_reach_mean_and_variance(sampler, eta):
 def test_what_the_model_predicts_makes_no_difference(sampler):
     x = noise(dtype=th.float64)
     images = []
-    for mean in (EPSILON, START_X, PREVIOUS_X):
+    for mean in (EPSILON, START_X, VELOCITY, EDM, PREVIOUS_X):
         diffusion = build(100, mean=mean)
         model = perfect_model(diffusion, MIXTURE)
         images.append(run(model, diffusion, x, sampler, 12, clip_denoised=False, randn_like=stream())[-1])
-    th.testing.assert_close(images[0], images[1], rtol=0, atol=1e-10)
-    # The coefficients of `q_posterior_mean_variance` are float32.
-    th.testing.assert_close(images[0], images[2], rtol=0, atol=1e-3)
+    for others in images[1:]:
+        th.testing.assert_close(images[0], others, rtol=0, atol=1e-9)
 
 
 # Ancestral sampling and DDIM as `GaussianDiffusion` has them
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("mean", [START_X, VELOCITY, EDM])
+def test_nor_does_it_between_whole_timesteps(sampler, mean):
+    x = noise(dtype=th.float64)
+    images = []
+    for diffusion in (build(100), build(100, mean=mean)):
+        options = {"clip_denoised": False, "randn_like": stream(), "spacing": "logsnr"}
+        images.append(run(perfect_model(diffusion, MIXTURE), diffusion, x, sampler, 12, **options)[-1])
+    th.testing.assert_close(*images, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("var", ModelVarType)
-@pytest.mark.parametrize("mean, clip", [(EPSILON, True), (START_X, False), (PREVIOUS_X, False)])
+@pytest.mark.parametrize(
+    "mean, clip", [(EPSILON, True), (VELOCITY, True), (EDM, True), (START_X, False), (PREVIOUS_X, False)]
+)
 @pytest.mark.parametrize("rescale", [False, True])
 def test_ddpm_is_ancestral_sampling(var, mean, clip, rescale):
     settings = {"mean": mean, "var": var, "rescale_timesteps": rescale}

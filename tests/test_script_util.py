@@ -206,3 +206,20 @@ def test_find_data(tmp_path, capsys):
     (tmp_path / "cifar_train").mkdir()
     (tmp_path / "cifar_train" / ".complete").write_text("50000")
     assert runs.find_data("", str(tmp_path)) == str(tmp_path / "cifar_train")
+
+
+def test_what_the_model_predicts():
+    for prediction, mean in (
+        ("epsilon", ModelMeanType.EPSILON),
+        ("x_start", ModelMeanType.START_X),
+        ("v", ModelMeanType.VELOCITY),
+        ("edm", ModelMeanType.EDM),
+    ):
+        assert su.create_gaussian_diffusion(prediction=prediction).model_mean_type is mean
+    for prediction in ("epsilon", "x_start"):
+        diffusion = su.create_gaussian_diffusion(prediction=prediction, predict_xstart=True)
+        assert diffusion.model_mean_type is ModelMeanType.START_X
+    with pytest.raises(ValueError, match="--predict_xstart True: contradicts --prediction v"):
+        su.create_gaussian_diffusion(prediction="v", predict_xstart=True)
+    with pytest.raises(ValueError, match="--prediction 'velocity' is unknown.*x_start, v, edm"):
+        su.create_gaussian_diffusion(prediction="velocity")
