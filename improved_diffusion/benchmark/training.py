@@ -44,7 +44,7 @@ def measure_training(settings: Settings) -> dict[str, Any]:
     seconds = interleave(contenders, settings.rounds)
 
     gflop = settings.batch_size * count_arithmetic(settings)[1]
-    peaks = matrix_rates(tuple(settings.cores), settings.rounds)
+    matrix_rate = matrix_rates(tuple(settings.cores), settings.rounds)
     rows = []
     for name, values in seconds.items():
         precision = "fp32" if name == "plain" else name
@@ -56,12 +56,13 @@ def measure_training(settings: Settings) -> dict[str, Any]:
                 "images_per_second": settings.batch_size / median,
                 "times_plain": spread(ratios(seconds["plain"], values)),
                 "gflop_per_second": gflop / median,
-                "percent_of_peak": 100 * gflop / median / max(peaks[precision, workers]),
+                "percent_of_matrix_rate": 100 * gflop / median / max(matrix_rate[precision, workers]),
             }
         )
     note = (
-        f"{gflop / settings.batch_size:.2f} GFLOP per image, forward and backward, counted on the plain path; of the "
-        f"best rate of matrix products on {workers} core(s) in the same precision"
+        f"{gflop / settings.batch_size:.2f} GFLOP per image, forward and backward, counted on the plain path; the last "
+        f"column divides by the best rate of matrix products on {workers} core(s) in the same precision, which "
+        "convolutions may exceed"
     )
     return {
         "title": f"Training: steps of {settings.batch_size} images on {workers} core(s)",

@@ -1,5 +1,6 @@
-// What PyTorch has no fast operation for on a CPU. Plain C with GCC's vectors, for two generations of processors:
-// AVX2, and AVX-512 with 16-bit conversions. kernels.py calls it; without it, all of this is done by PyTorch.
+// Operations that PyTorch has no fast version of on a CPU. Plain C with GCC's vectors, for two generations of
+// processors: AVX2, and AVX-512 with 16-bit conversions. norm.py, attention.py and update.py call them. Where this
+// file is not compiled, PyTorch does the same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !defined(__x86_64__)
 #error "written for GCC on x86-64"
