@@ -113,6 +113,9 @@ class GaussianDiffusion:
         answer F means x_start = (alpha sigma_data^2 / q^2) x_t + (sigma sigma_data / q) F, where q^2 = sigma^2 +
         alpha^2 sigma_data^2, alpha^2 = alpha_bar and sigma^2 = 1 - alpha_bar. That is Karras et al. 2022, table 1,
         whose x is x_t / alpha and whose sigma is sigma / alpha. With sigma_data 1, q is 1 and F is -v.
+    :param loss_weighting: gives the weight [T] of the squared error of x_start for the noise sigma / alpha [T] of the
+        timesteps; see `weighting`. None: the error of what the model predicts counts alike at all timesteps.
+    :raises ValueError: there is a weighting, but the loss is no squared error.
 
     The attributes that hold coefficients (`alphas_cumprod`, ...) are float64 arrays [T].
     """
@@ -126,6 +129,7 @@ class GaussianDiffusion:
         loss_type: LossType,
         rescale_timesteps: bool = False,
         sigma_data: float = 0.5,
+        loss_weighting: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
@@ -159,6 +163,15 @@ class GaussianDiffusion:
         self.posterior_log_variance_clipped = np.log(np.append(first_variance, self.posterior_variance[1:]))
         self._fixed_large_log_variance = np.log(np.append(first_variance, betas[1:]))
         self._relate_prediction_to_x_start()
+        self.loss_weighting = loss_weighting
+        if loss_weighting is not None:
+            if loss_type.is_vb():
+                raise ValueError(
+                    "--loss_weighting: weighs squared errors, and --use_kl True has none; leave one of them out"
+                )
+            # An error of the prediction is one of x_start, times this.
+            factor = self._x_start_from_prediction
+            self._mse_weight = loss_weighting(self.sqrt_recipm1_alphas_cumprod) * factor**2
 
     def _relate_prediction_to_x_start(self) -> None:
         """Set the coefficients of what the model predicts, each [T]:
@@ -542,7 +555,8 @@ class GaussianDiffusion:
 
         :param noise: standard normal, of x_start's shape; drawn when not given.
         :return: `loss` [N], to be minimized. With the MSE losses also `mse` [N], of what the model predicts, and
-            `vb` [N] when the variance is learned; then loss = mse + vb (Nichol & Dhariwal 2021, eq. 16).
+            `vb` [N] when the variance is learned; then loss = mse + vb (Nichol & Dhariwal 2021, eq. 16). With a
+            `loss_weighting`, mse has its weight in `loss`, and vb is as it is.
         """
         noise = th.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -554,15 +568,16 @@ class GaussianDiffusion:
         prediction, variance_values = self.predict(model, x_t, t, model_kwargs)
         target = self._target(x_start, noise, x_t, t)
         mse = mean_flat((target - prediction) ** 2)
+        weighted = mse if self.loss_weighting is None else mse * _at(self._mse_weight, t, mse)
         if variance_values is None:
-            return {"mse": mse, "loss": mse}
+            return {"mse": mse, "loss": weighted}
 
         # The bound is there for the variance only: what it would say about the mean is noisier than the MSE.
         step = self._reverse_step(prediction.detach(), variance_values, x_t, t, clip_denoised=False)
         # In RESCALED_MSE the whole bound, T times its term, weighs a thousandth.
         scale = self.num_timesteps / 1000 if self.loss_type is LossType.RESCALED_MSE else 1
         vb = scale * self._bound_of_step(step, x_start, x_t, t)
-        return {"mse": mse, "vb": vb, "loss": mse + vb}
+        return {"mse": mse, "vb": vb, "loss": weighted + vb}
 
     def _target(self, x_start: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """What the model should predict."""

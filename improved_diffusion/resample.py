@@ -7,18 +7,28 @@ import torch as th
 from torch import Tensor
 
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.weighting import SIGMA_MEAN, SIGMA_STD, UNIFORM_SHARE, log_normal_shares
+
+GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 
 def create_named_schedule_sampler(
-    name: str, diffusion: GaussianDiffusion
-) -> "UniformSampler | LossSecondMomentResampler":
+    name: str,
+    diffusion: GaussianDiffusion,
+    sigma_mean: float = SIGMA_MEAN,
+    sigma_std: float = SIGMA_STD,
+    uniform_share: float = UNIFORM_SHARE,
+) -> "UniformSampler | LossSecondMomentResampler | LogNormalSampler":
     """The sampler called `name`, for the timesteps of `diffusion`.
 
-    :raises ValueError: there is no such sampler.
+    :param sigma_mean, sigma_std, uniform_share: of "log-normal"; see `weighting.log_normal_shares`.
+    :raises ValueError: there is no such sampler, or a number is impossible.
     """
+    if name == "log-normal":
+        return LogNormalSampler(diffusion, sigma_mean, sigma_std, uniform_share)
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
-        raise ValueError(f"--schedule_sampler {name!r} is unknown; use {' or '.join(samplers)}")
+        raise ValueError(f"--schedule_sampler {name!r} is unknown; use {', '.join(samplers)} or log-normal")
     return samplers[name](diffusion)
 
 
@@ -43,15 +53,59 @@ class UniformSampler:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Accept the state of a uniform sampler.
+        """Accept the state of a sampler without memory.
 
         :raises ValueError: it is another sampler's.
         """
-        if state:
-            raise ValueError(
-                "the checkpoint was trained with another schedule sampler; "
-                "resume with --schedule_sampler loss-second-moment"
-            )
+        _refuse_history(state)
+
+
+class LogNormalSampler:
+    """Timesteps whose noise is log-normal, and some uniform ones: where most is to be learned (Karras et al. 2022).
+
+    Each batch covers the whole range: it is cut into as many parts of equal share as there are images, and each part
+    is drawn from once. Neighbours in the batch lie far apart, so that microbatches and the processes' shares cover it
+    too: in order of their noise, image i has the rank that the fractional part of i times the golden ratio has.
+
+    :param sigma_mean, sigma_std, uniform_share: as in `weighting.log_normal_shares`.
+    :raises ValueError: one of them is impossible.
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        sigma_mean: float = SIGMA_MEAN,
+        sigma_std: float = SIGMA_STD,
+        uniform_share: float = UNIFORM_SHARE,
+    ):
+        sigma = diffusion.sqrt_recipm1_alphas_cumprod
+        self._shares = log_normal_shares(sigma, sigma_mean, sigma_std, uniform_share)
+
+    def weights(self) -> np.ndarray:
+        """The share of each timestep: [T], float64."""
+        return self._shares
+
+    def sample(
+        self, batch_size: int, device: th.device | str, rng: np.random.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a batch of timesteps and their loss weights, as `_draw` does, but one from each part of the range."""
+        rng = np.random.default_rng() if rng is None else rng
+        ranks = np.argsort(np.argsort(np.arange(batch_size) * GOLDEN_RATIO % 1))
+        quantiles = (ranks + rng.random(batch_size)) / batch_size
+        # The last sum may lie below 1 by rounding, and no quantile may fall beyond it.
+        timesteps = np.searchsorted(np.cumsum(self._shares)[:-1], quantiles, side="right")
+        return _with_factors(timesteps, self._shares, device)
+
+    def state_dict(self) -> dict:
+        """Nothing: the sampler has no memory."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Accept the state of a sampler without memory.
+
+        :raises ValueError: it is another sampler's.
+        """
+        _refuse_history(state)
 
 
 class LossSecondMomentResampler:
@@ -108,7 +162,8 @@ class LossSecondMomentResampler:
         """
         if not state:
             raise ValueError(
-                "the checkpoint holds no history of losses; resume with --schedule_sampler uniform"
+                "the checkpoint holds no history of losses; resume with the --schedule_sampler it was trained with, "
+                "uniform or log-normal"
             )
         losses = np.array(state["losses"], dtype=np.float64)
         counts = np.array(state["counts"], dtype=np.int64)
@@ -118,6 +173,14 @@ class LossSecondMomentResampler:
                 f"this run's of shape {self._losses.shape}; resume with the checkpoint's --diffusion_steps"
             )
         self._losses, self._counts = losses, counts
+
+
+def _refuse_history(state: dict) -> None:
+    if state:
+        raise ValueError(
+            "the checkpoint was trained with another schedule sampler; "
+            "resume with --schedule_sampler loss-second-moment"
+        )
 
 
 def _draw(
@@ -132,7 +195,14 @@ def _draw(
     rng = np.random.default_rng() if rng is None else rng
     probabilities = weights / weights.sum()
     timesteps = rng.choice(len(weights), size=batch_size, p=probabilities)
-    factors = 1 / (len(weights) * probabilities[timesteps])
+    return _with_factors(timesteps, probabilities, device)
+
+
+def _with_factors(
+    timesteps: np.ndarray, probabilities: np.ndarray, device: th.device | str
+) -> tuple[Tensor, Tensor]:
+    """What `_draw` returns, for timesteps [N] drawn with `probabilities` [T]."""
+    factors = 1 / (len(probabilities) * probabilities[timesteps])
     return (
         th.as_tensor(timesteps, dtype=th.int64, device=device),
         th.from_numpy(factors).float().to(device),

@@ -114,6 +114,7 @@ class InterpolatedDiffusion(GaussianDiffusion):
             model_var_type=diffusion.model_var_type,
             loss_type=diffusion.loss_type,
             sigma_data=diffusion.sigma_data,
+            loss_weighting=diffusion.loss_weighting,
         )
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             # The step that the model foresees is one of the other diffusion.

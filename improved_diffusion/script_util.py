@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import blobfile as bf
+import numpy as np
 import torch as th
 
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, weighting
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import add_dict_to_argparser, args_to_dict, check_range, one_line, str2bool  # noqa: F401
@@ -34,6 +35,8 @@ PREDICTIONS = {
     "v": gd.ModelMeanType.VELOCITY,
     "edm": gd.ModelMeanType.EDM,
 }
+LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
+SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as in Karras et al. 2022
 # Where to read from may be another place on each machine.
 MACHINE_PATHS = ("data_dir", "model_path", "base_samples")
 MAX_LEVELS = 10  # of --channel_mult
@@ -176,10 +179,16 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | list[int] = "",
     prediction: str = "epsilon",
+    loss_weighting: str = "none",
+    sigma_mean: float = weighting.SIGMA_MEAN,
+    sigma_std: float = weighting.SIGMA_STD,
+    uniform_share: float = weighting.UNIFORM_SHARE,
 ) -> SpacedDiffusion:
     """Build the diffusion process; the arguments are the flags of `diffusion_defaults`.
 
     :param prediction: what the model predicts, a name in `PREDICTIONS`; `predict_xstart` stands for "x_start".
+    :param loss_weighting: "none", "min_snr" or "edm"; see `weighting`.
+    :param sigma_mean, sigma_std, uniform_share: how often "edm" looks at which noise; see `log_normal_shares`.
     :raises ValueError: a value is unknown, or two contradict each other.
     """
     if prediction not in PREDICTIONS:
@@ -187,6 +196,10 @@ def create_gaussian_diffusion(
     if predict_xstart and prediction not in ("epsilon", "x_start"):
         raise ValueError(
             f"--predict_xstart True: contradicts --prediction {prediction}; leave one of them out"
+        )
+    if loss_weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(
+            f"--loss_weighting {loss_weighting!r} is unknown; use one of {', '.join(LOSS_WEIGHTINGS)}"
         )
     betas = gd.get_named_beta_schedule(noise_schedule, steps)
     if use_kl:
@@ -201,6 +214,15 @@ def create_gaussian_diffusion(
         variance = gd.ModelVarType.FIXED_SMALL
     else:
         variance = gd.ModelVarType.FIXED_LARGE
+    weights = None
+    if loss_weighting == "min_snr":
+        weights = weighting.min_snr
+    elif loss_weighting == "edm":
+
+        def weights(sigma: np.ndarray) -> np.ndarray:
+            shares = weighting.log_normal_shares(sigma, sigma_mean, sigma_std, uniform_share)
+            return weighting.edm(sigma, SIGMA_DATA, shares)
+
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
@@ -208,6 +230,8 @@ def create_gaussian_diffusion(
         model_var_type=variance,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        sigma_data=SIGMA_DATA,
+        loss_weighting=weights,
     )
 
 

@@ -20,6 +20,7 @@ def build(
     respacing=None,
     rescale_timesteps=False,
     sigma_data=0.5,
+    loss_weighting=None,
 ):
     arguments = {
         "betas": get_named_beta_schedule(schedule, steps),
@@ -28,6 +29,7 @@ def build(
         "loss_type": loss,
         "rescale_timesteps": rescale_timesteps,
         "sigma_data": sigma_data,
+        "loss_weighting": loss_weighting,
     }
     if respacing:
         return SpacedDiffusion(space_timesteps(steps, respacing), **arguments)

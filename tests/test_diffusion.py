@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from improved_diffusion import losses
+from improved_diffusion import losses, weighting
 from improved_diffusion.gaussian_diffusion import (
     LossType,
     ModelMeanType,
@@ -18,6 +18,7 @@ from improved_diffusion.gaussian_diffusion import (
     betas_for_alpha_bar,
     get_named_beta_schedule,
 )
+from improved_diffusion.resample import LogNormalSampler
 from improved_diffusion.respace import space_timesteps
 
 DATA_MEAN, DATA_STD = 0.3, 0.5
@@ -390,6 +391,67 @@ def test_the_target_of_edm_has_variance_one_and_velocity_is_edm_with_sigma_data_
         for diffusion, sign in ((velocity, 1), (as_edm, -1))
     )
     th.testing.assert_close(next(steps), next(steps))
+
+
+ALPHA_BAR = np.cumprod(1 - get_named_beta_schedule("linear", 100))
+SNR = ALPHA_BAR / (1 - ALPHA_BAR)
+MIN_SNR_FACTORS = {  # Hang et al. 2023, section 3.3 and its table of predictions
+    ModelMeanType.EPSILON: np.minimum(SNR, 5) / SNR,
+    ModelMeanType.START_X: np.minimum(SNR, 5),
+    ModelMeanType.VELOCITY: np.minimum(SNR, 5) / (SNR + 1),
+    ModelMeanType.EDM: np.minimum(SNR, 5) * 0.5**2 / (1 + 0.5**2 * SNR),  # times c_out^2
+}
+
+
+@pytest.mark.parametrize("mean", MIN_SNR_FACTORS)
+@pytest.mark.parametrize("var", [ModelVarType.FIXED_LARGE, ModelVarType.LEARNED_RANGE])
+def test_min_snr_weights(mean, var):
+    t, noise = th.tensor([0, 20, 50, 99]), images(seed=1)
+    plain, weighted = (
+        build(100, mean=mean, var=var, loss_weighting=weights).training_losses(
+            toy_model(var), images(), t, noise=noise
+        )
+        for weights in (None, weighting.min_snr)
+    )
+    assert th.equal(weighted["mse"], plain["mse"])
+    expected = plain["mse"] * th.from_numpy(MIN_SNR_FACTORS[mean][t]).float() + plain.get("vb", 0)
+    th.testing.assert_close(weighted["loss"], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("mean", MIN_SNR_FACTORS)
+def test_edm_weights_are_one_on_the_error_of_f(mean):
+    """In whatever a model predicts, its weighted loss is that of the F which says the same."""
+    shares = weighting.log_normal_shares(SNR**-0.5, -1.0, 1.5, 0.2)
+    diffusion, edm = (
+        build(100, mean=mean, loss_weighting=lambda sigma: weighting.edm(sigma, 0.5, shares)),
+        build(100, mean=ModelMeanType.EDM),
+    )
+    t, noise, x_start = th.tensor([0, 20, 50, 99]), images(seed=1), images()
+    sampler = LogNormalSampler(diffusion, -1.0, 1.5, 0.2)
+    np.testing.assert_allclose(sampler.weights(), shares, rtol=1e-9)
+    factors = th.from_numpy(1 / (100 * shares[t])).float()  # those of the sampler
+
+    guess = {}
+
+    def model(x, told):
+        guess["x_start"] = diffusion.predicted_x_start(0.3 * x, x_t, t, clip_denoised=False)
+        return 0.3 * x
+
+    x_t = diffusion.q_sample(x_start, t, noise)
+    loss = diffusion.training_losses(model, x_start, t, noise=noise)["loss"]
+    root = np.sqrt(1 / SNR[t] + 0.25)  # Karras et al. 2022, table 1
+    c_skip, c_out = 0.25 / root**2, 0.5 * SNR[t] ** -0.5 / root
+    c_skip, c_out, alpha = (
+        th.from_numpy(c).view(-1, 1, 1, 1) for c in (c_skip, c_out, np.sqrt(ALPHA_BAR[t]))
+    )
+    answer = ((guess["x_start"] - c_skip * x_t / alpha) / c_out).float()
+    error_of_f = edm.training_losses(lambda x, told: answer, x_start, t, noise=noise)["mse"]
+    th.testing.assert_close(loss * factors, error_of_f, rtol=2e-3, atol=1e-5)
+
+
+def test_a_weighting_needs_a_squared_error():
+    with pytest.raises(ValueError, match="--loss_weighting.*--use_kl True"):
+        build(10, loss=LossType.KL, loss_weighting=weighting.min_snr)
 
 
 def test_rescaling_multiplies_the_bound():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch as th
+from scipy import stats
 
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
@@ -14,6 +15,7 @@ from improved_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from improved_diffusion.resample import (
+    LogNormalSampler,
     LossSecondMomentResampler,
     UniformSampler,
     create_named_schedule_sampler,
@@ -44,7 +46,9 @@ def test_names():
     assert isinstance(create_named_schedule_sampler("uniform", diffusion()), UniformSampler)
     sampler = create_named_schedule_sampler("loss-second-moment", diffusion())
     assert isinstance(sampler, LossSecondMomentResampler)
-    with pytest.raises(ValueError, match="--schedule_sampler 'loss' .* uniform or loss-second-moment"):
+    with pytest.raises(
+        ValueError, match="--schedule_sampler 'loss' .* uniform, loss-second-moment or log-normal"
+    ):
         create_named_schedule_sampler("loss", diffusion())
 
 
@@ -88,7 +92,9 @@ def test_losses_may_come_as_tensors_and_unequal_in_number():
     assert by_lists.state_dict()["counts"] == [1, 2, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("make", [lambda: UniformSampler(diffusion()), warm_resampler])
+@pytest.mark.parametrize(
+    "make", [lambda: UniformSampler(diffusion()), warm_resampler, lambda: LogNormalSampler(diffusion(1000))]
+)
 def test_a_draw_is_a_function_of_generator_and_history(make):
     sampler = make()
     first = sampler.sample(16, "cpu", np.random.default_rng(3))
@@ -123,7 +129,102 @@ def test_states_that_do_not_fit_are_refused():
     state = warm_resampler().state_dict()
     with pytest.raises(ValueError, match=r"shape \(8, 3\) .* --diffusion_steps"):
         LossSecondMomentResampler(diffusion(9), history_per_term=3).load_state_dict(state)
-    with pytest.raises(ValueError, match="--schedule_sampler loss-second-moment"):
-        UniformSampler(diffusion()).load_state_dict(state)
-    with pytest.raises(ValueError, match="--schedule_sampler uniform"):
+    for sampler in (UniformSampler(diffusion()), LogNormalSampler(diffusion())):
+        sampler.load_state_dict({})
+        with pytest.raises(ValueError, match="--schedule_sampler loss-second-moment"):
+            sampler.load_state_dict(state)
+    with pytest.raises(ValueError, match="--schedule_sampler .* uniform or log-normal"):
         warm_resampler().load_state_dict({})
+
+
+# Log-normal
+
+
+def log_sigma(of):
+    return np.log((1 - of.alphas_cumprod) / of.alphas_cumprod) / 2
+
+
+def test_log_normal_shares_are_those_of_the_normal_distribution():
+    of = diffusion(1000)
+    logs, shares = log_sigma(of), LogNormalSampler(of, -0.8, 1.1, 0.25).weights()
+    assert shares.sum() == pytest.approx(1, abs=1e-12) and (shares >= 0.25 / 1000).all()
+    # As a distribution: up to the middle between two timesteps.
+    middles = (logs[1:] + logs[:-1]) / 2
+    first, last = (2 * logs[i] - middles[i] for i in (0, -1))
+    inside = stats.norm.cdf([first, last], -0.8, 1.1)
+    normal = (stats.norm.cdf(middles, -0.8, 1.1) - inside[0]) / (inside[1] - inside[0])
+    uniform = np.arange(1, 1000) / 1000
+    np.testing.assert_allclose(np.cumsum(shares)[:-1], 0.75 * normal + 0.25 * uniform, atol=1e-12)
+    # As a density, where neighbours are close.
+    density = (shares[1:-1] - 0.25 / 1000) / 0.75 / np.diff(middles) * (inside[1] - inside[0])
+    np.testing.assert_allclose(density[200:], stats.norm.pdf(logs[1:-1], -0.8, 1.1)[200:], rtol=2e-3)
+
+
+def test_log_normal_is_unbiased():
+    of = diffusion(1000)
+    sampler = LogNormalSampler(of)
+    loss = th.from_numpy(1 / (1 + np.exp(log_sigma(of))))
+    exact = loss.mean().item()
+    # Exactly, over what can be drawn ...
+    factors = 1 / (1000 * sampler.weights())
+    assert (sampler.weights() * factors * loss.numpy()).sum() == pytest.approx(exact)
+    # ... and in the mean of many batches, of any size.
+    for size in (8, 7):
+        draws = [sampler.sample(size, "cpu", np.random.default_rng(seed)) for seed in range(3000)]
+        estimates = np.array([(weights * loss[t]).mean().item() for t, weights in draws])
+        assert abs(estimates.mean() - exact) < 4 * estimates.std() / len(draws) ** 0.5
+    counts = np.bincount(th.cat([t for t, _ in draws]), minlength=1000).reshape(20, 50).sum(1)
+    expected = sampler.weights().reshape(20, 50).sum(1) * counts.sum()
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 13, 128])
+def test_log_normal_draws_once_from_each_part_of_the_range(size):
+    sampler = LogNormalSampler(diffusion(1000))
+    upto = np.cumsum(sampler.weights())
+    places = []
+    for seed in range(20):
+        t, weights = sampler.sample(size, "cpu", np.random.default_rng(seed))
+        assert t.dtype == th.int64 and t.shape == (size,) and weights.dtype == th.float32
+        t = t.numpy()
+        np.testing.assert_allclose(weights, 1 / (1000 * sampler.weights()[t]), rtol=1e-6)
+        # The range of quantiles that a timestep stands for touches the part that it was drawn from.
+        order = t.argsort()
+        low, high = (upto - sampler.weights())[t][order], upto[t][order]
+        assert (low <= (np.arange(size) + 1) / size + 1e-12).all()
+        assert (high >= np.arange(size) / size - 1e-12).all()
+        places.append(high)
+    assert size > 100 or np.std(places, axis=0).min() > 0  # within the parts, it is random
+
+
+@pytest.mark.parametrize("size, part", [(8, 4), (16, 4), (32, 8), (24, 6)])
+def test_log_normal_covers_the_range_in_every_microbatch(size, part):
+    sampler = LogNormalSampler(diffusion(1000))
+    upto = np.cumsum(sampler.weights())
+    for seed in range(5):
+        t, _ = sampler.sample(size, "cpu", np.random.default_rng(seed))
+        for some in t.view(-1, part).numpy():
+            found = np.sort(upto[some])
+            assert (np.diff([0, *found, 1]) <= 3 / part).all()
+            assert found[0] <= 0.5 and found[-1] >= 0.5
+
+
+def test_log_normal_of_short_schedules():
+    for steps in (1, 2, 3):
+        t, weights = LogNormalSampler(diffusion(steps)).sample(16, "cpu", np.random.default_rng(0))
+        assert t.max() < steps and weights.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sigma_std": 0.0}, "--sigma_std 0.0"),
+        ({"sigma_mean": float("nan")}, "--sigma_mean nan"),
+        ({"uniform_share": 1.5}, "--uniform_share 1.5"),
+        ({"sigma_mean": -50.0}, "--sigma_mean -50.0.*no timestep has such noise.*from -"),
+        ({"sigma_mean": 80.0}, "--sigma_mean 80.0.*no timestep has such noise"),
+    ],
+)
+def test_log_normal_names_mistakes(options, words):
+    with pytest.raises(ValueError, match=words):
+        create_named_schedule_sampler("log-normal", diffusion(), **options)

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+import numpy as np
 import pytest
 import torch as th
 from conftest import ROOT, TINY
@@ -11,6 +12,7 @@ from improved_diffusion import flags as flags_module
 from improved_diffusion import script_util as su
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from improved_diffusion.jobs import runs
+from improved_diffusion.resample import create_named_schedule_sampler
 
 
 def build(**flags):
@@ -223,3 +225,18 @@ def test_what_the_model_predicts():
         su.create_gaussian_diffusion(prediction="v", predict_xstart=True)
     with pytest.raises(ValueError, match="--prediction 'velocity' is unknown.*x_start, v, edm"):
         su.create_gaussian_diffusion(prediction="velocity")
+
+
+def test_loss_weightings():
+    assert su.create_gaussian_diffusion().loss_weighting is None
+    sigma = su.create_gaussian_diffusion().sqrt_recipm1_alphas_cumprod
+    min_snr = su.create_gaussian_diffusion(loss_weighting="min_snr")
+    assert min_snr.loss_weighting(sigma).max() == 5
+    options = {"sigma_mean": -0.5, "sigma_std": 1.0, "uniform_share": 0.3}
+    edm = su.create_gaussian_diffusion(prediction="edm", loss_weighting="edm", **options)
+    shares = create_named_schedule_sampler("log-normal", edm, **options).weights()
+    np.testing.assert_allclose(edm.loss_weighting(sigma), (4 + sigma**-2) * 1000 * shares)
+    with pytest.raises(ValueError, match="--loss_weighting 'snr' is unknown; use one of none, min_snr, edm"):
+        su.create_gaussian_diffusion(loss_weighting="snr")
+    with pytest.raises(ValueError, match="--loss_weighting.*--use_kl"):
+        su.create_gaussian_diffusion(loss_weighting="min_snr", use_kl=True)

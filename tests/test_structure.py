@@ -15,14 +15,14 @@ FILES = {
 }
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
-    {"kernels", "losses", "nn", "flags", "progress", "seeding", "storage"},
+    {"kernels", "losses", "weighting", "nn", "flags", "progress", "seeding", "storage"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util"},
     {"jobs", "convert", "comparison"},
     {"benchmark"},
 ]
-MATHEMATICS = {"losses", "gaussian_diffusion", "respace", "resample", "samplers"}
+MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}
 WITHOUT_TORCH = {"storage", "logger", "results", "flags"}
 
 
