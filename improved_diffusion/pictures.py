@@ -30,14 +30,14 @@ def save_samples(
     """Write images into `out_dir`, and say where they are.
 
     They become ``samples_NxHxWx3.npz`` (arr_0: the images; arr_1: `labels`, where there are any) and the
-    picture ``grid.png``. Ctrl-C and SIGTERM end the drawing; the batches that are finished by then are written
+    picture ``grid.png``. Ctrl-C, SIGTERM and SIGHUP end the drawing; the batches that are finished by then are written
     all the same. Only rank 0 of several processes writes.
 
     :param batches: uint8 [n, F, H, W, 3] each: F frames from noise to image, or just the image.
     :param rows: which images are to share a row of the grid (see `image_grid`).
     :param save_png: also write every image as a PNG file of its own, at once.
     :param save_trajectory: also write all frames of the first images, as an animated picture.
-    :return: the exit code: 0, or 130 or 143 when Ctrl-C or SIGTERM has ended the drawing.
+    :return: the exit code: 0, or what `Stoppable` says when a signal has ended the drawing.
     """
     if dist_util.get_rank() > 0:
         for _ in batches:

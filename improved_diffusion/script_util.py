@@ -16,6 +16,7 @@ from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import add_dict_to_argparser, args_to_dict, check_range, one_line, str2bool  # noqa: F401
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.run import terminal
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 DEFAULT_NUM_CLASSES = 1000
@@ -388,6 +389,7 @@ def read_images_alike(data_dir: str, image_size: int, cache_limit_gb: float = 2.
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: users' mistakes in one line and code 2, without a traceback."""
+    terminal.clean_up_on_ctrl_c()
     try:
         code = main() or 0
         dist_util.finish()

@@ -29,7 +29,7 @@ from improved_diffusion.run.checkpoint import Checkpoint
 from improved_diffusion.run.interrupts import Interrupts
 from improved_diffusion.seeding import Purpose
 
-STOP_REASONS = ("SIGINT", "SIGTERM", "--max_hours")
+STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
 CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
 

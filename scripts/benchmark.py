@@ -8,6 +8,11 @@ between what the middle 80% lie. Nothing else should run meanwhile.
 import os
 from typing import Any
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 import torch as th
 
 from improved_diffusion.benchmark.ablation import measure_ablation

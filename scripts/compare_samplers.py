@@ -10,6 +10,11 @@ import hashlib
 import os
 from functools import partial
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 import blobfile as bf
 
 from improved_diffusion import dist_util

@@ -5,6 +5,11 @@ import json
 import os
 from typing import Any
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 import blobfile as bf
 import torch as th
 from torch.optim import AdamW

@@ -3,7 +3,13 @@
 import argparse
 import sys
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion.results.export import export
+from improved_diffusion.run import terminal
 
 
 def main() -> None:
@@ -11,8 +17,11 @@ def main() -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="directory that image_train.py wrote")
     parser.add_argument("--output", metavar="FILE", help="workbook to write (default: RUN_DIR/results.xlsx)")
     arguments = parser.parse_args()
+    terminal.clean_up_on_ctrl_c()
     try:
         print(f"wrote {export(arguments.run_dir, arguments.output)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ValueError as error:
         sys.exit(_fail(str(error)))
     except PermissionError as error:

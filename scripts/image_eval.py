@@ -10,6 +10,11 @@ import glob
 import os
 import time
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation import report
 from improved_diffusion.evaluation.features import INCEPTION, load_extractor

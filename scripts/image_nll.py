@@ -6,6 +6,11 @@ mse_terms.npz, xstart_mse_terms.npz (means at every timestep, the noisiest first
 
 import os
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion import dist_util
 from improved_diffusion.data.class_labels import labels_of
 from improved_diffusion.evaluation.bits_per_dim import BoundTally, choose_images, measure_bounds

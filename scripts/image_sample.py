@@ -3,6 +3,11 @@
 import os
 from typing import Any
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 import numpy as np
 import torch as th
 

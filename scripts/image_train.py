@@ -2,6 +2,11 @@
 
 import os
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion.flags import (
     Parser,
 )

@@ -4,6 +4,11 @@ image_sample.py --model_path FOLDER."""
 
 import os
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion.convert.publish import publish
 from improved_diffusion.flags import Parser, add_dict_to_argparser
 from improved_diffusion.run.checkpoint import find

@@ -5,6 +5,11 @@ The images come from --base_samples, as they are, or from --data_dir, shrunk fir
 
 import os
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 import blobfile as bf
 import numpy as np
 import torch as th

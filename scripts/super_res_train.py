@@ -5,6 +5,11 @@ It is shown images of --data_dir, fitted to --large_size, and beside each the sa
 
 import os
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from improved_diffusion.run import terminal
+
+    terminal.start()
+
 from improved_diffusion.flags import (
     Parser,
 )

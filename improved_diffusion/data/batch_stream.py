@@ -164,8 +164,9 @@ class _Batches(Dataset):
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C reaches the whole process group, but the step under way still needs its data."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _random_words(seed: int, sequence: int, counter: int, count: int) -> np.ndarray:

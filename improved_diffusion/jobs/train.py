@@ -33,6 +33,7 @@ from improved_diffusion.low_res import LowResStream, shrink
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.run.interrupts import exit_code
 from improved_diffusion.run.lock import run_lock
 from improved_diffusion.run.remote import PICTURES, working_folder
 from improved_diffusion.sample_util import Subject, from_uint8
@@ -78,7 +79,6 @@ RUNNING = {
     "allow_changed_flags": False,
     "tensorboard": False,
 }
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 LOOP_FLAGS = [name for name in TRAINING if name != "schedule_sampler"]
 LOOP_FLAGS += [
     "log_interval",
@@ -272,7 +272,7 @@ def _train(
         if processes > 1:
             command = f"the same command with --log_dir {log_dir}, in any number of processes"
         logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {command}")
-        return EXIT_CODES.get(stopped_by, 0)
+        return exit_code(stopped_by) if stopped_by.startswith("SIG") else 0
     logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, 'results.xlsx')}")
     sampler = "super_res_sample.py --base_samples IMAGES" if is_super_resolution(flags) else "image_sample.py"
     logger.log(f"To draw images: python {os.path.join(project, 'scripts', sampler)} --model_path {log_dir}")

@@ -10,9 +10,9 @@ import time
 class Interrupts(contextlib.AbstractContextManager):
     """While entered, turns signals into attributes that a loop looks at when it can act on them.
 
-    SIGINT and SIGTERM set `stop` to the signal's name; a second SIGINT ends the process at once. SIGUSR1,
-    where the system has it, sets `save`. Handlers are installed in the main thread only, which is where
-    Python delivers signals; elsewhere the attributes just stay unset.
+    SIGINT, SIGTERM and SIGHUP (the terminal was closed; not under ``nohup``) set `stop` to the signal's name; a
+    second SIGINT ends the process at once. SIGUSR1 sets `save`. Handlers are installed in the main thread only,
+    which is where Python delivers signals; elsewhere the attributes just stay unset.
 
     :param echo: seconds after a signal to stop within which another one is its echo: launchers pass on what
         the terminal has sent to every process already.
@@ -26,12 +26,12 @@ class Interrupts(contextlib.AbstractContextManager):
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupts":
-        handlers = {"SIGINT": self._on_stop, "SIGTERM": self._on_stop, "SIGUSR1": self._on_save}
-        for name, handler in handlers.items():
-            number = getattr(signal, name, None)
-            if number is not None:
-                with contextlib.suppress(ValueError):  # not in the main thread
-                    self._previous[number] = signal.signal(number, handler)
+        handlers = dict.fromkeys((signal.SIGINT, *terminations()), self._on_stop)
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = self._on_save
+        for number, handler in handlers.items():
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -56,31 +56,50 @@ class Interrupts(contextlib.AbstractContextManager):
 
 
 class Stoppable(contextlib.AbstractContextManager):
-    """A block of work that SIGINT and SIGTERM end at once, and the program goes on after it.
+    """A block of work that SIGINT, SIGTERM and SIGHUP end at once, and the program goes on after it.
 
-    :ivar exit_code: 0 or, when one of them came, 130 or 143: what the program shall exit with.
+    :ivar exit_code: 0 or, when one of them came, 130, 143 or 129: what the program shall exit with.
     """
 
     def __init__(self):
         self.exit_code = 0
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Stoppable":
-        self._previous = None
-        with contextlib.suppress(ValueError):  # not in the main thread
-            self._previous = signal.signal(signal.SIGTERM, _terminate)
+        for number in terminations():
+            with contextlib.suppress(ValueError):  # not in the main thread
+                self._previous[number] = signal.signal(number, _terminate)
         return self
 
-    def __exit__(self, kind, *exc_info) -> bool:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self.exit_code = 143 if kind is _Terminated else 130
+    def __exit__(self, kind, error, traceback) -> bool:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            number = error.number if isinstance(error, _Terminated) else signal.SIGINT
+            self.exit_code = exit_code(signal.Signals(number).name)
         return self.exit_code != 0
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, treated like Ctrl-C."""
+    """A signal that is treated like Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def _terminate(number: int, frame) -> None:
-    raise _Terminated
+    raise _Terminated(number)
+
+
+def terminations() -> list[int]:
+    """The signals besides SIGINT that ask this process to end in good order, on this system."""
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def exit_code(signal_name: str) -> int:
+    """What a program exits with that a signal has ended, by the convention of shells."""
+    return 128 + signal.Signals[signal_name]

@@ -10,7 +10,7 @@ from openpyxl import load_workbook
 from training_process import Training, assert_same_run, assert_same_tensors, rows, run_training
 
 from improved_diffusion.run import checkpoint
-from improved_diffusion.run.interrupts import Interrupts
+from improved_diffusion.run.interrupts import Interrupts, Stoppable
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there are no signals between processes")
 
@@ -29,7 +29,7 @@ def assert_goes_on_exactly(run, reference):
     assert_same_run(run, reference, stopped + 3)
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_signal_finishes_the_step_saves_exports_and_exits(tmp_path, name, code):
     run = tmp_path / "run"
     with Training(run, *FLAGS, *ENDLESS) as training:
@@ -117,8 +117,27 @@ def test_a_signal_in_the_middle_of_a_print_is_survived(capfd):
     assert "finishing this step" in capfd.readouterr().err
 
 
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.stop is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_stoppable_block_ends_at_once(name, code):
+    reached = []
+    with Stoppable() as stoppable:
+        os.kill(os.getpid(), getattr(signal, name))
+        reached.append("the end")
+    assert stoppable.exit_code == code and not reached
+
+
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with Interrupts():
         assert signal.getsignal(signal.SIGTERM) not in before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
