@@ -188,7 +188,8 @@ class TrainLoop:
         """Train until `total_steps`.
 
         :return: what ended it early, the name of a signal or "--max_hours", or None.
-        :raises NonFiniteError: the loss or gradient was not finite more often than allowed.
+        :raises NonFiniteError: the loss or gradient was not finite more often than allowed. What the last finite
+            step has left is saved; the message names the checkpoint.
         :raises OSError: a checkpoint or row could not be written; what was saved before is intact.
         """
         if self.writes:
@@ -207,10 +208,15 @@ class TrainLoop:
         logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
         with Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0) as interrupts:
             stopped_by, save = self._requests(interrupts, session_started)
+            failure: NonFiniteError | None = None
             while self.step < self.total_steps and stopped_by is None:
-                with self.interval:
-                    batch, cond = next(self.data)
-                    self.run_step(batch, cond)
+                try:
+                    with self.interval:
+                        batch, cond = next(self.data)
+                        self.run_step(batch, cond)
+                except NonFiniteError as error:
+                    failure = error
+                    break
                 self.check_folder()
                 if bar is not None:
                     bar.update(self.step - bar.n)
@@ -230,7 +236,7 @@ class TrainLoop:
                 # Written for the reader; a run that goes on replaces this row by that of the whole interval.
                 self._log_row(bar)
             # The last checkpoint comes after the last row: with it, the run is complete.
-            if self.saved_step != self.step:
+            if self.saved_step != self.step and (failure is None or self._is_finite()):
                 self.save(unfinished_row)
             elif self.writes:
                 self._export()
@@ -238,7 +244,21 @@ class TrainLoop:
             bar.close()
         if self.writes:
             self.checkpoint_table.close()
+        if failure is not None:
+            kept = "no checkpoint has been saved"
+            if self.saved_step is not None:
+                kept = (
+                    f"checkpoint {self.saved_step} has the last finite weights, averages and optimizer state"
+                )
+            raise NonFiniteError(
+                f"{failure}; {kept}. To go on, resume with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
+            )
         return stopped_by
+
+    def _is_finite(self) -> bool:
+        """Whether all that is trained consists of finite numbers; an update with a huge --lr may overflow."""
+        tensors = [*self.params, *self.opt.state_tensors()]
+        return dist_util.broadcast(all(bool(th.isfinite(tensor).all()) for tensor in tensors))
 
     def _requests(self, interrupts: Interrupts, session_started: float) -> tuple[str | None, bool]:
         """What was asked of any process, so that all act on it at the same step: a reason to stop, and whether
@@ -347,10 +367,7 @@ class TrainLoop:
         message = f"step {self.step + 1}: {where} is not finite (gradient norm {grad_norm})"
         self.skipped += 1
         if self.skipped > self.skip_nonfinite:
-            raise NonFiniteError(
-                f"{message}; weights, averages and checkpoints are those of step {self.step}. To go on, resume "
-                "with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
-            )
+            raise NonFiniteError(message)
         logger.log(f"WARNING: {message}: skipped ({self.skipped} in a row, at most {self.skip_nonfinite})")
 
     # -- metrics -----------------------------------------------------------------------------------------

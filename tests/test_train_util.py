@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from conftest import TINY
+from openpyxl import load_workbook
 
 from improved_diffusion import logger
 from improved_diffusion.image_datasets import BatchStream, read_images
@@ -227,6 +228,40 @@ def test_nonfinite_stops_before_anything_is_touched(tmp_path):
     assert_same_tensors(loop.params, good.params)
     assert_same_tensors(loop.ema_params, good.ema_params)
     assert checkpoint.steps(str(tmp_path / "a")) == [1, 2]
+
+
+def test_nonfinite_saves_what_is_finite(tmp_path):
+    images = read_images("builtin", 8)
+
+    def loop(name, bad, steps, **flags):
+        data = BatchStream(images, 6)  # which a resumed run continues where it stopped
+        data = Poisoned(data, bad) if bad else data
+        return make_loop(tmp_path / name, total_steps=steps, data=data, **flags)
+
+    said = "step 4: .* not finite .*; checkpoint 3 has the last finite weights.*--skip_nonfinite 10"
+    with pytest.raises(NonFiniteError, match=said):
+        loop("a", {4}, 9).run_loop()
+    loop("b", {}, 3).run_loop()
+    stopped, good = (checkpoint.find(str(tmp_path / name)) for name in "ab")
+    for kind in ("model", "opt", "0.9999"):
+        assert_same_tensors(stopped.load(kind), good.load(kind))
+    assert rows(tmp_path / "a")[-1]["step"] == "3"
+    assert load_workbook(tmp_path / "a" / "results.xlsx")["Checkpoints"].max_row == 2
+
+    # It goes on as the run does that was allowed to skip the step.
+    on = {"resume_checkpoint": stopped, "skip_nonfinite": 1}
+    loop("a", {}, 6, **on).run_loop()
+    loop("c", {4}, 6, skip_nonfinite=1).run_loop()
+    gone_on, skipped = (checkpoint.find(str(tmp_path / name)) for name in "ac")
+    for kind in ("model", "opt", "0.9999"):
+        assert_same_tensors(gone_on.load(kind), skipped.load(kind))
+
+
+def test_nonfinite_weights_are_not_saved(tmp_path):
+    loop = make_loop(tmp_path, total_steps=9, lr=1e39)
+    with pytest.raises(NonFiniteError, match="no checkpoint has been saved"):
+        loop.run_loop()
+    assert checkpoint.steps(str(tmp_path)) == [] and (tmp_path / "results.xlsx").exists()
 
 
 def test_skip_nonfinite_goes_on_up_to_the_limit(tmp_path):

@@ -313,7 +313,7 @@ def load_trained(
                 f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
             )
         source = checkpoint.state_beside(path)
-        weights = source.load(kind) if source else checkpoint.load_tensors(path)
+        weights = source.load(kind) if source else checkpoint.load_weights(path)
     stored = _stored_arguments(source, flags) if source else {}
     _check_same_kind(f"--model_path {path}", stored, flags)
     if not stored:

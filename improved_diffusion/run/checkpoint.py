@@ -54,11 +54,13 @@ class Checkpoint:
         """The tensors of `kind`, verified against the checksum.
 
         :raises DamagedCheckpoint: the file is missing or is not what was written.
+        :raises ValueError: it holds weights that `load_weights` refuses.
         """
         recorded = self.state["files"].get(member_name(kind, self.step))
         if recorded is None:
             raise DamagedCheckpoint(f"{self.path('state')}: records no file {member_name(kind, self.step)}")
-        return load_tensors(self.path(kind), sha256=recorded["sha256"])
+        load = load_tensors if kind == "opt" else load_weights
+        return load(self.path(kind), sha256=recorded["sha256"])
 
     @property
     def ema_rates(self) -> list[str]:
@@ -246,6 +248,25 @@ def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: refused: {error}") from None
     except ValueError as error:
         raise DamagedCheckpoint(f"{path}: {error}") from None
+
+
+def load_weights(path: str, sha256: str | None = None) -> dict[str, th.Tensor]:
+    """As `load_tensors`, for what a model can compute with: finite floating-point numbers by name.
+
+    :raises ValueError: something else is among them; the message names the file and the first such entry.
+    """
+    weights = load_tensors(path, sha256)
+    for name, value in weights.items():
+        if not isinstance(value, th.Tensor) or not value.is_floating_point():
+            kind = (
+                str(value.dtype).removeprefix("torch.")
+                if isinstance(value, th.Tensor)
+                else type(value).__name__
+            )
+            raise ValueError(f"{path}: {name!r} is of type {kind}; weights are floating-point numbers")
+        if not th.isfinite(value).all():
+            raise ValueError(f"{path}: {name!r} has numbers that are not finite; take an earlier checkpoint")
+    return weights
 
 
 def _state_checksum(state: dict[str, Any]) -> str:

@@ -2,13 +2,15 @@
 
 import csv
 import importlib.util
+import math
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import SCRIPTS, TINY_FLAGS, read_json
+import torch as th
+from conftest import SCRIPTS, TINY_FLAGS, read_json, save_trained
 from openpyxl import load_workbook
 from PIL import Image
 
@@ -356,3 +358,18 @@ def test_tensorboard_missing_names_the_extra(tmp_path, train):
     else:
         train("--tensorboard", "True", "--total_steps", "1", "--log_dir", tmp_path / "r")
         assert list((tmp_path / "r").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("value, says", [(math.nan, "not finite"), (math.inf, "not finite"), (7, "int64")])
+def test_weights_that_are_no_weights_are_refused(tmp_path, call_script, value, says):
+    path = tmp_path / "ema_0.99_000004.pt"
+    weights = checkpoint.load_tensors(str(save_trained(tmp_path / "run") / path.name))
+    name = next(iter(weights))
+    weights[name] = weights[name].to(th.tensor(value).dtype)
+    weights[name].view(-1)[3] = value
+    th.save(weights, path)
+    options = ["--num_samples", 1, "--sample_steps", 1, "--log_dir", tmp_path / "out", *TINY_FLAGS]
+    done = call_script("image_sample.py", "--model_path", path, *options, "--diffusion_steps", 20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(path) in done.stderr and name in done.stderr and says in done.stderr
+    assert not list((tmp_path / "out").glob("*.npz"))

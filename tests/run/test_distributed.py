@@ -220,6 +220,16 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(tmp_path):
     assert rows(folder)[-1]["step"] == str(stopped) and ranks[0].stderr == ""
 
 
+def test_a_loss_that_is_not_finite_stops_both_with_a_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    with two_ranks(folder, *ENDLESS, "--lr", 1e20, "--skip_nonfinite", 0) as ranks:
+        assert [rank.wait() for rank in ranks] == [1, 1]
+    (saved,) = checkpoint.steps(str(folder))
+    assert f"is not finite (gradient norm nan); checkpoint {saved} has the last finite" in ranks[0].stdout
+    assert (folder / "results.xlsx").exists()
+    assert [rank.stderr for rank in ranks] == ["", ""]
+
+
 def test_different_flags_and_different_images_are_refused(tmp_path):
 
     images = tmp_path / "images"
