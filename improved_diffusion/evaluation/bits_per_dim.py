@@ -25,8 +25,8 @@ TERMS = ("vb", "mse", "xstart_mse")
 def choose_images(count: int, size: int) -> np.ndarray:
     """The numbers of `count` different images of a set of `size`, in the order to measure them: int64 [count].
 
-    They are in a random order, always the same: sets are mostly sorted by class, and the first images of any
-    number shall stand for the whole set.
+    The order is random and always the same. Most sets are sorted by class, and the first images, however many,
+    must represent the whole set.
     """
     assert 0 < count <= size
     return SampleOrder(size, seed=0, deterministic=False, random_flip=False).indices(0, count)
@@ -49,9 +49,9 @@ def measure_bounds(
     The noise of image i is a function of (`seed`, i), so its bound does not depend on `batch_size`, up to
     rounding.
 
-    :param labels: the class of every image of the set, for a class-conditional model.
     With several processes each measures its share, `batch_size` images at a time, and rank 0 gets all bounds.
 
+    :param labels: the class of every image of the set, for a class-conditional model.
     :yield: the tensors that `GaussianDiffusion.calc_bpd_loop` returns, for the next `batch_size` images times the
         number of processes; on other ranks than 0, for their share of these.
     """
@@ -71,7 +71,7 @@ def measure_bounds(
         for start in starts:
             end = min(start + starts.step, len(numbers))
             mine = dist_util.share(range(start, end))
-            # A process without a share measures some image, and drops it.
+            # A process without a share measures one image and drops the result.
             batch = numbers[mine.start : mine.stop] if mine else numbers[:1]
             bounds = diffusion.calc_bpd_loop(
                 counted,
@@ -96,7 +96,7 @@ class BoundTally:
         self._sums = dict.fromkeys(TERMS, 0.0)
 
     def add(self, bounds: dict[str, th.Tensor]) -> None:
-        """Take in the images of one batch: what `measure_bounds` yields."""
+        """Add the bounds of one batch, as `measure_bounds` yields them."""
         self.total_bpd = np.append(self.total_bpd, bounds["total_bpd"].double().numpy())
         self.prior_bpd = np.append(self.prior_bpd, bounds["prior_bpd"].double().numpy())
         for name in TERMS:
@@ -118,10 +118,10 @@ class BoundTally:
         return float(self.total_bpd.std(ddof=1) / np.sqrt(count)) if count > 1 else None
 
     def write(self, out_dir: str, facts: dict[str, Any]) -> None:
-        """Write what is known so far into `out_dir`, in place of what was written there before.
+        """Write the results so far into `out_dir`, and replace those written before.
 
         ``<name>_terms.npz`` (arr_0: `mean_terms`) for the three terms, ``bpd.npz`` (total_bpd and prior_bpd,
-        [N]), and ``nll.json`` with the mean bound and `facts`, which say what was measured.
+        [N]), and ``nll.json`` with the mean bound and `facts` about what was measured.
         """
         for name in TERMS:
             with open_atomic(bf.join(out_dir, f"{name}_terms.npz")) as file:

@@ -22,10 +22,10 @@ MAX_FEATURES = 8192  # their covariance takes half a GB
 
 
 class Extractor(NamedTuple):
-    """Something that turns images, uint8 [n, H, W, 3], into float32 features [n, D].
+    """A function from images, uint8 [n, H, W, 3], to float32 features [n, D].
 
-    `fingerprint` changes when the features would. `classifier`, where there is one, is the weight [C, D] of the
-    layer that turns features into the logits of C classes.
+    `fingerprint` is another one for other features. `classifier`, if any, is the weight [C, D] of the layer that
+    turns features into the logits of C classes.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Extractor(NamedTuple):
 
     @property
     def is_inception(self) -> bool:
-        """Whether this is the network that FID is defined by."""
+        """Whether this is the network that defines the FID."""
         return self.fingerprint == inception.SHA256
 
     def metric(self, name: str) -> str:
-        """What the metric `name` of `evaluation` is called for these features; FID is for Inception's only."""
+        """The name of the metric `name` for these features. Only Inception's Frechet distance is called FID."""
         if not self.is_inception:
             return f"{name}[{self.name}]"
         return name.replace("frechet_distance", "fid").replace("kernel_distance", "kid")
@@ -49,13 +49,13 @@ def load_extractor(features: str, inception_weights: str = "") -> Extractor:
     """The extractor that --features and --inception_weights name.
 
     :param features: "inception"; "pixel": the colours of the image, averaged to at most 16x16; or the path of a
-        TorchScript file whose module takes uint8 [n, 3, H, W] and returns [n, D]. One that has an argument
-        `return_features` is called with it, and its `output.weight` [C, D] makes an Inception Score.
-    :raises ValueError: there is no such file, or it is none of that kind; the message names the flag.
+        TorchScript file whose module takes uint8 [n, 3, H, W] and returns [n, D]. If it has an argument
+        `return_features`, that is set, and the Inception Score is computed with its `output.weight` [C, D].
+    :raises ValueError: there is no such file, or it is of another kind; the message names the flag.
     """
     if inception_weights and features != INCEPTION:
         raise ValueError(
-            f"--inception_weights {inception_weights}: says where Inception is, and --features {features} another "
+            f"--inception_weights {inception_weights}: names an Inception file, but --features {features} another "
             "network; leave one of the flags out"
         )
     if features == PIXEL:
@@ -81,8 +81,8 @@ def extract(
     """The features of all `images`, in order, in arrays [n, D].
 
     :param batch_size: images that a core computes at a time.
-    :param score: also takes the class probabilities of the images, from an extractor with a classifier.
-    :param doing: a word for the progress bar.
+    :param score: gets the class probabilities of the images, if the extractor has a classifier.
+    :param doing: the text of the progress bar.
     :raises ValueError: the extractor does not work on these images.
     """
     workers = Workers(th.get_num_threads())
@@ -132,7 +132,7 @@ def _load_network(path: str, flag: str) -> Extractor:
         if features.shape[1] > MAX_FEATURES:
             raise ValueError(f"{flag}: {features.shape[1]:,} features are too many; at most {MAX_FEATURES:,}")
         if not features.isfinite().all():
-            raise ValueError(f"{flag}: makes features that are NaN or infinite")
+            raise ValueError(f"{flag}: computes features that are NaN or infinite")
         return features.float().numpy()
 
     name = os.path.basename(path).encode("utf-8", "replace").decode()  # what is no text could not be printed
@@ -141,5 +141,5 @@ def _load_network(path: str, flag: str) -> Extractor:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of an error, which says what is wrong: torch puts a trace of its own before it."""
+    """The last line of an error, which says what is wrong. torch puts a traceback of its own before it."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The Inception network that FID is defined by: the one genuine file, found, downloaded and checked."""
+"""The Inception network that defines the FID: finding, downloading and checking its file."""
 
 import hashlib
 import http.client
@@ -21,10 +21,10 @@ ELSEWHERE = "download it elsewhere and give --inception_weights PATH, or measure
 
 
 def find_inception(weights: str = "", log: Callable[[str], object] = print) -> str:
-    """The path of the genuine file, which is downloaded to the user's cache when it is not there yet.
+    """The path of the file. If it is not in the user's cache yet, it is downloaded there.
 
-    :param weights: where the user has it (--inception_weights); empty: the cache.
-    :raises ValueError: `weights` is no such file or another one, or nothing right could be downloaded.
+    :param weights: a copy of the user's (--inception_weights); empty: the cache.
+    :raises ValueError: `weights` does not exist or is another file, or the download failed.
     :raises OSError: the cache cannot be written.
     """
     if weights:
@@ -33,8 +33,8 @@ def find_inception(weights: str = "", log: Callable[[str], object] = print) -> s
             raise ValueError(f"--inception_weights {path}: there is no such file")
         if sha256_of(path) != SHA256:
             raise ValueError(
-                f"--inception_weights {path} is not {FILE_NAME} (its SHA-256 is another), and FID is only what comes "
-                f"from that; download it from {URL}, or give another network as --features"
+                f"--inception_weights {path} is not {FILE_NAME} (its SHA-256 differs), and only with that is it a FID; "
+                f"download it from {URL}, or give another network as --features"
             )
         return path
     path = os.path.join(default_cache_dir(), FILE_NAME)
@@ -55,7 +55,7 @@ def sha256_of(path: str) -> str:
 
 
 def _download(path: str) -> None:
-    """Download the file to `path`, which appears only when its checksum is right."""
+    """Download the file. It gets the name `path` only when its checksum is right."""
     digest = hashlib.sha256()
     with open_atomic(path) as file:
         try:
@@ -71,5 +71,5 @@ def _download(path: str) -> None:
             raise ValueError(f"{URL} cannot be downloaded ({reason}); {ELSEWHERE}") from None
         if digest.hexdigest() != SHA256:
             raise ValueError(
-                f"what came from {URL} is damaged or another file (its SHA-256 differs); {ELSEWHERE}"
+                f"the download from {URL} is damaged or another file (its SHA-256 differs); {ELSEWHERE}"
             )

@@ -1,4 +1,4 @@
-"""Sets of images that the flags of a script name, and what the metrics need to know of them."""
+"""Reading the images that a script's flags name, and computing the statistics that the metrics need."""
 
 import numpy as np
 
@@ -16,16 +16,14 @@ def read_flag(flag: str, path: str, image_size: int) -> ImageSet:
     except ValueError as error:
         raise ValueError(str(error).replace("--data_dir", f"--{flag}")) from None
     if len(images) < 4:
-        raise ValueError(
-            f"--{flag} {path}: holds {len(images)} images, of which nothing can be told; give more"
-        )
+        raise ValueError(f"--{flag} {path}: holds {len(images)} images, too few to measure; give more")
     return images
 
 
 def statistics_of(
     images: ImageSet, extractor: Extractor, batch_size: int, doing: str, score: InceptionScore | None = None
 ) -> Statistics:
-    """What the metrics need to know of `images`; the arguments are those of `features.extract`."""
+    """The statistics of the features of `images`; the arguments are those of `features.extract`."""
     batches = extract(images, extractor, batch_size=batch_size, score=score, doing=doing)
     return summarize(batches, len(images))
 
@@ -39,7 +37,7 @@ def reference_statistics(reference: ImageSet, extractor: Extractor, batch_size: 
 
 
 def distance_to(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> float:
-    """The Frechet distance of `images`, uint8 [N, S, S, 3], from those of the statistics `real`."""
+    """The Frechet distance between `images`, uint8 [N, S, S, 3], and the images with the statistics `real`."""
     drawn = ImageSet(
         image_size=images.shape[1],
         images=images,

@@ -1,7 +1,7 @@
-"""How close one set of images is to another, told from feature vectors alone, in double precision.
+"""How close one set of images is to another, computed from feature vectors in double precision.
 
-The sums over all images need memory that does not grow with their number; what needs the vectors themselves works on
-a choice of at most `KEPT` of them.
+The memory does not grow with the number of images: means and covariances are sums, and metrics that compare vectors
+use at most `KEPT` of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-KEPT = 10_000  # vectors of a set that are kept, for the metrics that compare vectors with each other
-BLOCK = 1024  # vectors that are taken at a time
-SEED = 0  # every choice below is the same each time
+KEPT = 10_000  # vectors of a set that are kept for the metrics that compare vectors
+BLOCK = 1024  # vectors processed at a time
+SEED = 0  # random choices below are the same each time
 
 
 class Statistics(NamedTuple):
-    """What the metrics need to know of the N feature vectors, of length D, of a set of images.
+    """The statistics of the N feature vectors, of length D, of a set of images.
 
     `covariance` is divided by N - 1; `kept` is a random choice of the vectors, in the order of the images.
     """
@@ -27,15 +27,15 @@ class Statistics(NamedTuple):
 
 
 def summarize(batches: Iterable[np.ndarray], count: int, keep: int = KEPT) -> Statistics:
-    """The statistics of `count` feature vectors, which come as arrays [n, D] of any n.
+    """The statistics of `count` feature vectors, given as arrays [n, D] of any n.
 
     Mean and covariance are updated block by block (Chan, Golub & LeVeque 1983, eq. 2.1), so that neither large
-    means nor many images cost digits. The blocks are the same however the vectors come.
+    means nor many images lose precision. The blocks do not depend on the arrays' sizes.
 
     :raises ValueError: fewer than two vectors.
     """
     if count < 2:
-        raise ValueError(f"at least 2 images are needed, and there is {count}")
+        raise ValueError(f"at least 2 images are needed, not {count}")
     chosen = _choose(count, keep)
     kept = mean = scatter = None
     done = 0
@@ -62,7 +62,7 @@ def summarize(batches: Iterable[np.ndarray], count: int, keep: int = KEPT) -> St
 
 
 def compare(samples: Statistics, reference: Statistics) -> dict[str, float]:
-    """All metrics of `samples` against `reference`, by name; see the functions below for what they are.
+    """All metrics of `samples` against `reference`, by name. The functions below define them.
 
     Precision and recall compare equal numbers of images, as their paper does.
     """
@@ -87,15 +87,15 @@ def frechet_distance(
 ) -> float:
     """The squared Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    The trace of (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2: real, and accurate where the
-    covariances are singular, as they are for fewer images than features.
+    The trace of (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2. These are real, and accurate even
+    where the covariances are singular, as with fewer images than features.
 
     :param mean1: [D]. :param covariance1: symmetric [D, D]; likewise `mean2` and `covariance2`.
     """
     shift = mean1 - mean2
     mixed = np.linalg.svd(_root(covariance1) @ _root(covariance2), compute_uv=False).sum()
     distance = shift @ shift + np.trace(covariance1) + np.trace(covariance2) - 2 * mixed
-    return float(max(distance, 0.0))  # rounding can take that of equal sets below zero
+    return float(max(distance, 0.0))  # by rounding, equal sets can have a distance below zero
 
 
 def kernel_distance(
@@ -106,13 +106,13 @@ def kernel_distance(
     The estimate is unbiased: its mean does not depend on the number of images, and may be negative.
 
     :param features1: [N, D]; likewise `features2`.
-    :return: mean and standard deviation over random subsets of both. A single one, of standard deviation 0, is all
-        there is where both sets are no larger than a subset.
+    :return: mean and standard deviation over random subsets of both sets. If neither set is larger than a subset,
+        there is only one, and the standard deviation is 0.
     :raises ValueError: a set has fewer than two images.
     """
     size = min(subset_size, len(features1), len(features2))
     if size < 2:
-        raise ValueError("a kernel distance needs at least 2 images on either side")
+        raise ValueError("a kernel distance needs at least 2 images in each set")
     if len(features1) == len(features2) == size:
         subsets = 1
     rng = np.random.default_rng(SEED)
@@ -130,7 +130,7 @@ def kernel_distance(
 def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), exact.
 
-    Around each image of a set there is a ball that reaches to its `neighbours`-th nearest neighbour in the set.
+    Each image of a set has a ball around it that reaches to its `neighbours`-th nearest neighbour in the set.
 
     :param reference: features [N, D] of real images; `samples`: features [M, D] of generated ones.
     :return: precision, the share of samples that lie in the ball of a real image, and recall, the share of
@@ -138,8 +138,8 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int
     :raises ValueError: a set has no more than `neighbours` images.
     """
     if min(len(reference), len(samples)) <= neighbours:
-        raise ValueError(f"precision and recall need at least {neighbours + 1} images on either side")
-    # Distances do not change, and large means no longer cost digits.
+        raise ValueError(f"precision and recall need at least {neighbours + 1} images in each set")
+    # This does not change distances, and large means lose no precision.
     centre = reference.mean(axis=0, dtype=np.float64)
     reference_radii = _radii(reference, neighbours, centre)
     sample_radii = _radii(samples, neighbours, centre)
@@ -156,8 +156,8 @@ class InceptionScore:
     """exp of the mean KL divergence of an image's classes from those of all (Salimans et al. 2016, sec. 4).
 
     :param count: N, the number of images to come.
-    :param splits: the score is computed for so many parts of the set. They are drawn at random: image files are
-        often sorted by class.
+    :param splits: number of parts of the set that get a score each. The parts are drawn at random, because image
+        files are often sorted by class.
     """
 
     def __init__(self, count: int, splits: int = 10):
@@ -169,7 +169,7 @@ class InceptionScore:
         self._done = 0
 
     def add(self, probabilities: np.ndarray) -> None:
-        """Take the class probabilities, [n, C], of the next n images."""
+        """Add the class probabilities, [n, C], of the next n images."""
         probabilities = probabilities.astype(np.float64)
         if self._sums is None:
             self._sums = np.zeros((len(self._sizes), probabilities.shape[1]))
@@ -195,7 +195,7 @@ def _choose(count: int, keep: int) -> np.ndarray:
 
 
 def _in_blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The rows of all `batches` in arrays of `BLOCK` rows each, but for the last."""
+    """The rows of all `batches` in arrays of `BLOCK` rows; the last may have fewer."""
     held, rows = [], 0
     for batch in batches:
         while len(batch):
@@ -212,7 +212,7 @@ def _in_blocks(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def _root(covariance: np.ndarray) -> np.ndarray:
     """The square root of a symmetric positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(covariance)
-    # What rounding leaves of an eigenvalue of zero has a square root that is not small.
+    # Rounding turns an eigenvalue of zero into a tiny number, whose square root is not tiny.
     noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     roots = np.sqrt(np.where(values > noise, values, 0.0))
     return (vectors * roots) @ vectors.T

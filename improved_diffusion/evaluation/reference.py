@@ -11,15 +11,17 @@ from improved_diffusion.data.cache import default_cache_dir
 from improved_diffusion.evaluation.metrics import KEPT, Statistics
 from improved_diffusion.storage import open_atomic
 
-VERSION = 1  # raise it when statistics are computed differently: older files are then left alone
+VERSION = 1  # raise it when statistics are computed differently; older files are then ignored
 
 
 def cached_statistics(
     key: list[str | int], compute: Callable[[], Statistics], log: Callable[[str], object] = print
 ) -> Statistics:
-    """What `compute` returns: read from the cache where it is there, else computed and stored.
+    """What `compute` returns: read from the cache if it is there, else computed and stored.
 
-    :param key: everything that the statistics depend on. A damaged file in the cache is replaced.
+    A damaged file in the cache is replaced.
+
+    :param key: everything that the statistics depend on.
     """
     digest = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:24]
     path = os.path.join(default_cache_dir(), digest + ".statistics.npz")
@@ -29,8 +31,10 @@ def cached_statistics(
         return stored
     except FileNotFoundError:
         pass
-    except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
-        log(f"  statistics are computed anew: their cache cannot be used ({error or type(error).__name__})")
+    except Exception as error:  # on damaged files, zipfile and NumPy raise almost anything
+        log(
+            f"  the cached statistics cannot be used and are computed again ({error or type(error).__name__})"
+        )
     statistics = compute()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -46,5 +50,5 @@ def _read(path: str) -> Statistics:
         stored = Statistics(int(arrays["count"]), arrays["mean"], arrays["covariance"], arrays["kept"])
     size = len(stored.mean)
     if stored.covariance.shape != (size, size) or stored.kept.shape != (min(stored.count, KEPT), size):
-        raise ValueError("its arrays do not fit together")
+        raise ValueError("its arrays contradict each other")
     return stored

@@ -1,4 +1,4 @@
-"""What an evaluation found, for people and for programs: a table, warnings, JSON files."""
+"""The results of an evaluation, for people and for programs: a table, warnings, JSON files."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
 
 
 def output_path(output: str, samples: str) -> str:
-    """Where the record goes: --output, or beside the samples.
+    """The JSON file to write: --output, or a file beside the samples.
 
     :raises ValueError: there is no such folder.
     """
@@ -27,26 +27,26 @@ def output_path(output: str, samples: str) -> str:
 
 
 def warnings(samples: Statistics, reference: Statistics) -> list[str]:
-    """What a reader of the numbers has to be told."""
+    """Warnings that a reader of the metrics needs."""
     found = []
     for name, stats in (("samples", samples), ("reference", reference)):
         if stats.count < len(stats.mean):
             found.append(
                 f"only {stats.count:,} images in --{name} for {len(stats.mean):,} features: the Frechet distance is "
-                "far too large, and comparable only with those of as many images"
+                "far too large; compare it only with distances of equally many images"
             )
     return found
 
 
 def table(record: dict[str, Any]) -> str:
-    """The metrics of a record, its warnings, and always the numbers of images, in a few lines."""
+    """The metrics, numbers of images and warnings of a record, in a few lines."""
     metrics = record["metrics"]
     shown = [name for name in metrics if not name.partition("[")[0].endswith("_std")]
     width = max(map(len, shown))
     lines = [
         f"{record['images']:,} samples against {record['reference_images']:,} reference images of "
         f"{record['image_size']}x{record['image_size']} pixels (precision and recall: "
-        f"{record['compared_images']:,} of either)",
+        f"{record['compared_images']:,} of each)",
         f"{record['features_length']:,} features from {record['features']}, "
         f"{record['images_per_minute']:,.0f} images per minute",
     ]
@@ -59,10 +59,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def append(run_dir: str, record: dict[str, Any]) -> None:
-    """Add a record to those in a run's directory, from where the workbook takes them."""
+    """Add a record to those in a run's directory. The workbook reads them there."""
     path = os.path.join(absolute(run_dir), FILE_NAME)
     records = []
-    # What cannot be read is no reason to lose this result as well.
+    # An unreadable file must not cost this result too.
     with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
         content = json.load(file)
         records = content if isinstance(content, list) else []

@@ -144,8 +144,7 @@ def test_every_metric_from_the_files_to_the_record(genuine, data, measure):
     assert (record["images"], record["reference_images"], record["features_length"]) == (40, 60, LENGTH)
     assert record["features"] == "small.pt" and record["image_size"] == 12
     assert (
-        "40 samples against 60 reference images of 12x12 pixels (precision and recall: 40 of either)"
-        in printed
+        "40 samples against 60 reference images of 12x12 pixels (precision and recall: 40 of each)" in printed
     )
     assert f"  fid              {metrics['fid']:.5g}" in printed
 
@@ -237,7 +236,7 @@ def test_a_damaged_cache_is_replaced(measure, monkeypatch, tmp_path, damage):
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         file.write_bytes({"torn": content[:middle], "flipped": flipped, "empty": b""}[damage])
     again, printed = measure("--features", "pixel")
-    assert "their cache cannot be used" in printed and again["metrics"] == first["metrics"]
+    assert "the cached statistics cannot be used" in printed and again["metrics"] == first["metrics"]
     assert "from the cache" in measure("--features", "pixel")[1]
 
 
@@ -339,7 +338,7 @@ def test_downloads_that_fail(data, network, call_script, monkeypatch, tmp_path, 
         (["--features", "TEXT"], "text.pt: is not a TorchScript module"),
         (["--features", "TORN"], "torn.pt: is not a TorchScript module"),
         (["--features", "WEIGHTS"], "weights.pt: is not a TorchScript module"),
-        (["--features", "NAN"], "nan.pt: makes features that are NaN"),
+        (["--features", "NAN"], "nan.pt: computes features that are NaN"),
         (["--features", "SHAPE"], "shape.pt: must turn n images into features of shape"),
         (["--features", "MANY"], "many.pt: 10,000 features are too many"),
         (["--features", "PICKY"], "picky.pt: fails on images of 12x12 pixels .*must have 299 pixels"),
