@@ -9,7 +9,7 @@ from PIL import Image
 TOP, BOTTOM = (200, 60, 40), (30, 90, 210)  # a red sky over a blue sea
 
 
-def test_train_then_sample(tmp_path, run_script):
+def test_train_then_sample(tmp_path, call_script):
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
@@ -21,7 +21,7 @@ def test_train_then_sample(tmp_path, run_script):
     run = tmp_path / "run"
     training = ["--batch_size", "16", "--microbatch", "16", "--lr", "2e-3", "--total_steps", "400"]
     flags = [*TINY_FLAGS, "--diffusion_steps", "200", *training]
-    run_script("image_train.py", *flags, "--data_dir", data, "--log_dir", run, check=0)
+    call_script("image_train.py", *flags, "--data_dir", data, "--log_dir", run, check=0)
 
     with open(run / "progress.csv", newline="") as file:
         loss = [float(row["loss"]) for row in csv.DictReader(file)]
@@ -30,7 +30,7 @@ def test_train_then_sample(tmp_path, run_script):
 
     out = tmp_path / "out"
     options = ["--num_samples", "16", "--timestep_respacing", "50", "--log_dir", out]
-    run_script("image_sample.py", "--model_path", run, *options, check=0)
+    call_script("image_sample.py", "--model_path", run, *options, check=0)
     with np.load(out / "samples_16x8x8x3.npz") as arrays:
         images = arrays["arr_0"].astype(float)
     for half, colour in ((images[:, :4], TOP), (images[:, 4:], BOTTOM)):

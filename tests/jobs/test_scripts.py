@@ -114,7 +114,8 @@ def test_finished_run_has_nothing_left_to_do(tmp_path, train):
 
 def test_log_dir_from_the_environment(tmp_path, train, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "env"))
-    train("--total_steps", "1", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    train("--total_steps", "1")
     assert checkpoint.steps(str(tmp_path / "env")) == [1]
 
 
@@ -141,16 +142,16 @@ def test_resuming_another_run_is_refused_by_name(trained, tmp_path, call_script,
     assert not (tmp_path / "x").exists()
 
 
-def test_allow_changed_flags(trained, tmp_path, run_script):
+def test_allow_changed_flags(trained, tmp_path, call_script):
     flags = ["--seed", "5", "--allow_changed_flags", "True", "--total_steps", "13", "--log_dir", tmp_path]
-    run_script("image_train.py", "--resume_checkpoint", trained[0], *flags, check=0)
+    call_script("image_train.py", "--resume_checkpoint", trained[0], *flags, check=0)
     assert read_json(tmp_path / "args.json")["seed"] == 5
 
 
-def sample(run_script, model_path, out, *flags, check=0):
+def sample(run, model_path, out, *flags, check=0):
     """Draw in float32, so that the images of two processes can be compared."""
     options = ["--num_samples", "5", "--batch_size", "3", "--precision", "fp32", "--log_dir", out]
-    return run_script("image_sample.py", "--model_path", model_path, *options, *flags, check=check)
+    return run("image_sample.py", "--model_path", model_path, *options, *flags, check=check)
 
 
 def test_sampling_from_a_run(trained, tmp_path, run_script):
@@ -172,11 +173,11 @@ def load(out):
         return arrays["arr_0"].astype(int), arrays["arr_1"]
 
 
-def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, run_script):
+def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, call_script):
     results = {}
     other_batches = ["--batch_size", "5", "--num_workers", "2"]
     for name, flags in {"a": [], "b": other_batches, "c": ["--seed", "1"]}.items():
-        sample(run_script, trained[0], tmp_path / name, *flags)
+        sample(call_script, trained[0], tmp_path / name, *flags)
         results[name] = load(tmp_path / name)[0]
     assert np.abs(results["a"] - results["b"]).max() <= 1  # other batches round differently, no more
     assert np.abs(results["a"] - results["c"]).max() > 20
@@ -232,12 +233,12 @@ def test_trajectory_and_interpolation(trained, tmp_path, call_script):
     assert np.abs(ends[0] - between[0]).max() <= 1 and np.abs(ends[1] - between[5]).max() <= 1
 
 
-def test_guidance(tmp_path, train, run_script, call_script):
+def test_guidance(tmp_path, train, call_script):
     run = tmp_path / "run"
     classes = ["--class_cond", "True", "--class_dropout", "0.2", "--diffusion_steps", "10"]
     train(*SHORT, *classes, "--log_dir", run)
     for scale in ("1", "4"):
-        sample(run_script, run, tmp_path / scale, "--guidance_scale", scale)
+        sample(call_script, run, tmp_path / scale, "--guidance_scale", scale)
     assert np.abs(load(tmp_path / "1")[0] - load(tmp_path / "4")[0]).max() > 0
     done = call_script(
         "image_sample.py", "--model_path", run, "--class_label", "10", "--log_dir", tmp_path / "x"
@@ -281,14 +282,14 @@ def test_model_path_missing_or_wrong(tmp_path, call_script, monkeypatch):
         assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
 
 
-def test_weights_without_arguments_need_flags(trained, tmp_path, run_script):
+def test_weights_without_arguments_need_flags(trained, tmp_path, call_script):
     lonely = tmp_path / "somebody.pt"
     lonely.write_bytes((trained[0] / "model000012.pt").read_bytes())
-    done = sample(run_script, lonely, tmp_path / "a", check=2)
+    done = sample(call_script, lonely, tmp_path / "a", check=2)
     assert "give the flags it was trained with" in done.stderr
     flags = [*TINY_FLAGS, "--class_cond", "True", "--num_classes", "10", "--diffusion_steps", "20"]
-    sample(run_script, lonely, tmp_path / "b", *flags)
-    sample(run_script, trained[0] / "model000012.pt", tmp_path / "c")
+    sample(call_script, lonely, tmp_path / "b", *flags)
+    sample(call_script, trained[0] / "model000012.pt", tmp_path / "c")
     assert np.array_equal(load(tmp_path / "b")[0], load(tmp_path / "c")[0])
 
 
