@@ -199,7 +199,7 @@ def normalize(
     :param activate: False: without SiLU.
     :return: that, and `x` for what else is to be made of it (see `norm_act`).
     """
-    if suits(x, norm):
+    if suits(x, norm, modulation):
         return norm_act(norm, x, modulation, activate)
     if modulation is None:
         h = norm(x)

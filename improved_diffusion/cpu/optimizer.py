@@ -62,9 +62,8 @@ class Optimizer:
         self.counts += 1
         copies = copies or [None] * len(self.params)
         moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
-        if update.suits(gradient):
-            settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
-            update.adamw(self.params, gradient, moments, self.counts, settings, averages, copies)
+        settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
+        if update.adamw(self.params, gradient, moments, self.counts, settings, averages, copies):
             return
         for block in self.blocks:
             params = [self.params[i] for i in block]

@@ -9,14 +9,16 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
 import torch as th
 
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
 GENERATIONS = ("avx2", "avx512")  # processors, older to newer
+MOST = 2**31  # numbers in a tensor: C is told sizes in 32 bits
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
 
@@ -43,6 +45,77 @@ def function(
     found = getattr(_library()[0], _full_name(name, dtype))
     found.argtypes, found.restype = arguments, result
     return found
+
+
+def address(
+    tensor: th.Tensor | None,
+    dtype: th.dtype,
+    shape: tuple[int, ...],
+    memory_format: th.memory_format = th.contiguous_format,
+) -> int | None:
+    """Where `tensor` begins in memory, after checking that C will find there what it expects; None for None.
+
+    :raises TypeError: it is of another type, size or layout, or not in the memory of the CPU.
+    """
+    if tensor is None:
+        return None
+    if (
+        tensor.dtype != dtype
+        or tensor.shape != shape
+        or not tensor.is_cpu
+        or tensor.layout != th.strided
+        or not tensor.is_contiguous(memory_format=memory_format)
+    ):
+        raise TypeError(
+            f"a kernel needs {dtype} {list(shape)} on the CPU, {memory_format}; it was given {_described(tensor)}"
+        )
+    return tensor.data_ptr()
+
+
+def addresses(
+    tensors: Sequence[th.Tensor | None],
+    dtypes: Collection[th.dtype],
+    like: Sequence[th.Tensor],
+    optional: bool = False,
+) -> np.ndarray:
+    """Where each of `tensors` begins in memory, after checking that C will find there what it expects.
+
+    :param dtypes: the types that they may have.
+    :param like: for each, a tensor whose shape and order in memory it has to have.
+    :param optional: there may be None among them, whose place is 0.
+    :raises TypeError: one is of another type, size or layout, or not in the memory of the CPU.
+    """
+    if len(tensors) != len(like):
+        raise TypeError(f"a kernel needs {len(like)} tensors; it was given {len(tensors)}")
+    for tensor, other in zip(tensors, like):
+        if tensor is None and optional:
+            continue
+        if (
+            tensor is None
+            or tensor.dtype not in dtypes
+            or not tensor.is_cpu
+            or tensor.layout != th.strided
+            or tensor.shape != other.shape
+            or tensor.stride() != other.stride()
+            or not in_one_piece(tensor)
+        ):
+            raise TypeError(
+                f"a kernel needs one of {list(dtypes)}, {list(other.shape)} on the CPU in one piece, strides "
+                f"{list(other.stride())}; it was given {tensor if tensor is None else _described(tensor)}"
+            )
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.uintp)
+
+
+def _described(tensor: th.Tensor) -> str:
+    strides = f", strides {list(tensor.stride())}" if tensor.layout == th.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{strides}"
+
+
+def in_one_piece(tensor: th.Tensor) -> bool:
+    """Whether the numbers of `tensor` lie in memory without gaps, in one of the two usual orders."""
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=th.channels_last)
+    )
 
 
 @contextlib.contextmanager

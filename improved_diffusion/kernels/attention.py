@@ -17,13 +17,16 @@ MAX_POSITIONS = 1024
 
 def suits(qkv: th.Tensor, num_heads: int) -> bool:
     """Whether `attention` can be used on this tensor."""
+    if qkv.dim() != 3:
+        return False
     positions, channels = qkv.shape[1:]
     return (
         kernels.has("attention_forward", qkv.dtype)
-        and qkv.device.type == "cpu"
+        and qkv.is_cpu
+        and 0 < qkv.numel() < kernels.MOST
         and channels % (3 * num_heads * TILE) == 0
         and positions % TILE == 0
-        and 0 < positions <= MAX_POSITIONS
+        and positions <= MAX_POSITIONS
     )
 
 
@@ -46,8 +49,13 @@ class _Attention(th.autograd.Function):
         width = channels // (3 * heads)
         threads = th.get_num_threads()
         kernel = kernels.function("attention_forward", FORWARD, qkv.dtype)
-        tensors = (qkv, out, logsums, _room(qkv.dtype, positions, width, threads))
-        kernel(*(t.data_ptr() for t in tensors), n, positions, heads, width, threads)
+        room = _room(qkv.dtype, positions, width, threads)
+        kernel(
+            kernels.address(qkv, qkv.dtype, (n, positions, 3 * heads * width)),
+            kernels.address(out, qkv.dtype, (n, positions, heads * width)),
+            kernels.address(logsums, th.float32, (n, heads, positions)),
+            *(room.data_ptr(), n, positions, heads, width, threads),
+        )
         ctx.save_for_backward(qkv, out, logsums)
         return out
 
@@ -57,14 +65,23 @@ class _Attention(th.autograd.Function):
         qkv, out, logsums = ctx.saved_tensors
         n, heads, positions = logsums.shape
         dqkv = th.empty_like(qkv)
+        dout = dout.contiguous()
         width = qkv.shape[2] // (3 * heads)
         threads = th.get_num_threads()
         kernel = kernels.function("attention_backward", BACKWARD, qkv.dtype)
-        tensors = (dout.contiguous(), qkv, out, logsums, dqkv, _room(qkv.dtype, positions, width, threads))
-        kernel(*(t.data_ptr() for t in tensors), n, positions, heads, width, threads)
+        room = _room(qkv.dtype, positions, width, threads)
+        full, narrow = (n, positions, 3 * heads * width), (n, positions, heads * width)
+        kernel(
+            kernels.address(dout, qkv.dtype, narrow),
+            kernels.address(qkv, qkv.dtype, full),
+            kernels.address(out, qkv.dtype, narrow),
+            kernels.address(logsums, th.float32, (n, heads, positions)),
+            kernels.address(dqkv, qkv.dtype, full),
+            *(room.data_ptr(), n, positions, heads, width, threads),
+        )
         return dqkv, None
 
 
 def _room(dtype: th.dtype, positions: int, width: int, threads: int) -> th.Tensor:
     size = kernels.function("attention_room", (c_size_t, c_size_t), dtype, c_size_t)(positions, width)
-    return th.empty(threads * size)
+    return th.empty(threads * size, dtype=th.float32, device="cpu")

@@ -32,6 +32,7 @@ static inline float bf16_to_float(uint16_t value) {
 static inline uint16_t float_to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
+    if (value != value) return (uint16_t)(bits >> 16 | 0x40);  // rounding could carry a NaN over to zero
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 

@@ -28,7 +28,10 @@ static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
     HALF bits = (HALF)_mm512_cvtneps_pbh(v);
 #else
     __m256i wide = (__m256i)v, last = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
-    wide = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
+    // Rounding could carry a NaN over to zero.
+    __m256i nan = _mm256_or_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(0x40));
+    wide = _mm256_blendv_epi8(rounded, nan, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     HALF bits = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #endif
     memcpy(to, &bits, sizeof bits);
@@ -37,7 +40,8 @@ static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
 // exp, to a few units in the seventh digit: 2^whole times a polynomial for what is left, in [-1/2, 1/2].
 static inline vec LEVEL(exponential)(vec x) {
     const float most = 126;
-    x = VECTOR(min_ps)(VECTOR(max_ps)(x * 1.44269504f, VECTOR(set1_ps)(-most)), VECTOR(set1_ps)(most));
+    // Of a NaN and another number, these instructions return the second operand: a NaN stays one.
+    x = VECTOR(min_ps)(VECTOR(set1_ps)(most), VECTOR(max_ps)(VECTOR(set1_ps)(-most), x * 1.44269504f));
 #ifdef __AVX512F__
     vec whole = _mm512_roundscale_ps(x, 0);
 #else

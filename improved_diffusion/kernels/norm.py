@@ -15,18 +15,25 @@ MAX_GROUPS = 1024  # of kernels.c
 CHANNELS = 32  # a multiple of so many can be worked on
 
 
-def suits(x: th.Tensor, norm: nn.GroupNorm) -> bool:
+def suits(x: th.Tensor, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
     """Whether `norm_act` can be used: on images [N, C, H, W] in channels_last, of the normalisation's type."""
     return (
         x.dim() == 4
-        and x.device.type == "cpu"
+        and x.is_cpu
         and kernels.has("norm_forward", x.dtype)
-        and x.dtype == norm.weight.dtype
+        and x.shape[1] == norm.num_channels
         and x.shape[1] % CHANNELS == 0
         and norm.num_groups <= MAX_GROUPS
-        and x.numel() > 0
+        and 0 < x.numel() < kernels.MOST
         and x.is_contiguous(memory_format=th.channels_last)
+        and _fits(norm.weight, x, (norm.num_channels,))
+        and _fits(norm.bias, x, (norm.num_channels,))
+        and (modulation is None or _fits(modulation, x, (len(x), 2 * norm.num_channels)))
     )
+
+
+def _fits(tensor: th.Tensor | None, x: th.Tensor, shape: tuple[int, ...]) -> bool:
+    return tensor is not None and tensor.dtype == x.dtype and tensor.is_cpu and tensor.shape == shape
 
 
 def norm_act(
@@ -48,14 +55,19 @@ class _NormAct(th.autograd.Function):
         ctx.set_materialize_grads(False)
         if modulation is not None:
             modulation = modulation.contiguous()
+        weight, bias = weight.contiguous(), bias.contiguous()
         n, channels, height, width = x.shape
         y = th.empty_like(x)
-        statistics = th.empty(n * 2 * groups)  # means, then what follows from the variances
-        sums = th.empty(n * 2 * channels)
+        # Means, then what follows from the variances.
+        statistics = th.empty(2, n, groups, dtype=th.float32, device="cpu")
+        sums = th.empty(n, 2 * channels, dtype=th.float32, device="cpu")
         kernel = kernels.function("norm_forward", FORWARD, x.dtype)
         kernel(
-            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _address(modulation), y.data_ptr()),
-            *(statistics.data_ptr(), statistics.data_ptr() + 4 * n * groups, sums.data_ptr()),
+            kernels.address(x, x.dtype, x.shape, th.channels_last),
+            *_addresses_of(x, weight, bias, modulation),
+            kernels.address(y, x.dtype, x.shape, th.channels_last),
+            *(kernels.address(part, th.float32, (n, groups)) for part in statistics),
+            kernels.address(sums, th.float32, (n, 2 * channels)),
             *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
         )
         ctx.save_for_backward(x, weight, bias, modulation, statistics)
@@ -72,18 +84,28 @@ class _NormAct(th.autograd.Function):
         dy = dy.contiguous(memory_format=th.channels_last)
         if more is not None:
             more = more.contiguous(memory_format=th.channels_last)
-        sums = th.empty(n * 2 * channels)
+        sums = th.empty(n, 2 * channels, dtype=th.float32, device="cpu")
         dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
         dmodulation = None if modulation is None else th.empty_like(modulation)
         kernel = kernels.function("norm_backward", BACKWARD, x.dtype)
         kernel(
-            *(dy.data_ptr(), _address(more), x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
-            *(_address(modulation), statistics.data_ptr(), statistics.data_ptr() + 4 * n * ctx.groups),
-            *(dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), _address(dmodulation), sums.data_ptr()),
+            *(kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more, x)),
+            *_addresses_of(x, weight, bias, modulation),
+            *(kernels.address(part, th.float32, (n, ctx.groups)) for part in statistics),
+            kernels.address(dx, x.dtype, x.shape, th.channels_last),
+            *_addresses_of(x, dweight, dbias, dmodulation),
+            kernels.address(sums, th.float32, (n, 2 * channels)),
             *(n, height * width, channels, ctx.groups, ctx.activate, th.get_num_threads()),
         )
         return dx, dweight, dbias, dmodulation, None, None, None
 
 
-def _address(tensor: th.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _addresses_of(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, modulation: th.Tensor | None
+) -> list[int | None]:
+    n, channels = x.shape[:2]
+    return [
+        kernels.address(weight, x.dtype, (channels,)),
+        kernels.address(bias, x.dtype, (channels,)),
+        kernels.address(modulation, x.dtype, (n, 2 * channels)),
+    ]

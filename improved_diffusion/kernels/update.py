@@ -27,18 +27,19 @@ class AdamWSettings(Structure):
 
 
 def suits(tensors: Sequence[th.Tensor]) -> bool:
-    """Whether the functions below can be used on tensors in 16 or 32 bits like these."""
+    """Whether `norm` can be used on these tensors."""
     return kernels.generation() is not None and all(
-        t.dtype in kernels.TYPES and t.device.type == "cpu" for t in tensors
+        t.dtype in kernels.TYPES and t.is_cpu and t.layout == th.strided for t in tensors
     )
 
 
 def norm(values: Sequence[th.Tensor]) -> float:
     """The Euclidean norm of all numbers in `values`."""
-    values = [t if _in_one_piece(t) else t.contiguous() for t in values]
+    values = [t if kernels.in_one_piece(t) else t.contiguous() for t in values]
     squares = np.empty(len(values))
     kernel = kernels.function("squares", SQUARES)
-    arrays = (_sizes(values), _addresses(values), _in_16_bits(values), squares)
+    found = kernels.addresses(values, kernels.TYPES, values)
+    arrays = (_sizes(values), found, _in_16_bits(values), squares)
     kernel(len(values), *(array.ctypes.data for array in arrays), th.get_num_threads())
     return math.sqrt(squares.sum())
 
@@ -51,30 +52,41 @@ def adamw(
     settings: AdamWSettings,
     averages: Sequence[tuple[Sequence[th.Tensor], float]],
     copies: Sequence[th.Tensor | None],
-) -> None:
+) -> bool:
     """One update of `params`, in place; then of the moving averages, and of the `copies` in bfloat16.
 
     :param gradient: in 16 or 32 bits; all other tensors are in 32, and lie in memory as the parameters do.
     :param steps: of each parameter, the number of this update, from 1 on: [number of parameters].
     :param averages: the tensors of each, and its decay.
+    :return: whether it was done: nothing is where there are no kernels, or none for tensors like these.
     """
-    # What autograd returns may lie in memory in another order.
-    gradient = [
-        g if g.stride() == p.stride() else th.empty_like(p, dtype=g.dtype).copy_(g)
-        for g, p in zip(gradient, params)
-    ]
+    if not suits(gradient):
+        return False
+    single = (th.float32,)
+    try:
+        of_params = kernels.addresses(params, single, params)
+        # What autograd returns may lie in memory in another order.
+        gradient = [
+            th.empty_like(p, dtype=g.dtype).copy_(g) if g.shape == p.shape and g.stride() != p.stride() else g
+            for g, p in zip(gradient, params)
+        ]
+        arrays = [
+            *(_sizes(params), of_params),
+            *(kernels.addresses(gradient, kernels.TYPES, params), _in_16_bits(gradient)),
+            *(kernels.addresses(tensors, single, params) for tensors in moments),
+            kernels.addresses(copies, (th.bfloat16,), params, optional=True),
+        ]
+        averaged = [kernels.addresses(tensors, single, params) for tensors, _ in averages]
+    except TypeError:
+        return False
     corrections = (
         1 - (1 - np.array([[settings.rest1], [settings.rest2]], np.float64)) ** steps.double().numpy()
     )
     corrections[1] **= 0.5
     shares = np.array([1 - decay for _, decay in averages], np.float32)
     kernel = kernels.function("adamw", ADAMW)
-    arrays = [
-        *(_sizes(params), _addresses(params), _addresses(gradient), _in_16_bits(gradient)),
-        *(_addresses(tensors) for tensors in (*moments, copies)),
-    ]
     more = [
-        _addresses([t for tensors, _ in averages for t in tensors]),
+        np.concatenate(averaged) if averaged else np.empty(0, np.uintp),
         shares,
         corrections.T.astype(np.float32, order="C"),
         np.frombuffer(settings, np.float32),
@@ -84,16 +96,7 @@ def adamw(
         *(len(averages), *(array.ctypes.data for array in more)),
         th.get_num_threads(),
     )
-
-
-def _in_one_piece(tensor: th.Tensor) -> bool:
-    return tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=th.channels_last)
-    )
-
-
-def _addresses(tensors: Sequence[th.Tensor | None]) -> np.ndarray:
-    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.uintp)
+    return True
 
 
 def _sizes(tensors: Sequence[th.Tensor]) -> np.ndarray:

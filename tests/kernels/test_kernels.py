@@ -1,10 +1,12 @@
 """The compiled operations, against what they are defined by in float64, and the model with and without them."""
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,85 @@ def test_a_library_that_does_not_belong_to_the_sources_is_left_alone(tmp_path, c
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(folder / "__init__.py"), "None"]
+
+
+ALL_KERNELS = """
+import sys
+import torch as th
+from torch import nn
+from improved_diffusion import kernels
+from improved_diffusion.kernels import attention, update
+from improved_diffusion.kernels.norm import norm_act, suits
+
+assert kernels.__file__.startswith(sys.argv[1]) and kernels.generation() == sys.argv[2]
+th.set_num_threads(2)
+nan = float("nan")
+for dtype in (th.float32, th.bfloat16):
+    for n, channels, side, groups, modulated in [(1, 32, 1, 32, True), (3, 96, 3, 4, False), (2, 64, 4, 1, True)]:
+        x = th.randn(n, channels, side, side).to(dtype).contiguous(memory_format=th.channels_last)
+        norm = nn.GroupNorm(groups, channels).to(dtype)
+        modulation = th.randn(n, 2 * channels).to(dtype).requires_grad_() if modulated else None
+        assert suits(x, norm, modulation)
+        for value in (0.0, nan):
+            x = x.detach().clone()
+            x[0, 0, 0, 0] = value
+            y, same = norm_act(norm, x.requires_grad_(), modulation, activate=modulated)
+            leaves = [x, norm.weight, norm.bias, *([modulation] if modulated else [])]
+            th.autograd.grad((y + same).sum(), leaves)
+    for n, positions, heads, width in [(1, 16, 1, 16), (2, 48, 2, 32)]:
+        qkv = th.randn(n, positions, 3 * heads * width).to(dtype).requires_grad_()
+        if attention.suits(qkv, heads):
+            for value in (0.0, nan):
+                qkv.detach()[0, 0, 0] = value
+                th.autograd.grad(attention.attention(qkv, heads).sum(), qkv)
+    params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
+    params[1][0, 0] = nan
+    gradient = [th.randn_like(p).to(dtype) for p in params]
+    moments, average = [[th.zeros_like(p) for p in params] for _ in range(2)], [p.clone() for p in params]
+    copies = [p.bfloat16() for p in params]
+    settings = update.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.1, 1.0)
+    assert update.adamw(
+        params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies
+    )
+    update.norm(gradient)
+print("clean")
+"""
+
+
+def test_under_sanitizers(tmp_path):
+    """Compiled with AddressSanitizer and UBSan, every kernel touches only what it is given, NaNs included."""
+    if shutil.which("gcc") is None or kernels.generation() is None:
+        pytest.skip("needs GCC, on Linux and x86-64")
+    command = ["gcc", "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("this GCC comes without AddressSanitizer")
+    shutil.copytree(PACKAGE, tmp_path / "improved_diffusion", ignore=shutil.ignore_patterns("compiled*"))
+    folder = tmp_path / "improved_diffusion" / "kernels"
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
+    checksum = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    # Without optimisation, GCC is done in a quarter of the time. x86-64 has no need of alignment.
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all"]
+    command = ["gcc", "-O0", "-g", "-std=gnu11", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC", *sanitizers]
+    command += [f'-DSOURCES="{checksum}"', str(folder / "kernels.c"), "-lm"]
+    subprocess.run([*command, "-o", str(folder / f"compiled{EXTENSION_SUFFIXES[0]}")], check=True)
+    here = kernels.generation()
+    for generation in kernels.GENERATIONS[: 1 + kernels.GENERATIONS.index(here)]:
+        environment = {
+            **os.environ,
+            kernels.SWITCH: generation,
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they have until they end
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", ALL_KERNELS, str(tmp_path), generation],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0 and done.stdout.strip() == "clean", done.stderr[-3000:]
 
 
 # -- normalisation -------------------------------------------------------------------------------------------
@@ -183,6 +264,51 @@ def test_what_does_not_suit_is_left_to_pytorch():
     assert not suits(images(2, 64, 4, 4, th.float64), norm.double())
 
 
+def test_modulation_of_another_type_or_size_is_left_to_pytorch(generation):
+    norm = nn.GroupNorm(32, 64)
+    x = images(2, 64, 4, 4, th.float32).detach()
+    for modulation in (th.randn(2, 128).double(), th.randn(2, 128).bfloat16(), th.randn(1, 128)):
+        assert not suits(x, norm, modulation)
+        with pytest.raises(TypeError, match="a kernel needs torch.float32"):
+            norm_act(norm, x, modulation)
+    modulation = th.randn(128, 2).T
+    assert suits(x, norm, modulation)
+    assert th.equal(norm_act(norm, x, modulation)[0], norm_act(norm, x, modulation.contiguous())[0])
+
+
+def test_weights_of_another_type_or_size_are_left_to_pytorch(generation):
+    x = images(2, 64, 4, 4, th.float32).detach()
+    assert not suits(x, nn.GroupNorm(32, 64, affine=False)) and not suits(x, nn.GroupNorm(32, 96))
+    norm = nn.GroupNorm(32, 64)
+    norm.bias = nn.Parameter(norm.bias.detach().double())
+    assert not suits(x, norm)
+
+
+@pytest.mark.parametrize("default", [th.float64, th.bfloat16])
+def test_the_default_type_does_not_matter(generation, default):
+    def results():
+        norm = nn.GroupNorm(32, 64, dtype=th.float32)
+        x = images(2, 64, 4, 4, th.float32)
+        qkv = th.randn(2, 64, 96, dtype=th.float32, requires_grad=True)
+        y, out = norm_act(norm, x)[0], attention.attention(qkv, 2)
+        return [y, out, *th.autograd.grad([(y**3).sum(), (out**3).sum()], [x, norm.weight, qkv])]
+
+    expected = results()
+    before = th.get_default_dtype()
+    x, qkv = images(2, 64, 4, 4, th.float32), th.randn(2, 64, 96, dtype=th.float32)
+    th.manual_seed(0)
+    th.set_default_dtype(default)
+    try:
+        assert norm_act(nn.GroupNorm(32, 64, dtype=th.float32), x)[0].dtype == th.float32
+        room = attention._room(th.float32, 64, 16, 1)
+        assert room.dtype == th.float32
+        found = attention.attention(qkv, 2)
+    finally:
+        th.set_default_dtype(before)
+    assert th.equal(found, attention.attention(qkv, 2))
+    assert all(value.isfinite().all() for value in expected)
+
+
 # -- attention -----------------------------------------------------------------------------------------------
 
 
@@ -227,6 +353,22 @@ def test_attention_leaves_other_sizes_to_pytorch(shape):
     assert not attention.suits(th.zeros(shape), 1)
 
 
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(("part", "rows"), [(0, [5]), (1, range(32)), (2, range(32))])
+def test_attention_keeps_what_is_not_a_number(generation, dtype, part, rows):
+    """A NaN in a query is in that position's result, one in a key or value in the results of all positions."""
+    qkv = th.randn(1, 32, 48).to(dtype)
+    qkv[0, 5, 16 * part + 3] = float("nan")
+    qkv.requires_grad_()
+    if not attention.suits(qkv, 1):
+        assert dtype == th.bfloat16 and generation != "avx512"
+        return
+    out = attention.attention(qkv, 1)
+    assert out[0, list(rows)].isnan().any(dim=1).all()
+    (gradient,) = th.autograd.grad(out.sum(), qkv)
+    assert gradient.isnan().any()
+
+
 # -- the update ----------------------------------------------------------------------------------------------
 
 SHAPES = [(3,), (64, 32, 3, 3), (17, 5), (1,), (40, 33, 1, 1), (5000,)]
@@ -242,6 +384,52 @@ def test_norm_of_a_gradient(generation, dtype):
     values = [*tensors(dtype), th.ones(1).to(dtype).expand(7), th.randn(6, 4).to(dtype)[:, ::2]]
     expected = sum((v.double() ** 2).sum() for v in values) ** 0.5
     assert update.norm(values) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_not_a_number_stays_so_in_16_bits(generation):
+    """Of every NaN, also of those that rounding would carry over to zero."""
+    bits = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7FFF8000, -0x8000, 0x7F80FFFF]
+    nans = th.tensor(bits, dtype=th.int32).view(th.float32).repeat(5)  # whole vectors, and some that are left
+    params, copies = [nans.clone()], [th.zeros(len(nans), dtype=th.bfloat16)]
+    moments = ([th.zeros_like(nans)], [th.zeros_like(nans)])
+    settings = update.AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    assert update.adamw(params, [th.zeros_like(nans)], moments, th.ones(1), settings, [], copies)
+    assert params[0].isnan().all() and copies[0].isnan().all()
+    x = images(1, 32, 4, 4, th.bfloat16).detach()
+    norm = nn.GroupNorm(32, 32).to(th.bfloat16)
+    with th.no_grad():
+        norm.weight.view(th.int16)[3] = 0x7FFF
+    assert norm_act(norm, x, activate=False)[0][:, 3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.double(),
+        lambda t: t.bfloat16(),
+        lambda t: t[:-1],
+        lambda t: t[:1],
+        lambda t: th.stack([t, t], dim=1)[:, 0],
+        lambda t: t.to("meta"),
+        lambda t: t.to_sparse(),
+    ],
+)
+@pytest.mark.parametrize("which", range(6))
+def test_tensors_that_do_not_belong_together_are_left_alone(generation, which, spoil):
+    gradient, first, second, average, copy, param = (th.ones(300) for _ in range(6))
+    found = [gradient, first, second, average, copy.bfloat16(), param]
+    found[which] = spoil(found[which]) if which != 4 else spoil(copy).to(th.float32)
+    if which == 0 and found[0].dtype == th.bfloat16:
+        return  # a gradient may have 16 bits
+    gradient, first, second, average, copy, param = found
+    settings = update.AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    if which == 0 and gradient.layout == th.strided and not gradient.is_contiguous():
+        return  # a gradient is put in order first
+    done = update.adamw(
+        [param], [gradient], ([first], [second]), th.ones(1), settings, [([average], 0.9)], [copy]
+    )
+    assert not done
+    assert all((t == 1).all() for t in found if t.layout == th.strided and not t.is_meta)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -264,7 +452,7 @@ def test_adamw(generation, dtype):
     for step in range(1, 4):
         gradient = tensors(dtype)
         gradient[1] = gradient[1].contiguous()  # as autograd may return it
-        update.adamw(
+        assert update.adamw(
             params, gradient, moments, th.full((len(params),), float(step)), settings, averages, copies
         )
         for p, g in zip(reference, gradient):
