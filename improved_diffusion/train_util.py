@@ -4,10 +4,12 @@ import datetime
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from signal import Signals
 from typing import Any
 
 import blobfile as bf
@@ -26,11 +28,12 @@ from improved_diffusion.resample import LossSecondMomentResampler, UniformSample
 from improved_diffusion.results.export import export
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint
-from improved_diffusion.run.interrupts import Interrupts
+from improved_diffusion.run.interrupts import Interrupts, Stopped
 from improved_diffusion.seeding import Purpose
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
+EXPORT_SECONDS = 3.0  # longer exports of the workbook are left out when a signal has asked to stop
 CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
 
 
@@ -150,6 +153,8 @@ class TrainLoop:
         self.samples = 0  # images consumed, by all processes together
         self.elapsed = 0.0  # seconds of wall-clock over all sessions
         self.previewed_step = 0
+        self.interrupts = Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0)
+        self.export_seconds = 0.0  # what the last export took
         self.logged_step = 0  # the last step with a row for its whole interval
         self.saved_step: int | None = None
         self.resumed_here: Checkpoint | None = None  # what this run continues, when it is its own
@@ -206,8 +211,9 @@ class TrainLoop:
         session_started = time.monotonic()
         self.started = session_started - self.elapsed
         logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
-        with Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0) as interrupts:
-            stopped_by, save = self._requests(interrupts, session_started)
+        with self.interrupts:
+            self._draw_preview()  # again, if the last session was stopped while it drew
+            stopped_by, save = self._requests(session_started)
             failure: NonFiniteError | None = None
             while self.step < self.total_steps and stopped_by is None:
                 try:
@@ -223,9 +229,8 @@ class TrainLoop:
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
                     self._log_row(bar)
                     self.logged_step = self.step
-                if self.writes and self.preview is not None and self.sample_interval:
-                    self._draw_preview()
-                stopped_by, requested = self._requests(interrupts, session_started)
+                self._draw_preview()
+                stopped_by, requested = self._requests(session_started)
                 save = save or requested
                 due = save or self.step % self.save_interval == 0
                 if due and self.saved_step != self.step and self.step < self.total_steps:
@@ -260,13 +265,14 @@ class TrainLoop:
         tensors = [*self.params, *self.opt.state_tensors()]
         return dist_util.broadcast(all(bool(th.isfinite(tensor).all()) for tensor in tensors))
 
-    def _requests(self, interrupts: Interrupts, session_started: float) -> tuple[str | None, bool]:
+    def _requests(self, session_started: float) -> tuple[str | None, bool]:
         """What was asked of any process, so that all act on it at the same step: a reason to stop, and whether
         to save."""
         if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
-            interrupts.stop = interrupts.stop or "--max_hours"
-        asked = th.tensor([*(interrupts.stop == reason for reason in STOP_REASONS), interrupts.save]).int()
-        interrupts.save = False
+            self.interrupts.stop = self.interrupts.stop or "--max_hours"
+        stops = (self.interrupts.stop == reason for reason in STOP_REASONS)
+        asked = th.tensor([*stops, self.interrupts.save]).int()
+        self.interrupts.save = False
         dist_util.all_reduce(asked)
         *stops, save = asked.tolist()
         return next((reason for reason, count in zip(STOP_REASONS, stops) if count), None), save > 0
@@ -418,12 +424,23 @@ class TrainLoop:
             )
 
     def _draw_preview(self) -> None:
+        if not self.writes or self.preview is None or not self.sample_interval:
+            return
         if self.step % self.sample_interval or self.step == self.previewed_step:
             return
-        self.previewed_step = self.step
         release_memory()
         averaged = next(iter(self.ema_params.values()))
-        self.preview(fast_model(self.model, self.precision, self.num_workers, averaged), self.step)
+        model = fast_model(self.model, self.precision, self.num_workers, averaged)
+
+        def stoppable(*args, **kwargs) -> th.Tensor:
+            self.interrupts.check()
+            return model(*args, **kwargs)
+
+        try:
+            self.preview(stoppable, self.step)
+        except Stopped:
+            return
+        self.previewed_step = self.step
 
     # -- state on disk -----------------------------------------------------------------------------------
 
@@ -471,6 +488,7 @@ class TrainLoop:
             "log": unfinished_row,
             "logged_step": self.logged_step,
             "skipped": self.skipped,
+            "previewed_step": self.previewed_step,
             "precision": self.precision,
             "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
@@ -500,12 +518,27 @@ class TrainLoop:
 
     def _export(self) -> None:
         self.check_folder()
+        if self.interrupts.stop in Signals.__members__ and self.export_seconds > EXPORT_SECONDS:
+            self._leave_workbook()
+            return
         # Between two steps there is much to give back, and a workbook of thousands of rows takes some.
         release_memory()
+        before = time.monotonic()
         try:
-            export(logger.get_dir())
+            with self.interrupts.abandoning():
+                export(logger.get_dir())
+        except Stopped:
+            self._leave_workbook()
         except Exception as error:  # whatever is wrong with a report, it is no reason to end a run of days
             logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
+        self.export_seconds = time.monotonic() - before
+
+    def _leave_workbook(self) -> None:
+        # A container that is told to stop is killed ten seconds later.
+        logger.log(
+            "the workbook is left as it was, because writing it takes long: the run that goes on writes it, and so "
+            f"does export_results.py {shlex.quote(logger.get_dir())}"
+        )
 
     def _restore(self, source: Checkpoint) -> None:
         """Continue from `source`: weights, averages, optimizer, sampler history, metrics, data position."""
@@ -526,6 +559,7 @@ class TrainLoop:
         self.elapsed = state["elapsed"]
         self.logged_step = state["logged_step"]
         self.skipped = state["skipped"]
+        self.previewed_step = state.get("previewed_step", self.step)
         self.log_state = state["log"]
         before = state.get("global_batch", self.global_batch)
         if before != self.global_batch:

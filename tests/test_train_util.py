@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch as th
 from conftest import TINY
 from openpyxl import load_workbook
 
-from improved_diffusion import logger
+from improved_diffusion import logger, train_util
 from improved_diffusion.image_datasets import BatchStream, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.run import checkpoint
@@ -24,6 +27,7 @@ from improved_diffusion.train_util import (
     parse_ema_rates,
 )
 
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="a signal would end the process")
 TIMING = {"images_per_sec", "elapsed"}
 
 
@@ -323,3 +327,53 @@ def test_gradients_reach_every_parameter(tmp_path):
     values = loop.gradients.values
     names = [name for (name, _), value in zip(loop.model.named_parameters(), values) if not value.any()]
     assert names == []
+
+
+@needs_signals
+def test_a_signal_ends_a_preview_and_it_is_drawn_later(tmp_path):
+    drawn, calls = [], []
+
+    def preview(model, step):
+        for number in range(1000):
+            if step == 2 and number == 3 and not calls[3:]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(step)
+            model(th.zeros(1, 3, 8, 8), th.zeros(1))
+            if step != 2 or len(calls) > 100:
+                break
+        drawn.append(step)
+
+    images = read_images("builtin", 8)
+    flags = {"preview": preview, "sample_interval": 2}
+    loop = make_loop(tmp_path, total_steps=5, data=BatchStream(images, 6), **flags)
+    assert loop.run_loop() == "SIGTERM"
+    assert calls == [2] * 4 and drawn == [] and checkpoint.steps(str(tmp_path)) == [2]
+    calls += [2] * 100
+    make_loop(
+        tmp_path, total_steps=5, data=BatchStream(images, 6), **flags, resume_checkpoint=str(tmp_path)
+    ).run_loop()
+    assert drawn == [2, 4]
+    # It is not drawn a third time.
+    make_loop(
+        tmp_path, total_steps=6, data=BatchStream(images, 6), **flags, resume_checkpoint=str(tmp_path)
+    ).run_loop()
+    assert drawn == [2, 4, 6]
+
+
+@needs_signals
+def test_a_signal_ends_an_export_that_takes_long(tmp_path, monkeypatch, capsys):
+    exports = []
+
+    def endless(folder):
+        exports.append(folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train_util, "export", endless)
+    monkeypatch.setattr(train_util, "EXPORT_SECONDS", 0.0)
+    started = time.monotonic()
+    assert make_loop(tmp_path, total_steps=5, save_interval=2).run_loop() == "SIGTERM"
+    assert time.monotonic() - started < 9 and len(exports) == 1
+    assert checkpoint.steps(str(tmp_path)) == [2, 3]  # the step after the export, too
+    assert f"export_results.py {tmp_path}" in capsys.readouterr().out

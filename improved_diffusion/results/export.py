@@ -4,11 +4,13 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from openpyxl import Workbook
 from openpyxl.drawing.image import Image
 from openpyxl.worksheet.pagebreak import Break
 from openpyxl.worksheet.worksheet import Worksheet
+from openpyxl.writer.excel import ExcelWriter
 from PIL import Image as PillowImage
 
 from improved_diffusion.results.charts import MAX_POINTS, chart_data, draw, half_window, plots_of
@@ -67,8 +69,9 @@ def export(run_dir: str, output: str | None = None) -> str:
     _fill_explained(book.create_sheet("Explained"), run)
     if "Smoothed" in book.sheetnames:  # last, as the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
-    with open_atomic(output) as file:
-        book.save(file)
+    # As `book.save`, except that the archive is closed before the file when a signal ends this in the middle.
+    with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
+        ExcelWriter(book, archive).save()
     return output
 
 

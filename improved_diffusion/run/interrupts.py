@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -21,6 +22,7 @@ class Interrupts(contextlib.AbstractContextManager):
     def __init__(self, echo: float = 0.0):
         self._echo = echo
         self._stopped_at = -math.inf
+        self._abandons = False
         self.stop: str | None = None
         self.save = False
         self._previous: dict[int, object] = {}
@@ -39,6 +41,20 @@ class Interrupts(contextlib.AbstractContextManager):
             signal.signal(number, handler)
         self._previous.clear()
 
+    def check(self) -> None:
+        """Between the steps of work that may be left out: raise `Stopped` if a signal has asked to stop."""
+        if self.stop in signal.Signals.__members__:
+            raise Stopped(signal.Signals[self.stop])
+
+    @contextlib.contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """A block of Python code that may be left out: a signal to stop raises `Stopped` anywhere within it."""
+        self._abandons = True
+        try:
+            yield
+        finally:
+            self._abandons = False
+
     def _on_stop(self, number: int, frame) -> None:
         now = time.monotonic()
         if now - self._stopped_at < self._echo:
@@ -50,6 +66,8 @@ class Interrupts(contextlib.AbstractContextManager):
         # The handler may have interrupted a print: Python's buffered files must not be entered again.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.stop}: finishing this step and saving; Ctrl-C now exits at once\n".encode())
+        if self._abandons:
+            raise Stopped(number)
 
     def _on_save(self, number: int, frame) -> None:
         self.save = True
@@ -68,28 +86,28 @@ class Stoppable(contextlib.AbstractContextManager):
     def __enter__(self) -> "Stoppable":
         for number in terminations():
             with contextlib.suppress(ValueError):  # not in the main thread
-                self._previous[number] = signal.signal(number, _terminate)
+                self._previous[number] = signal.signal(number, _raise_stopped)
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if isinstance(error, KeyboardInterrupt):
-            number = error.number if isinstance(error, _Terminated) else signal.SIGINT
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
             self.exit_code = exit_code(signal.Signals(number).name)
         return self.exit_code != 0
 
 
-class _Terminated(KeyboardInterrupt):
-    """A signal that is treated like Ctrl-C."""
+class Stopped(KeyboardInterrupt):
+    """A signal has asked to stop; not an error, which somebody might handle as such."""
 
     def __init__(self, number: int):
         super().__init__()
         self.number = number
 
 
-def _terminate(number: int, frame) -> None:
-    raise _Terminated(number)
+def _raise_stopped(number: int, frame) -> None:
+    raise Stopped(number)
 
 
 def terminations() -> list[int]:

@@ -2,11 +2,13 @@
 
 import csv
 import datetime
+import gc
 import json
 import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openpyxl import load_workbook
 from openpyxl.utils import range_boundaries
+from openpyxl.worksheet._writer import WorksheetWriter
 from PIL import Image
 
 from improved_diffusion.results.charts import chart_data, plots_of, smooth
 from improved_diffusion.results.columns import DURATION, describe
 from improved_diffusion.results.export import export
 from improved_diffusion.results.read import Table, read_run
+from improved_diffusion.run.interrupts import Interrupts, Stopped
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export_results.py"
 QUARTILES = [f"{base}{suffix}" for base in ("loss", "mse") for suffix in ("", "_q0", "_q1", "_q2", "_q3")]
@@ -340,3 +344,24 @@ def test_what_is_no_progress_file_is_a_value_error(tmp_path, content):
     (tmp_path / "progress.csv").write_bytes(b"loss\n" + content)
     with pytest.raises(ValueError, match="progress"):
         export(str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal would end the process")
+def test_a_broken_off_export_leaves_the_old_workbook(tmp_path, monkeypatch, capfd):
+    write_rows(tmp_path, [COLUMNS, *numbers(200)])
+    (tmp_path / "results.xlsx").write_text("the old one")
+    write_row = WorksheetWriter.write_row
+
+    def stopped_at_row_50(self, element, row, number):
+        if number == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_row(self, element, row, number)
+
+    monkeypatch.setattr(WorksheetWriter, "write_row", stopped_at_row_50)
+    with Interrupts() as interrupts, pytest.raises(Stopped), interrupts.abandoning():
+        export(str(tmp_path))
+    assert (tmp_path / "results.xlsx").read_text() == "the old one"
+    assert {path.name for path in tmp_path.iterdir()} == {"progress.csv", "results.xlsx"}
+    gc.collect()
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "Exception ignored" not in said
