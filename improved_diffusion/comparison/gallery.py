@@ -1,4 +1,4 @@
-"""Images that a model has drawn with one sampler and another, each drawn once and kept in a folder."""
+"""Images that a model has drawn with several samplers. Each image is drawn once and kept in a folder."""
 
 import json
 import os
@@ -20,13 +20,13 @@ SAVE_SECONDS = 60  # of drawing that a killed process may lose, or one batch
 
 
 class Gallery:
-    """The images that one model draws, kept in `folder`, which is made if need be.
+    """The images that one model draws, kept in `folder`, which is made if it does not exist.
 
-    A file holds the first images of one plan and seed, and goes on where it ends when more are asked for:
-    ``arr_0``: uint8 [N, S, S, 3]; ``seconds``: what drawing them took; ``drawn_with``: JSON.
+    A file holds the first images of one plan and seed; later calls append to it. ``arr_0``: uint8 [N, S, S, 3];
+    ``seconds``: the time that drawing them took; ``drawn_with``: JSON.
 
     :param labels: the classes to draw in turn, for a class-conditional model.
-    :param drawn_with: what tells the images from those of other models, by name, ready for JSON.
+    :param drawn_with: the settings that the images depend on, by name, ready for JSON.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Gallery:
     def images(self, plan: Plan, seed: int, count: int) -> tuple[np.ndarray, float]:
         """The first `count` images of `seed`, uint8 [count, S, S, 3], and the seconds that drawing one took.
 
-        Those that are missing are drawn first. A damaged file is drawn anew.
+        Missing images are drawn first. The images of a damaged file are drawn again.
 
-        :raises ValueError: the images in the file were drawn with something else than `drawn_with`.
+        :raises ValueError: the images in the file were drawn with other settings than `drawn_with`.
         """
         path = bf.join(self._folder, f"{cell_name(plan, seed)}.npz")
         images, seconds = self._read(path)
@@ -72,8 +72,8 @@ class Gallery:
                 drawn_with = json.loads(str(arrays["drawn_with"]))
             if images.dtype != np.uint8 or images.ndim != 4 or not isinstance(drawn_with, dict):
                 raise ValueError("holds no such images")
-        except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
-            print(f"{path}: damaged ({error or type(error).__name__}); its images are drawn anew")
+        except Exception as error:  # on damaged files, zipfile and NumPy raise almost anything
+            print(f"{path}: damaged ({error or type(error).__name__}); its images are drawn again")
             return nothing, 0.0
         for name, value in self._drawn_with.items():
             if drawn_with.get(name) != value:

@@ -21,10 +21,10 @@ def compare(
 ) -> dict[str, Any]:
     """Draw and measure all images of `comparison`, and write the reports into `out_dir` after every cell.
 
-    A cell is what there is of one sampler, number of steps and seed.
+    A cell holds the images and measurements of one sampler, number of steps and seed.
 
     :param distance: measures images, uint8 [N, S, S, 3].
-    :param facts: what else the record shall say (see `report.write`). Cells that were measured in the same
+    :param facts: further entries of the record (see `report.write`). Cells that were measured in the same
         "setting" are not measured again.
     :return: the record.
     """

@@ -1,4 +1,4 @@
-"""The picture of a comparison: what every sampler makes of the same noise, in more and more steps."""
+"""The picture of a comparison: images by every sampler from the same noise, for each number of steps."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from improved_diffusion.comparison.plan import BASELINE, Solver, cell_name, exac
 from improved_diffusion.sample_util import Plan
 
 SHOWN = 4  # images of a cell
-SIDE = 64  # to which smaller images are enlarged, in pixels
+SIDE = 64  # in pixels; smaller images are enlarged to it
 TEXT, LINE = 15, 24  # height of letters, and of a line of them
 GAP, SEAM = 12, 2  # space between cells, and between images
 
@@ -19,7 +19,7 @@ Band = tuple[list[str], list[tuple[str, list[np.ndarray | None]]]]  # headings, 
 def comparison_picture(record: dict[str, Any], images: dict[str, np.ndarray]) -> Image.Image:
     """Rows are samplers, columns numbers of steps; below are the exact solution and the baseline.
 
-    :param record, images: as in `comparison_report.write`; of cells without images the places stay empty.
+    :param record, images: as in `report.write`. The place of a cell without images stays empty.
     """
     seed, exact = record["seeds"][0], exact_plan(record["timesteps"])
 

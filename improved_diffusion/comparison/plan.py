@@ -8,8 +8,8 @@ import numpy as np
 from improved_diffusion.sample_util import Plan
 from improved_diffusion.samplers import SAMPLERS, SPACINGS
 
-# With which spacing a sampler of 10 steps came closest to the exact solution, on a model of CIFAR-10; where it is not
-# this one, the sampler has its own.
+# The spacing with which most samplers came closest to the exact solution in 10 steps, on a model of CIFAR-10. The
+# others have their own.
 SPACING = "logsnr"
 SPACING_OF = {"ddpm": "uniform", "ipndm": "quadratic"}
 SPACING_OF_RANDOM_DDIM = "quadratic"
@@ -23,11 +23,11 @@ COMPARING = {
 }
 BASELINE = Plan("ddpm", None, "uniform")
 EXACT = Plan("unipc", 200, "logsnr")  # further steps change no image visibly
-EXACT_IMAGES = 64  # that are drawn in this way, which takes its time
+EXACT_IMAGES = 64  # of each seed; drawing them exactly takes long
 
 
 class Solver(NamedTuple):
-    """A sampler with what belongs to it."""
+    """A sampler with its spacing and eta."""
 
     sampler: str
     spacing: str
@@ -37,7 +37,7 @@ class Solver(NamedTuple):
         return self.sampler + (f", eta {self.eta:g}" if self.eta else "")
 
     def plan(self, steps: int) -> Plan:
-        """It, in so many steps."""
+        """The plan of this sampler with `steps` steps."""
         return Plan(self.sampler, steps, self.spacing, self.eta)
 
 
@@ -46,10 +46,10 @@ class Comparison:
     """What is compared.
 
     :ivar samplers: with their spacings.
-    :ivar steps: how many each of them takes, in ascending order.
+    :ivar steps: numbers of steps, in ascending order.
     :ivar seeds: of the images.
-    :ivar images: how many are drawn of each seed.
-    :ivar baseline: whether `BASELINE` draws them, too.
+    :ivar images: number of images for each seed.
+    :ivar baseline: whether `BASELINE` is compared too.
     """
 
     samplers: list[Solver]
@@ -69,7 +69,7 @@ class Comparison:
         return min(self.images, EXACT_IMAGES)
 
     def check_steps(self, timesteps: int) -> None:
-        """:raises ValueError: a model with so many timesteps cannot take one of the numbers of steps."""
+        """:raises ValueError: a number of steps is larger than the model's number of timesteps."""
         for steps in self.steps:
             if not 1 <= steps <= timesteps:
                 raise ValueError(
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def parse_comparison(flags: dict[str, Any]) -> Comparison:
-    """What the flags of `COMPARING` ask for. :raises ValueError: naming a flag that is wrong."""
+    """The comparison that the flags of `COMPARING` describe. :raises ValueError: a flag is wrong; it is named."""
     seeds = _parse_numbers(flags["seeds"], "seeds")
     for seed in seeds:
         if abs(seed) >= 2**63:
@@ -123,17 +123,17 @@ def _parse_numbers(text: str, flag: str) -> list[int]:
 
 
 def exact_plan(timesteps: int) -> Plan:
-    """How the ODE of a model with so many timesteps is solved about exactly."""
+    """The plan that solves the ODE almost exactly, for a model with this many timesteps."""
     return replace(EXACT, steps=min(EXACT.steps, timesteps))
 
 
 def cell_name(plan: Plan, seed: int) -> str:
-    """What the images of a plan and a seed, and their measurements, are called."""
+    """The name of the images of a plan and a seed, and of their measurements."""
     sampler = plan.sampler + (f"-eta{plan.eta:g}" if plan.eta else "")
     way = f"{sampler}-{plan.spacing}-{plan.steps}" if plan.steps else f"{sampler}-all"
     return f"{way}-seed{seed}"
 
 
 def difference(images: np.ndarray, others: np.ndarray) -> float:
-    """The root mean square of what two arrays of images, uint8 [N, S, S, 3], differ by, in grey levels (of 255)."""
+    """The root mean square difference of two arrays of images, uint8 [N, S, S, 3], in grey levels (of 255)."""
     return float(np.sqrt(np.square(images.astype(np.float64) - others).mean()))

@@ -1,4 +1,4 @@
-"""What a comparison of samplers found: JSON, tables in Markdown, and a picture."""
+"""The results of a comparison of samplers: JSON, tables in Markdown, and a picture."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
 
 def known_cells(out_dir: str, setting: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The measurements that were made in `out_dir` before, where it was in the same setting, by the cell's name."""
-    # What cannot be read is measured again.
+    """Earlier measurements in `out_dir` that were made in the same setting, by the cell's name."""
+    # An unreadable record means that all is measured again.
     with contextlib.suppress(OSError, bf.Error, ValueError, RecursionError):
         with bf.BlobFile(bf.join(out_dir, JSON), "rb") as file:
             record = json.load(file)
@@ -28,7 +28,7 @@ def known_cells(out_dir: str, setting: dict[str, Any]) -> dict[str, dict[str, fl
 
 
 def write(out_dir: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> None:
-    """Write the three files, of what there is so far.
+    """Write the three files from the results so far.
 
     :param record: "model", "computing", "timesteps", "metric", "features_length", "reference" and
         "reference_images", "images" (of each cell) and "exact_images", "seeds", "samplers" (each a
@@ -72,13 +72,13 @@ def markdown(record: dict[str, Any]) -> str:
     if count <= record["features_length"]:
         lines += [
             f"{count:,} images are few for {record['features_length']:,} features: these distances are too large, "
-            "and comparable only with each other.",
+            "so compare them only with each other.",
             "",
         ]
     lines += [
         f"**Error in grey levels** (of 255): the root mean square difference from what {exact.sampler} makes of the "
-        f"same noise in {exact.steps} steps ({record['exact_images']} images of each seed). It tells how well the ODE "
-        "is solved, which is not how good the images are:",
+        f"same noise in {exact.steps} steps ({record['exact_images']} images of each seed). It shows how well the ODE "
+        "is solved, not how good the images are:",
         "",
         *_table(record, "difference"),
         "",
@@ -90,7 +90,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def _table(record: dict[str, Any], key: str) -> list[str]:
-    """The lines of a table; but for times, the lowest value of a column is bold."""
+    """The lines of a table. The lowest value of a column is bold, except in tables of times."""
     columns = []
     solvers = [Solver(*entry) for entry in record["samplers"]]
     for steps in record["steps"]:
@@ -110,7 +110,7 @@ def _table(record: dict[str, Any], key: str) -> list[str]:
 
 
 def _values(record: dict[str, Any], plan: Plan, key: str) -> list[float]:
-    """What has been measured of the plan so far, for one seed after the other."""
+    """The measurements of the plan so far, one for each seed."""
     found = (record["cells"].get(cell_name(plan, seed), {}).get(key) for seed in record["seeds"])
     return [value for value in found if value is not None]
 
