@@ -1,4 +1,4 @@
-"""Which optimisations pay: the fast path in turns with one that does without a single of them."""
+"""What each optimisation gains: the fast path in turns with the same path without one of them."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from improved_diffusion.unet import QKVAttention, ResBlock, Upsample
 
 
 def measure_ablation(settings: Settings) -> dict[str, Any]:
-    """For every optimisation, the factor that training steps lose without it."""
+    """For every optimisation, the factor by which training steps are slower without it."""
     rows = []
     for precision in settings.precisions:
         fast = stepping(settings, training_loop(settings, precision))
         for name, create in _without(settings, precision).items():
-            # In pairs, because each contender has weights, moments and averages of its own to hold in memory.
+            # In pairs, because each contender holds its own weights, moments and averages in memory.
             seconds = interleave({"with": fast, "without": create()}, settings.rounds)
             rows.append(
                 {
@@ -36,13 +36,13 @@ def measure_ablation(settings: Settings) -> dict[str, Any]:
             )
     return {
         "title": f"What each optimisation gains, in steps of {settings.batch_size} images",
-        "note": "the fast path as it is, in turns with the same less one optimisation; a gain above 1 pays",
+        "note": "the fast path in turns with the same path without one optimisation; above 1 the optimisation helps",
         "rows": rows,
     }
 
 
 def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Contender]]:
-    """For each optimisation, what makes a contender without it."""
+    """For each optimisation, a function that makes a contender without it."""
     loop = partial(training_loop, settings, precision)
     step = partial(stepping, settings)
     found = {
@@ -63,7 +63,7 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
 
 
 def _without_kernels(loop: Callable[[], TrainLoop], step: Callable[[TrainLoop], Contender]) -> Contender:
-    """A contender for whose turns the kernels are switched off, and which is built without them."""
+    """A contender that is built and run with the kernels switched off."""
 
     def run_without(run: Callable[[], object]) -> object:
         with kernels.switched("0"):

@@ -15,7 +15,7 @@ from improved_diffusion.jobs.train import create_training_parser, run_training
 from improved_diffusion.script_util import model_defaults
 
 STEPS = 6
-LOG_INTERVAL = 3  # so that the last row is that of steps without anything that is done once
+LOG_INTERVAL = 3  # so that the last row holds no work that is done only once
 ROUNDS = 3  # of the table of costs: each of its processes takes some seconds to start
 LARGEST_MICROBATCH = 16
 VARIED = {
@@ -81,8 +81,8 @@ def train(settings: Settings, changes: dict[str, Any]) -> dict[str, float | None
     """Run a training command of a few steps in a process of its own.
 
     :param changes: flags that differ from those of `settings`.
-    :return: images_per_second, and peak_megabytes where the system tells.
-    :raises ValueError: it failed; the message is what it said last.
+    :return: images_per_second, and peak_megabytes (None where the system does not report it).
+    :raises ValueError: it failed; the message holds the last line that it printed.
     """
     flags = {
         **settings.model,
@@ -120,9 +120,9 @@ def main() -> None:
 
 
 def peak_megabytes() -> float | None:
-    """The largest resident size that this process has had, in 10^6 bytes; None where the system does not tell."""
+    """The largest resident size of this process so far, in 10^6 bytes; None where the system does not report it."""
     try:
-        # Unlike getrusage, this does not begin with the size of the parent process.
+        # Unlike getrusage, this does not start at the size of the parent process.
         with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):

@@ -14,7 +14,7 @@ from improved_diffusion.data.batch_stream import BatchStream
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.train_util import TrainLoop
 
-# Which operations belong to what, by their names, of which the first that occurs in an operation's decides.
+# The parts that operations belong to. The first of these texts that occurs in an operation's name decides.
 OPERATIONS = {
     "conv": "convolution",
     "baddbmm": "convolution",  # that with a kernel of size 1, in 16 bits
@@ -50,8 +50,8 @@ def measure_parts(settings: Settings) -> dict[str, Any]:
     rounds = [{**seconds, "whole step": step} for seconds, step in zip(rounds, steps)]
     return {
         "title": f"Parts of a step of {settings.batch_size} images in {NAMES[precision]}, on one core",
-        "note": "operations in forward and backward passes, by PyTorch's profiler; what copies and adds, also for "
-        "attention, is among the other operations",
+        "note": "operations in forward and backward passes, by PyTorch's profiler; copies and additions, also those of "
+        "attention, are among the other operations",
         "rows": [
             {
                 "part": part,
@@ -64,7 +64,7 @@ def measure_parts(settings: Settings) -> dict[str, Any]:
 
 
 def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dict[str, float]:
-    """The seconds that each part of a step takes, once; the rest is what they leave of those of the whole."""
+    """The seconds of each part of one step. "rest" is what remains of the whole."""
     batch, _ = next(stream)
     microbatches = settings.batch_size / settings.microbatch
     step = seconds_of(lambda: loop.run_step(batch, {}))
@@ -85,11 +85,11 @@ def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dic
 
 
 def _profile(settings: Settings, loop: TrainLoop) -> dict[str, float]:
-    """The seconds that each of `PARTS` takes of the passes of a microbatch."""
+    """The seconds that each of `PARTS` takes in the passes of a microbatch."""
     images = random_images(settings, settings.microbatch)
     timesteps = th.arange(settings.microbatch) % loop.diffusion.num_timesteps
     model = loop.gradients.copies.models[0]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would tell of every start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would print every start and end
     threads = th.get_num_threads()
     th.set_num_threads(1)
     try:
@@ -100,7 +100,7 @@ def _profile(settings: Settings, loop: TrainLoop) -> dict[str, float]:
         th.set_num_threads(threads)
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in profiler.function_events:
-        if event.cpu_parent is None:  # the others are a part of theirs
+        if event.cpu_parent is None:  # the others are inside these
             seconds[_part(event.name)] += event.time_range.elapsed_us() / 1e6
     return seconds
 

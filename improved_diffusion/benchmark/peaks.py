@@ -11,7 +11,7 @@ from improved_diffusion.benchmark.timing import Contender, interleave, spread
 from improved_diffusion.cpu.workers import DTYPES, Workers
 
 SIDE = 1024  # of the matrices
-GFLOP = 2 * SIDE**3 / 1e9  # of a product: a multiplication and an addition for each of SIDE^3 pairs
+GFLOP = 2 * SIDE**3 / 1e9  # per product: a multiplication and an addition for each of SIDE^3 pairs
 
 
 def measure_peaks(settings: Settings) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _products(precision: str, cores: int):
 def count_arithmetic(settings: Settings) -> tuple[float, float]:
     """The GFLOP per image of a forward pass, and of forward and backward passes together.
 
-    They are counted on the plain path: what the fast one saves of it by other means makes its rate higher.
+    They are counted on the plain path. Arithmetic that the fast path saves raises its rate.
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads PyTorch's compiler, which takes a second
 

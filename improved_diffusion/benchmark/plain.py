@@ -1,6 +1,6 @@
-"""What openai/improved-diffusion computes on a CPU, the measure of all speed: each operation as PyTorch offers it.
+"""The plain path, which all speeds are compared with: what openai/improved-diffusion computes on a CPU.
 
-The mathematics, the parameters and the gradients are those of the fast path; nothing is fused, rearranged, spread
+Mathematics, parameters and gradients are those of the fast path. Nothing is fused, rearranged, spread
 over threads of our own or rounded to 16 bits.
 """
 
@@ -15,8 +15,8 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d
 from improved_diffusion.unet import Projected, QKVAttention, ResBlock, UNetModel, Upsample
 
-# With these, plain training takes as long as with the GNU C library's own thresholds, which follow what a program does
-# and cannot be had back.
+# Thresholds of malloc with which plain training takes as long as with those of the GNU C library. The library adapts
+# its own to the program, and once they are set they cannot be restored.
 USUAL_THRESHOLDS = (16 * 2**20, 13 * 2**20)
 
 
@@ -46,7 +46,7 @@ class PlainResBlock(ResBlock):
 
 
 class PlainAttention(QKVAttention):
-    """Queries and keys scaled one by one, weights in float32 with the keys along their last dimension."""
+    """Queries and keys scaled separately; attention weights in float32, with the keys in the last dimension."""
 
     def forward(self, qkv: th.Tensor) -> th.Tensor:
         n, channels, length = qkv.shape
@@ -62,7 +62,7 @@ class PlainAttention(QKVAttention):
 
 
 class PlainUNet(UNetModel):
-    """The timestep embedding projected block by block, and memory laid out as PyTorch does by itself."""
+    """The timestep embedding projected block by block, and PyTorch's default memory layout."""
 
     def _project(self, emb: th.Tensor) -> Projected:
         return {block: block.emb_layers(emb) for block in self._res_blocks}
@@ -79,7 +79,7 @@ PLAIN = {
 
 
 def make_plain(model: nn.Module, kinds: Collection[type[nn.Module]] = tuple(PLAIN)) -> nn.Module:
-    """Let the modules of these `kinds` in `model` compute the plain way. :return: `model`."""
+    """Switch the modules of these `kinds` in `model` to plain operations. :return: `model`."""
     for module in model.modules():
         if type(module) in kinds:
             module.__class__ = PLAIN[type(module)]
@@ -90,7 +90,7 @@ def make_plain(model: nn.Module, kinds: Collection[type[nn.Module]] = tuple(PLAI
 
 
 def usual_memory() -> None:
-    """Undo `cpu.keep_memory`: hand freed memory back to the system as programs usually do."""
+    """Undo `keep_memory`: return freed memory to the system, as programs usually do."""
     keep_memory(*USUAL_THRESHOLDS)
 
 

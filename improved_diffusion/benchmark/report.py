@@ -7,7 +7,7 @@ WIDTH = 100
 
 
 def section(content: dict[str, Any]) -> str:
-    """A part of the results, {"title", "note", "rows"}, as lines of text; the rows' keys head the columns."""
+    """A part of the results, {"title", "note", "rows"}, as lines of text. The rows' keys are the columns' headings."""
     rows = content["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [[name.replace("_", " ") for name in names]]
@@ -25,7 +25,7 @@ def section(content: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A text, a number, or a median and what the middle 80% lie between."""
+    """A text, a number, or a median with the range of the middle 80%."""
     if isinstance(value, dict):
         return f"{_number(value['median'])} ({_number(value['p10'])}..{_number(value['p90'])})"
     if value is None:

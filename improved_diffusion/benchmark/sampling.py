@@ -23,7 +23,7 @@ def measure_sampling(settings: Settings) -> dict[str, Any]:
     images, timesteps = random_images(settings, BATCH), th.full((BATCH,), 500.0)
     plain = th.no_grad()(make_plain(copy.deepcopy(model)))
     contenders = {
-        # It keeps memory, too, as a program that only samples does before long by itself.
+        # Freed memory is kept, as in any program that only samples: malloc adapts to that after a while.
         ("plain", "fp32", settings.compute.workers): Contender(partial(plain, images, timesteps))
     }
     for precision in settings.precisions:

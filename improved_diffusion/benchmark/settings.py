@@ -22,7 +22,7 @@ class Settings:
 
     :param model: flags of `script_util.model_defaults`.
     :param compute: the precision and cores that training would choose.
-    :param rounds: how often everything is measured.
+    :param rounds: number of measurements of everything.
     """
 
     model: dict[str, Any]
@@ -34,7 +34,7 @@ class Settings:
 
     @property
     def precisions(self) -> list[str]:
-        """Those of the fast path to measure: 32 bits, and 16 where they are the choice."""
+        """The precisions of the fast path to measure: 32 bits, and 16 if `compute` has chosen them."""
         return ["fp32"] if self.compute.precision == "fp32" else ["fp32", "bf16"]
 
     @property
@@ -48,7 +48,7 @@ def build(settings: Settings) -> tuple[UNetModel, GaussianDiffusion]:
     th.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**settings.model)
     for p in model.parameters():
-        if not p.any():  # a new model has layers of zeros, a trained one has none
+        if not p.any():  # a new model has layers of zeros, a trained model has none
             th.nn.init.normal_(p, std=0.02)
     return model, diffusion
 

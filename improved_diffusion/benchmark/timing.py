@@ -1,4 +1,4 @@
-"""Fair timing: contenders take turns in one process, and medians and spreads tell what came of it."""
+"""Fair timing: contenders take turns in one process; results are medians and spreads."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from improved_diffusion.cpu.machine import keep_memory
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed, `run`, and what has to be set up for the process before its turn."""
+    """A function to time, `run`, and one that prepares the process before its turn."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = keep_memory
@@ -24,10 +24,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Time all `contenders` in turns: a machine that is disturbed, or warms up, is so for all of them.
+    """Time all `contenders` in turns, so that a disturbance of the machine affects all of them.
 
-    A turn runs its contender twice and counts the second: the first finds caches and memory as the one before has
-    left them. An additional first round, in which kernels are compiled, does not count.
+    A turn runs its contender twice and counts the second run. The first run finds caches and memory as the previous
+    contender left them. An additional first round for warming up does not count.
 
     :return: for each contender its seconds in every round.
     """
@@ -41,12 +41,12 @@ def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """The median of `values` times `scale`, and between what the middle 80% of them lie."""
+    """The median of `values` times `scale`, and the range of the middle 80% of them."""
     ordered = sorted(scale * value for value in values)
     tenth = round(0.1 * (len(ordered) - 1))
     return {"median": statistics.median(ordered), "p10": ordered[tenth], "p90": ordered[-1 - tenth]}
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """The ratio in each round, which is what a disturbed machine changes least."""
+    """The ratio in each round. A disturbance of the machine changes ratios the least."""
     return [above / below for above, below in zip(numerators, denominators)]

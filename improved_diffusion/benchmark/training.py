@@ -29,7 +29,7 @@ from improved_diffusion.jobs.train import RUNNING
 from improved_diffusion.train_util import TrainLoop
 
 LOG_INTERVAL = RUNNING["log_interval"]
-MEASURED_INTERVAL = 2  # in the measurement, to have as many steps with a row of metrics as without
+MEASURED_INTERVAL = 2  # of the measurement: as many steps with a row of metrics as without
 WARM_UP = 4
 
 
@@ -123,7 +123,7 @@ def _time_command(settings: Settings) -> tuple[list[float], list[float]]:
         logger.configure(folder)
         try:
             if loop.run_loop() is not None:
-                raise KeyboardInterrupt  # the loop has caught it, to end in order
+                raise KeyboardInterrupt  # the loop has caught it, in order to save first
         finally:
             logger.close()
     return turns.bare[WARM_UP:], turns.whole[WARM_UP:]
