@@ -12,6 +12,7 @@ import torch as th
 
 from improved_diffusion import dist_util, weighting
 from improved_diffusion import gaussian_diffusion as gd
+from improved_diffusion.cpu.machine import usable_cores
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import add_dict_to_argparser, args_to_dict, check_range, one_line, str2bool  # noqa: F401
 from improved_diffusion.image_datasets import read_images
@@ -390,6 +391,8 @@ def read_images_alike(data_dir: str, image_size: int, cache_limit_gb: float = 2.
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: users' mistakes in one line and code 2, without a traceback."""
     terminal.clean_up_on_ctrl_c()
+    if th.get_num_threads() > usable_cores():  # PyTorch does not look at a container's CPU quota
+        th.set_num_threads(usable_cores())
     try:
         code = main() or 0
         dist_util.finish()

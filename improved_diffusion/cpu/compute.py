@@ -40,7 +40,8 @@ def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
     """What to compute with.
 
     :param precision: ``"fp32"``, ``"bf16"``, or ``"auto"``: what this processor does faster.
-    :param num_workers: a number of cores, or ``"auto"``: the threads that PyTorch would use.
+    :param num_workers: a number of cores, or ``"auto"``: the threads that PyTorch would use. Of more than there are,
+        those that there are, with a warning: threads that share a core wait for each other.
     :raises ValueError: either is neither of these.
     """
     if precision not in PRECISIONS:
@@ -51,7 +52,11 @@ def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
         return Compute(precision, max(1, min(th.get_num_threads(), usable_cores())))
     if not (num_workers.isdecimal() and 1 <= int(num_workers) <= 1024):
         raise ValueError(f"--num_workers {num_workers}: use auto, or a number of cores from 1 on")
-    return Compute(precision, int(num_workers))
+    if int(num_workers) > usable_cores():
+        print(
+            f"WARNING: --num_workers {num_workers}: this process may use {usable_cores()} cores; computing on those"
+        )
+    return Compute(precision, min(int(num_workers), usable_cores()))
 
 
 def bf16_pays() -> bool:

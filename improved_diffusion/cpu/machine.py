@@ -1,18 +1,78 @@
 """The processor and its memory: what machine this is, how many of its cores may be used, how memory is kept."""
 
+import contextlib
 import ctypes
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 
 import torch as th
 
 
 def usable_cores() -> int:
-    """The cores this process may run on (an affinity mask counts where the system has one)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores this process may use: those of its affinity mask, or fewer when its container has a CPU quota.
+
+    A quota is rounded down, to at least 1: threads that wait for one that has used up its time are slower than
+    fewer threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, cpu_quota())))
+
+
+def cpu_quota(proc: str = "/proc/self") -> float:
+    """The CPUs that Linux's control groups (versions 1 and 2) let this process use at a time; infinite without.
+
+    The group itself and every group above it may have a limit.
+
+    :param proc: the folder with this process's ``cgroup`` and ``mountinfo``.
+    """
+    quota = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        for folder, top in _cpu_groups(proc):
+            while True:
+                quota = min(quota, _quota_of(folder))
+                if folder == top or not folder.startswith(top):
+                    break
+                folder = os.path.dirname(folder)
+    return quota
+
+
+def _cpu_groups(proc: str) -> Iterator[tuple[str, str]]:
+    """The folders of this process's groups that may limit its CPU time, each with the top of its hierarchy."""
+    with open(os.path.join(proc, "cgroup"), encoding="utf-8") as file:
+        # "number:controllers:path"; version 2 has one line without controllers
+        groups = [line.rstrip("\n").split(":", 2) for line in file]
+    with open(os.path.join(proc, "mountinfo"), encoding="utf-8") as file:
+        mounts = [line.split() for line in file]
+    for mount in mounts:
+        # "... root mount-point options [tags] - type source options", see proc(5)
+        kind, _, options = mount[mount.index("-") + 1 :][:3]
+        root, top = mount[3:5]
+        for _, controllers, path in groups:
+            second = kind == "cgroup2" and not controllers
+            first = kind == "cgroup" and "cpu" in options.split(",") and "cpu" in controllers.split(",")
+            if first or second:
+                # In a container, the top may be its own group, and the path that which the host knows it by.
+                inside = os.path.relpath(path, root) if os.path.commonpath([path, root]) == root else "."
+                yield os.path.normpath(os.path.join(top, inside)), top
+
+
+def _quota_of(folder: str) -> float:
+    """The CPUs that a control group may use at a time."""
+
+    def read(name: str) -> list[str]:
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                return file.read().split()
+        except OSError:
+            return []
+
+    limit = read("cpu.max") or [*read("cpu.cfs_quota_us"), *read("cpu.cfs_period_us")]
+    if len(limit) != 2 or limit[0] in ("max", "-1"):
+        return math.inf
+    return float(limit[0]) / float(limit[1])
 
 
 def processor_name() -> str:

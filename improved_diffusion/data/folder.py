@@ -12,6 +12,7 @@ import blobfile as bf
 import numpy as np
 from tqdm import tqdm
 
+from improved_diffusion.cpu.machine import usable_cores
 from improved_diffusion.data.cache import (
     UnusableCache,
     cache_path,
@@ -189,7 +190,7 @@ def _read_files(files: list[ImageFile], image_size: int | None, progress: bool) 
         return results
 
     results = []
-    executor = ThreadPoolExecutor(max_workers=min(32, os.cpu_count() or 1))
+    executor = ThreadPoolExecutor(max_workers=min(32, usable_cores()))
     bar = tqdm(total=len(files), desc="reading images", unit="img", disable=None if progress else True)
     try:
         for chunk in executor.map(read, range(0, len(files), CHUNK)):

@@ -24,7 +24,15 @@ def test_auto_takes_the_faster_precision(monkeypatch, speedup, precision):
 
 def test_auto_takes_the_cores_that_torch_would():
     assert choose("fp32").workers == min(th.get_num_threads(), usable_cores())
+
+
+def test_no_more_cores_than_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(compute, "usable_cores", lambda: 3)
     assert choose("fp32", "3") == Compute("fp32", 3)
+    assert capsys.readouterr().out == ""
+    assert choose("fp32", "999") == Compute("fp32", 3)
+    said = "WARNING: --num_workers 999: this process may use 3 cores; computing on those\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "2.5", "many", "", "99999"])
