@@ -1,171 +1,271 @@
-"""Command-line flags: what each is for, how it is typed and bounded, and one clear line when it is wrong."""
+"""Flags declared as fields of frozen dataclasses: from one declaration come the parser, --help, checks and defaults."""
 
 import argparse
+import dataclasses
+import difflib
+import enum
+import inspect
 import math
+import os
 import re
-from collections.abc import Iterable
-from typing import Any
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
-HELP = {
-    # model
-    "image_size": "side of the square images in pixels",
-    "num_channels": "channels of the UNet's first level, a multiple of 32",
-    "num_res_blocks": "residual blocks per level",
-    "num_heads": "attention heads",
-    "num_heads_upsample": "attention heads on the way up; -1: as on the way down",
-    "attention_resolutions": "comma-separated resolutions, in pixels, at which there is attention; the default "
-    "means all levels of at most 16 pixels where the image size has no levels of 16 and 8",
-    "channel_mult": "comma-separated channel multipliers, one per level (1,2,2,2); empty: chosen by image size",
-    "dropout": "dropout probability",
-    "learn_sigma": "let the model predict the variance too",
-    "class_cond": "condition the model on the class of the image",
-    "num_classes": "number of classes with --class_cond True; 0: as many as the data have",
-    "class_dropout": "share of training images whose class is withheld, for guidance in sampling; 0.1 is usual",
-    "use_checkpoint": "recompute activations in the backward pass: less memory, about a third more time",
-    "use_scale_shift_norm": "let the timestep scale and shift the normalisation instead of being added",
-    "ddpm_details": "compute as the code of Ho et al. 2020 does in detail; set by convert_checkpoint.py where needed",
-    "large_size": "side of the high-resolution images in pixels",
-    "small_size": "side of the low-resolution images in pixels",
-    # diffusion
-    "diffusion_steps": "number of diffusion steps T",
-    "noise_schedule": "linear or cosine",
-    "timestep_respacing": 'use fewer steps: a count ("250"), counts per section ("10,15,20") or "ddim50"; empty: all',
-    "sigma_small": "the smaller of the two fixed variances in sampling",
-    "use_kl": "train on the variational bound itself",
-    "predict_xstart": "the model predicts the clean image instead of the noise",
-    "rescale_timesteps": "hand the model timesteps scaled to 0..1000",
-    "rescale_learned_sigmas": "with --learn_sigma, weigh the variational term against the mean squared error",
-    # data
-    "data_dir": "folder of images or .npz file; 'builtin': the built-in shapes; empty, in training: "
-    "CIFAR-10, or else the shapes",
-    "random_flip": "mirror each training image left-right with probability 1/2",
-    "cache_limit_gb": "data sets up to this size, decoded, live in memory; larger ones are streamed",
-    "data_workers": "processes that decode images of a streamed data set",
-    # training
-    "schedule_sampler": "how timesteps are drawn: uniform or loss-second-moment",
-    "lr": "learning rate of AdamW",
-    "weight_decay": "decoupled weight decay of AdamW",
-    "lr_anneal_steps": "anneal the learning rate linearly to zero over this many steps; 0: do not",
-    "precision": "what to compute in: fp32, bf16 (16 bits, with the weights in 32), or auto: the faster one of "
-    "this processor",
-    "num_workers": "cores to compute on, each with images of its own: a number, or auto: all",
-    "use_fp16": "as in improved-diffusion: 16 bits; on a CPU that means --precision bf16",
-    "fp16_scale_growth": "with --use_fp16; without effect, because bfloat16 needs no scaling of the loss",
-    "lr_warmup_steps": "raise the learning rate linearly from zero over this many steps",
-    "grad_clip": "clip the gradient's norm to this; 0: do not",
-    "batch_size": "images per optimizer step (training) or at a time (drawing, measuring), in each process",
-    "microbatch": "images per forward and backward pass and core; -1: the whole batch; changes memory, not the result",
-    "ema_rate": "comma-separated rates of the moving averages of the weights",
-    "total_steps": "stop after this many optimizer steps in total",
-    "seed": "of everything random",
-    # running
-    "log_dir": "where the output goes; empty: $OPENAI_LOGDIR, or else a new dated directory",
-    "log_interval": "steps per row of progress.csv",
-    "save_interval": "steps between checkpoints",
-    "sample_interval": "steps between pictures that show the progress, in samples/ of the run's directory and in the "
-    "workbook; 0: none",
-    "keep_last": "delete all but this many of the newest checkpoints; 0: keep all",
-    "keep_every": "with --keep_last, also keep the checkpoints whose step this divides",
-    "max_hours": "save and stop after this many hours of this session; 0: do not",
-    "resume_checkpoint": "continue from this run directory (its newest intact checkpoint) or checkpoint file",
-    "allow_changed_flags": "resume although flags that change the result differ from the checkpoint's",
-    "skip_nonfinite": "skip up to this many steps in a row whose loss or gradient is not finite; 0: stop",
-    "tensorboard": "also write TensorBoard event files",
-    # conversion
-    "to_diffusers": "new folder for the model of --model_path, as diffusers saves its models",
-    "from_diffusers": "folder of a model that diffusers has saved; it becomes a run in --log_dir",
-    # sampling
-    "model_path": "run directory (its newest EMA weights are used) or .pt file",
-    "num_samples": "number of images; where they are made or measured from others, at most as many as there are",
-    "base_samples": "images to enlarge: an .npz file (such as image_sample.py writes) or a folder",
-    "sampler": "ddpm (ancestral sampling, at all timesteps unless --sample_steps is given), ddim, heun, dpmpp_2m, "
-    "dpmpp_3m, unipc, deis or ipndm",
-    "sample_steps": "steps from noise to image; each evaluates the model once (heun: twice)",
-    "timestep_spacing": "how the steps are spread: uniform, quadratic, logsnr (where --sampler is given) or karras",
-    "eta": "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm; 0 where --sampler or --use_ddim is given",
-    "use_ddim": "as in improved-diffusion: DDIM, or with False ancestral sampling, at all timesteps or those of "
-    "--timestep_respacing",
-    "clip_denoised": "clip the predicted clean image to [-1, 1] in every step",
-    "class_label": "comma-separated class names or numbers to draw; empty: all classes in turn",
-    "guidance_scale": "strengthen the class's influence (classifier-free guidance, needs --class_dropout in training); "
-    "1: as trained",
-    "save_trajectory": "also write an animated picture, trajectory.webp, of the way from noise to image",
-    "interpolate": "draw --num_samples (by default 10) images that lead from image 0 to image 1 of the seed, in a row; "
-    "a row for each class of --class_label (at most 10)",
-    "save_png": "also write every image as a PNG of its own",
-    # comparison
-    "samplers": "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing, "
-    "ddim:uniform:1 ddim with that --eta",
-    "steps": "comma-separated numbers of steps",
-    "seeds": "comma-separated seeds; every sampler draws --num_samples images of each, from the same noise",
-    "baseline": "compare with ddpm at all timesteps too, which takes most of the time",
-    # evaluation
-    "samples": "images to measure: an .npz file (such as image_sample.py writes) or a folder of images",
-    "reference": "real images to measure them against, such as the training images: a folder, an .npz file or builtin",
-    "features": "what the images are compared by: inception, as in papers; pixel: their colours, without a network; or "
-    "a TorchScript file, which must come from somebody you trust",
-    "inception_weights": "where you have inception-2015-12-05.pt; empty: it is downloaded once (96 MB)",
-    "output": "JSON file to write; empty: beside the samples",
-    "run_dir": "also add the result to this run's directory and workbook",
-}
-# Beyond these, a flag is a slip of the keyboard, and would fill the memory before anybody notices.
-AT_MOST = {
-    "image_size": 1024,
-    "num_channels": 4096,
-    "num_res_blocks": 32,
-    "num_heads": 1024,
-    "num_heads_upsample": 1024,
-    "num_classes": 100_000,
-    "batch_size": 10_000_000,
-    "microbatch": 10_000_000,
-    "num_samples": 10_000_000,
-    "diffusion_steps": 100_000,
-    "sample_steps": 100_000,
-    "total_steps": 10**9,
-    "data_workers": 256,
-    "seed": 2**63 - 1,
-}
+import improved_diffusion
+
+
+class Role(enum.Enum):
+    """What becomes of a flag when a run is resumed or its model is used."""
+
+    ARCHITECTURE = "defines the weights: always the checkpoint's"
+    PROCESS = "defines what the model has learned: the checkpoint's, unless --allow_changed_flags is given"
+    TRAINING = "defines the training: as PROCESS, but of no interest once the model is trained"
+    FREE = "taken from the checkpoint where it is not given"
+    SESSION = "never taken from the checkpoint"
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a flag besides its name, type and default; see `flag`."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    check: Callable[[Any], str | None] | None = None
+    role: Role = Role.FREE
+    per_machine: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, as the end of a sentence; None: nothing."""
+        if self.choices and value not in self.choices:
+            near = difflib.get_close_matches(str(value), self.choices, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"use one of {', '.join(choice for choice in self.choices if choice)}{hint}"
+        if self.low is not None:
+            high = math.inf if self.high is None else self.high
+            below = math.inf if self.below is None else self.below
+            if not (self.low <= value <= high and value < below):
+                limits = f"at least {self.low}"
+                limits += f" and at most {self.high}" if self.high is not None else ""
+                limits += f" and below {self.below}" if self.below is not None else ""
+                return f"must be {limits}"
+        return self.check(value) if self.check else None
+
+
+def flag(default: Any, help: str, **declaration: Any) -> Any:
+    """A field of a subclass of `Flags`, its name being that of the flag and its type bool, int, float or str.
+
+    :param help: what it is for; --help adds choices and default.
+    :param declaration: low, high, below: the range of a number, the last one excluded. choices: of a text. check:
+        a function of the value that returns what is wrong with it, or None. role: a `Role`. per_machine: several
+        processes of one job may have different values.
+    """
+    return field(default=default, metadata={"flag": Declaration(help, **declaration)})
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The values of a command's flags. Subclasses declare fields with `flag`, or combine other subclasses.
+
+    :cvar TITLE: under which --help lists the flags that a class declares itself.
+    :cvar FROM_CHECKPOINT: the classes whose flags a command reads from a checkpoint; --help only names them.
+    :raises ValueError: a value is out of its range; the message names the flag.
+    """
+
+    TITLE: ClassVar[str] = ""
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = ()
+
+    def __post_init__(self):
+        for name, declaration in declared(type(self)).items():
+            value = getattr(self, name)
+            if problem := declaration.problem(value):
+                raise ValueError(f"--{name} {str(value)[:80]}: {problem}")
+
+    def check(self, given: set[str]) -> None:
+        """Check flags against each other. :raises ValueError: two contradict each other; the message names them.
+
+        :param given: the names of the flags that the user gave.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by name, as `args.json` has them."""
+        return {name: getattr(self, name) for name in declared(type(self))}
+
+
+F = TypeVar("F", bound=Flags)
+
+
+def _own(cls: type[Flags]) -> Iterator[tuple[type[Flags], dataclasses.Field]]:
+    """The fields of `cls`, each with the class that declares it, in the order in which the bases are listed."""
+    present = {item.name: item for item in fields(cls)}
+    for base in cls.__mro__:
+        for name in inspect.get_annotations(base):
+            if name in present:
+                yield base, present.pop(name)
+
+
+def declared(cls: type[Flags]) -> dict[str, Declaration]:
+    """What `cls` declares of each flag, by name, in the order of --help."""
+    return {item.name: item.metadata["flag"] for _, item in _own(cls)}
+
+
+def defaults(cls: type[Flags]) -> dict[str, Any]:
+    """The default of each flag of `cls`, by name."""
+    return {item.name: item.default for _, item in _own(cls)}
+
+
+def names_of(cls: type[Flags], *roles: Role) -> list[str]:
+    """The flags of `cls` that have one of `roles`."""
+    return [name for name, declaration in declared(cls).items() if declaration.role in roles]
+
+
+def pick(cls: type[F], values: dict[str, Any]) -> F:
+    """An instance of `cls` from those of `values` that are its flags; the rest have their defaults."""
+    known = declared(cls)
+    return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def with_defaults(config: F, given: set[str], others: dict[str, Any]) -> F:
+    """`config` with the values of `others` for the flags that were not `given`; unknown names are ignored."""
+    changes = {name: value for name, value in others.items() if name not in given}
+    return replace(config, **{name: changes[name] for name in declared(type(config)) if name in changes})
+
+
+def named(error: Exception, flags: dict[str, str]) -> ValueError:
+    """The error of a function about one of its arguments, as one about the flag that the value came from.
+
+    :param error: its message begins with the name of the argument.
+    :param flags: the flag of each such argument.
+    """
+    message = str(error)
+    word = re.match(r"\w*", message)[0]
+    return ValueError(f"--{flags[word]}{message[len(word) :]}" if word in flags else message)
+
+
+READ = "read from the checkpoint"
+READ_NOTE = (
+    "These flags describe the model. Give them only for weights without arguments beside them, such as those of "
+    "improved-diffusion; image_train.py --help explains them. "
+)
+_METAVARS = {bool: "True|False", int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says in one line what is wrong, and remembers which flags were given."""
+    """The command line of a script.
 
-    def __init__(self, description: str):
+    It knows which flags were given, says in one line what is wrong, and reads flags from files (`@args.txt`).
+
+    :param config: the flags.
+    :param description: what the script does.
+    :param examples: commands that --help ends with.
+    """
+
+    def __init__(self, config: type[Flags], description: str, examples: Sequence[str] = ()):
+        lines = "".join(f"\n  {line}" for line in examples)
+        more = "@FILE stands for the flags in a text file, such as @args.txt."
         super().__init__(
+            usage="%(prog)s [--FLAG VALUE ...] [@FILE ...]",
             description=description,
+            epilog=(f"examples:{lines}\n\n" if lines else "") + more,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=_Formatter,
+            fromfile_prefix_chars="@",
         )
+        self.config = config
+        self._types = {item.name: item.type for _, item in _own(config)}
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"improved_diffusion {improved_diffusion.__version__}",
+            help="show the version and exit",
+        )
+        groups: dict[str, Any] = {}
+        read = [item.name for base, item in _own(config) if base in config.FROM_CHECKPOINT]
+        for base, item in _own(config):
+            title, note = base.TITLE or "flags", None
+            text = _explain(item.metadata["flag"], item.default).replace("%", "%%")
+            if item.name in read:
+                title, note, text = (
+                    READ,
+                    READ_NOTE + " ".join(f"--{name}" for name in read),
+                    argparse.SUPPRESS,
+                )
+            if title not in groups:
+                groups[title] = self.add_argument_group(title, note)
+            metavar = "NAME" if item.metadata["flag"].choices else _METAVARS[item.type]
+            groups[title].add_argument(f"--{item.name}", metavar=metavar, help=text)
+
+    def parse_flags(self, argv: list[str] | None = None) -> tuple[Any, set[str]]:
+        """Parse and check `argv`, by default the command line; what is wrong with it ends the process.
+
+        :return: the flags, an instance of `config`, and the names of those that were given.
+        """
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self._describe_unknown(unknown[0]))
+        try:
+            given = {name: _convert(name, self._types[name], text) for name, text in vars(values).items()}
+            config = self.config(**given)
+            config.check(set(given))
+        except ValueError as error:
+            self.error(str(error))
+        return config, set(given)
+
+    def _describe_unknown(self, text: str) -> str:
+        if not text.startswith("--"):
+            return f"unexpected {text!r}: flags are written --NAME VALUE"
+        name = text[2:].split("=")[0]
+        near = difflib.get_close_matches(name, self._types, 1)
+        # What is missing at the end is not near in letters, but what is meant all the same.
+        near = near or [known for known in self._types if name and known.startswith(name)]
+        return f"--{name}: there is no such flag" + (f"; did you mean --{near[0]}?" if near else "")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """The flags in a line of a file: any number of them, and comments."""
+        try:
+            return shlex.split(line, comments=True, posix=os.name != "nt")
+        except ValueError as error:
+            self.error(f"{line.strip()}: {error}")
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}; --help explains every flag\n")
-
-    def parse_flags(self, argv: list[str] | None = None) -> tuple[dict[str, Any], set[str]]:
-        """Parse `argv`. :return: all flags with their values, and the names of those that were given."""
-        flags = vars(self.parse_args(argv))
-        unset = argparse.Namespace(**dict.fromkeys(flags, _UNSET))
-        given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not _UNSET}
-        return flags, given
+        message = one_line(message.removeprefix("argument "))
+        self.exit(2, f"{self.prog}: error: {message}; --help explains every flag\n")
 
 
-_UNSET = object()
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps the description, but not the examples."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        if "\n  " not in text:
+            fill = partial(argparse.HelpFormatter._fill_text, self)
+        return "\n\n".join(fill(part, width, indent) for part in text.split("\n\n"))
 
 
-def add_dict_to_argparser(
-    parser: argparse.ArgumentParser, default_dict: dict[str, Any], title: str | None = None
-) -> None:
-    """Add a flag for every key, typed by its default, explained by `HELP` and listed under `title`."""
-    group = parser.add_argument_group(title) if title else parser
-    for name, default in default_dict.items():
-        kind = str2bool if isinstance(default, bool) else str if default is None else type(default)
-        text = HELP.get(name, "").replace("%", "%%")
-        group.add_argument(f"--{name}", default=default, type=kind, help=text or None, metavar=_METAVAR[kind])
+def _explain(declaration: Declaration, default: Any) -> str:
+    choices = f"one of {', '.join(filter(None, declaration.choices))}" if declaration.choices else ""
+    known = "" if default == "" else f"default: {default}"
+    remarks = "; ".join(filter(None, (choices, known)))
+    return declaration.help + (f" ({remarks})" if remarks else "")
 
 
-def args_to_dict(args: argparse.Namespace | dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The values of `keys` in parsed arguments."""
-    values = args if isinstance(args, dict) else vars(args)
-    return {key: values[key] for key in keys}
+def _convert(name: str, kind: type, text: str) -> Any:
+    try:
+        if kind is bool:
+            return str2bool(text)
+        return kind(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        expected = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"--{name} {text:.80}: expected {expected}") from None
 
 
 def str2bool(text: str | bool) -> bool:
@@ -177,21 +277,6 @@ def str2bool(text: str | bool) -> bool:
     if text.lower() in ("no", "false", "f", "n", "0", "off"):
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-
-
-_METAVAR = {str2bool: "True|False", str: "TEXT", int: "N", float: "X"}
-
-
-def check_range(flags: dict[str, Any], least: dict[str, float]) -> None:
-    """Check that flags are finite, not below `least` and not above `AT_MOST`.
-
-    :raises ValueError: naming the first that is not.
-    """
-    for name, minimum in least.items():
-        maximum = AT_MOST.get(name, math.inf)
-        if not (minimum <= flags[name] <= maximum and flags[name] < math.inf):
-            limits = f"at least {minimum}" + (f" and at most {maximum}" if maximum < math.inf else "")
-            raise ValueError(f"--{name} {flags[name]}: must be {limits}")
 
 
 def one_line(message: str) -> str:

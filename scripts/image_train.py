@@ -1,31 +1,32 @@
-"""Train a diffusion model on images. `--help` explains every flag; the README tells what to expect."""
+"""Train a diffusion model on images.
+
+The same command with the same --log_dir, given again, continues the run.
+"""
 
 import os
+from collections.abc import Callable
+from functools import partial
 
-if __name__ == "__main__":  # before what takes seconds to import
-    from improved_diffusion.run import terminal
-
-    terminal.start()
-
-from improved_diffusion.flags import (
-    Parser,
-)
-from improved_diffusion.jobs.train import create_training_parser, run_training
-from improved_diffusion.script_util import (
-    model_defaults,
-    run_script,
-)
+from improved_diffusion.config import TrainConfig
+from improved_diffusion.flags import Parser
+from improved_diffusion.jobs.script import run_script
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EXAMPLES = (
+    "python scripts/image_train.py --log_dir runs/cifar10",
+    "python scripts/image_train.py --data_dir photos --image_size 64 --batch_size 16 --log_dir runs/photos",
+)
 
 
 def create_parser() -> Parser:
-    return create_training_parser(__doc__, model_defaults())
+    return Parser(TrainConfig, __doc__, EXAMPLES)
 
 
-def main() -> int:
-    flags, given = create_parser().parse_flags()
-    return run_training(flags, given, PROJECT)
+def main() -> Callable[[], int | None]:
+    config, given = create_parser().parse_flags()
+    from improved_diffusion.jobs.train import run_training
+
+    return partial(run_training, config, given, PROJECT)
 
 
 if __name__ == "__main__":

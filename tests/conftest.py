@@ -99,7 +99,7 @@ def save_trained(folder, step=4, class_names=(), **arguments):
     tiny = {name: value for name, value in TINY.items() if name in defaults}
     arguments = {**defaults, **tiny, "diffusion_steps": 20, **arguments}
     th.manual_seed(0)
-    weights = script_util.create_from_flags(arguments)[0].state_dict()
+    weights = script_util.create_from_flags(script_util.describe_model(arguments))[0].state_dict()
     weights = {name: 0.9 * value + 0.02 * th.randn_like(value) for name, value in weights.items()}
     state = {"samples": 8 * step, "arguments": arguments, "data": {"class_names": list(class_names)}}
     tensors = {"model": weights, "0.99": weights, "opt": {"state": {}, "param_groups": []}}

@@ -11,8 +11,8 @@ from typing import Any
 
 from improved_diffusion.benchmark.settings import NAMES, Settings
 from improved_diffusion.benchmark.timing import spread
-from improved_diffusion.jobs.train import create_training_parser, run_training
-from improved_diffusion.script_util import model_defaults
+from improved_diffusion.config import TrainConfig
+from improved_diffusion.jobs.train import run_training
 
 STEPS = 6
 LOG_INTERVAL = 3  # so that the last row holds no work that is done only once
@@ -110,8 +110,7 @@ def train(settings: Settings, changes: dict[str, Any]) -> dict[str, float | None
 def main() -> None:
     """Train with the flags that are given as JSON on stdin, and print what it cost as the last line."""
     given = json.load(sys.stdin)
-    flags, _ = create_training_parser("", model_defaults()).parse_flags([])
-    run_training({**flags, **given}, set(given), "")
+    run_training(TrainConfig(**given), set(given), "")
     with open(os.path.join(given["log_dir"], "progress.csv"), encoding="utf-8") as file:
         *_, last = csv.DictReader(file)
     print(

@@ -10,11 +10,11 @@ import torch as th
 from improved_diffusion.benchmark.plain import make_plain
 from improved_diffusion.benchmark.settings import NAMES, Settings, build, random_images
 from improved_diffusion.benchmark.timing import Contender, interleave, ratios, spread
+from improved_diffusion.config import DrawingFlags
 from improved_diffusion.cpu.inference import fast_model
-from improved_diffusion.jobs.sample import DRAWING
 from improved_diffusion.sample_util import DEFAULT_PLAN
 
-BATCH = DRAWING["batch_size"]
+BATCH = DrawingFlags().batch_size
 
 
 def measure_sampling(settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 class Settings:
     """A configuration to measure.
 
-    :param model: flags of `script_util.model_defaults`.
+    :param model: flags of `config.ImageFlags` and `config.UNetFlags`.
     :param compute: the precision and cores that training would choose.
     :param rounds: number of measurements of everything.
     """

@@ -22,14 +22,14 @@ from improved_diffusion.benchmark.settings import (
     training_loop,
 )
 from improved_diffusion.benchmark.timing import Contender, interleave, ratios, seconds_of, spread
+from improved_diffusion.config import RunFlags
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.data.batch_stream import BatchStream
 from improved_diffusion.image_datasets import read_images
-from improved_diffusion.jobs.train import RUNNING
 from improved_diffusion.train_util import TrainLoop
 
-LOG_INTERVAL = RUNNING["log_interval"]
-MEASURED_INTERVAL = 2  # of the measurement: as many steps with a row of metrics as without
+LOG_INTERVAL = RunFlags().log_interval
+MEASURED_INTERVAL = 2  # in the measurement, to have as many steps with a row of metrics as without
 WARM_UP = 4
 
 

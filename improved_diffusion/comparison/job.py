@@ -1,15 +1,29 @@
 """A comparison of samplers from the first image to the last table: draw, measure, and report at once."""
 
+import hashlib
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 
+from improved_diffusion import dist_util
 from improved_diffusion.comparison import report
 from improved_diffusion.comparison.gallery import Gallery
 from improved_diffusion.comparison.picture import SHOWN
-from improved_diffusion.comparison.plan import Comparison, cell_name, difference, exact_plan
+from improved_diffusion.comparison.plan import Comparison, cell_name, difference, exact_plan, parse_comparison
+from improved_diffusion.config import ComparingConfig
+from improved_diffusion.evaluation.features import load_extractor
+from improved_diffusion.evaluation.measuring import distance_to, read_flag, reference_statistics
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.sample import choose_labels
 from improved_diffusion.samplers import evaluations
+from improved_diffusion.script_util import check_images_fit, join_processes, model_and_diffusion_defaults
+
+FEATURE_BATCH = 4  # images that a core measures at a time
 
 
 def compare(
@@ -65,3 +79,64 @@ def compare(
                 flush=True,
             )
     return record
+
+
+def run_comparison(config: ComparingConfig, given: set[str], project: str) -> None:
+    """Do what the command line of compare_samplers.py asks for.
+
+    :param config, given: of `Parser.parse_flags`.
+    :param project: the folder with ``models`` and ``runs``, and ``samples``, where results go by default.
+    :raises ValueError: a flag does not fit the model, or the images to compare with are unusable.
+    """
+    comparison = parse_comparison(config)
+    join_processes(config)
+    opened = open_model(config, given, project)
+    config = opened.config
+    check_images_fit(config, "batch_size", bytes_per_number=4)
+    if dist_util.get_world_size() > 1:
+        raise ValueError("several processes cannot share this work; start one, which uses all cores")
+    comparison.check_steps(opened.diffusion.num_timesteps)
+    check_images_fit(config, "num_samples", bytes_per_number=1)
+    labels = choose_labels(config, opened.class_names)
+    extractor = load_extractor(config.features, config.inception_weights)
+    reference = read_flag("reference", config.reference, config.image_size)
+    print(f"reference: {describe(reference)}")
+    real = reference_statistics(reference, extractor, FEATURE_BATCH)
+
+    out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
+    print(f"To go on after an interruption, give the same command with --log_dir {out_dir}")
+    with bf.BlobFile(opened.path, "rb") as file:
+        weights = hashlib.sha256(file.read()).hexdigest()
+    drawn_with = {
+        "weights": weights,
+        "precision": opened.compute.precision,
+        "class_label": labels,
+        **{name: value for name, value in config.to_dict().items() if name in model_and_diffusion_defaults()},
+    }
+    gallery = Gallery(
+        bf.join(out_dir, "cells"),
+        opened.model,
+        opened.diffusion,
+        image_size=config.image_size,
+        labels=labels,
+        batch_size=config.batch_size,
+        drawn_with=drawn_with,
+    )
+    facts = {
+        "model": opened.path,
+        "computing": str(opened.compute),
+        "timesteps": opened.diffusion.num_timesteps,
+        "metric": extractor.metric("frechet_distance"),
+        "features_length": len(real.mean),
+        "reference": reference.summary["source"],
+        "reference_images": len(reference),
+        "setting": {
+            **drawn_with,
+            "num_samples": comparison.images,
+            "features": extractor.fingerprint,
+            "reference": reference.fingerprint,
+        },
+    }
+    distance = partial(distance_to, real, extractor=extractor, batch_size=FEATURE_BATCH)
+    record = compare(comparison, gallery, distance, facts, out_dir)
+    print(f"\n{report.markdown(record)}\nwritten: {bf.join(out_dir, 'comparison.md')}, .json, .png")

@@ -1,10 +1,11 @@
 """Which samplers to compare, in how many steps each, and with what."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from improved_diffusion.config import ComparingConfig
 from improved_diffusion.sample_util import Plan
 from improved_diffusion.samplers import SAMPLERS, SPACINGS
 
@@ -13,14 +14,6 @@ from improved_diffusion.samplers import SAMPLERS, SPACINGS
 SPACING = "logsnr"
 SPACING_OF = {"ddpm": "uniform", "ipndm": "quadratic"}
 SPACING_OF_RANDOM_DDIM = "quadratic"
-COMPARING = {
-    "samplers": "ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
-    "timestep_spacing": "",
-    "steps": "5,10,20,50",
-    "seeds": "0,1,2",
-    "num_samples": 256,
-    "baseline": True,
-}
 BASELINE = Plan("ddpm", None, "uniform")
 EXACT = Plan("unipc", 200, "logsnr")  # further steps change no image visibly
 EXACT_IMAGES = 64  # of each seed; drawing them exactly takes long
@@ -77,20 +70,18 @@ class Comparison:
                 )
 
 
-def parse_comparison(flags: dict[str, Any]) -> Comparison:
-    """The comparison that the flags of `COMPARING` describe. :raises ValueError: a flag is wrong; it is named."""
-    seeds = _parse_numbers(flags["seeds"], "seeds")
+def parse_comparison(config: ComparingConfig) -> Comparison:
+    """What the flags ask for. :raises ValueError: naming a flag that is wrong."""
+    seeds = _parse_numbers(config.seeds, "seeds")
     for seed in seeds:
         if abs(seed) >= 2**63:
             raise ValueError(f"--seeds {seed}: is too large")
-    if flags["num_samples"] < 2:
-        raise ValueError(f"--num_samples {flags['num_samples']}: a distance needs at least 2 images")
     return Comparison(
-        _parse_samplers(flags["samplers"], flags["timestep_spacing"]),
-        sorted(_parse_numbers(flags["steps"], "steps")),
+        _parse_samplers(config.samplers, config.timestep_spacing),
+        sorted(_parse_numbers(config.steps, "steps")),
         seeds,
-        flags["num_samples"],
-        flags["baseline"],
+        config.num_samples,
+        config.baseline,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch as th
 
+from improved_diffusion.config import PublishConfig
 from improved_diffusion.evaluation.report import FILE_NAME as EVALUATION
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint
@@ -85,3 +86,14 @@ def _read(path: str) -> Any:
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def run_publishing(config: PublishConfig) -> None:
+    """Do what the command line of publish_model.py asks for. :raises ValueError: a flag is unusable."""
+    if not os.path.isdir(config.model_path):
+        raise ValueError(f"--model_path {config.model_path}: there is no such directory")
+    rates = sorted(checkpoint.find(config.model_path).ema_rates, key=float)
+    published = publish(config.model_path, config.ema_rate or (rates or ["none"])[-1], config.log_dir)
+    size = sum(entry["bytes"] for entry in published.state["files"].values())
+    print(f"{published.folder}: step {published.step:,}, {size / 1e6:.1f} MB of weights")
+    print(f"To draw from it: python image_sample.py --model_path {published.folder}")

@@ -7,66 +7,39 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import blobfile as bf
 import torch as th
 
 from improved_diffusion import dist_util
+from improved_diffusion.config import DrawingFlags, FirstFlags
 from improved_diffusion.cpu.compute import Compute, choose
 from improved_diffusion.cpu.inference import fast_model
-from improved_diffusion.flags import check_range
+from improved_diffusion.flags import Flags, Role, declared, defaults, names_of, with_defaults
 from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint
 from improved_diffusion.script_util import (
-    check_images_fit,
     create_from_flags,
     is_super_resolution,
-    join_processes,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
 from improved_diffusion.storage import absolute, new_directory, write_json
-from improved_diffusion.unet import UNetModel
 
-# Flags that define what is learned. They travel with the checkpoint and cannot be contradicted.
-ARCHITECTURE = (
-    "image_size",
-    "num_channels",
-    "num_res_blocks",
-    "num_heads",
-    "num_heads_upsample",
-    "attention_resolutions",
-    "channel_mult",
-    "learn_sigma",
-    "class_cond",
-    "num_classes",
-    "class_dropout",
-    "use_scale_shift_norm",
-    "ddpm_details",
-    "large_size",
-    "small_size",
-)
-PROCESS = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")
-# Flags that a resumed run cannot change without becoming another run.
-TRAINED_WITH = (
-    "random_flip",
-    "seed",
-    "schedule_sampler",
-    "use_kl",
-    "rescale_learned_sigmas",
-    "dropout",
-)
+Config = TypeVar("Config", bound=Flags)
 
 
-def _stored_arguments(source: Checkpoint, flags: dict[str, Any]) -> dict[str, Any]:
+def _stored_arguments(source: Checkpoint, config: Flags) -> dict[str, Any]:
     """The arguments in a checkpoint. :raises ValueError: one is of another type than the flag of this name."""
     stored = source.state.get("arguments", {})
+    expected = defaults(type(config))
     for name, value in stored.items():
-        kind = type(flags.get(name, value))
+        kind = type(expected.get(name, value))
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(
                 f"{source.path('state')}: damaged (its --{name} {value!r} should be a {kind.__name__})"
@@ -74,37 +47,35 @@ def _stored_arguments(source: Checkpoint, flags: dict[str, Any]) -> dict[str, An
     return stored
 
 
-def _check_same_kind(where: str, stored: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Refuse a super-resolution model where `flags` are those of a plain one, and the other way round."""
-    if stored and is_super_resolution(stored) != is_super_resolution(flags):
+def _check_same_kind(where: str, stored: dict[str, Any], config: Flags) -> None:
+    """Refuse a super-resolution model where `config` is that of a plain one, and the other way round."""
+    enlarges = "large_size" in stored
+    if stored and enlarges != is_super_resolution(config):
         problem = "holds no super-resolution model; use the scripts image_..."
-        if is_super_resolution(stored):
+        if enlarges:
             problem = "holds a super-resolution model, which is for the scripts super_res_... only"
         raise ValueError(f"{where}: {problem}")
 
 
-def merge_stored_flags(
-    flags: dict[str, Any], given: set[str], stored: dict[str, Any], names: Iterable[str]
-) -> dict[str, Any]:
-    """Let a checkpoint's arguments take the place of defaults.
+def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) -> Config:
+    """Let the arguments of a checkpoint that describe its model take the place of defaults.
 
-    :param flags: the flags of this command; `given` names those that the user gave.
+    :param config: the flags of this command; `given` names those that the user gave.
     :param stored: the checkpoint's arguments.
-    :param names: the flags to take from there; those that define the model must not contradict it.
-    :raises ValueError: a given flag of `ARCHITECTURE` or `PROCESS` differs from the checkpoint's.
+    :raises ValueError: a given flag that defines the model differs from the checkpoint's.
     """
-    merged = dict(flags)
-    for name in names:
-        if name not in stored:
-            continue
-        if name in given and name in ARCHITECTURE + PROCESS and flags[name] != stored[name]:
+    known = (
+        sr_model_and_diffusion_defaults() if is_super_resolution(config) else model_and_diffusion_defaults()
+    )
+    stored = {name: stored[name] for name in known if name in stored}
+    for name in names_of(type(config), Role.ARCHITECTURE, Role.PROCESS):
+        value = getattr(config, name)
+        if name in given and name in stored and value != stored[name]:
             raise ValueError(
-                f"--{name} {flags[name]}: contradicts the checkpoint, which was trained with {stored[name]}; "
+                f"--{name} {value}: contradicts the checkpoint, which was trained with {stored[name]}; "
                 "leave the flag out"
             )
-        if name not in given:
-            merged[name] = stored[name]
-    return merged
+    return with_defaults(config, given, stored)
 
 
 def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = print) -> str:
@@ -135,18 +106,18 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
     return BUILTIN
 
 
-def choose_log_dir(flags: dict[str, Any], runs_dir: str) -> str:
+def choose_log_dir(config: FirstFlags, runs_dir: str) -> str:
     """Where a training run lives: --log_dir, $OPENAI_LOGDIR, beside what it resumes, or new in `runs_dir`."""
-    log_dir = flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
-    resume = flags["resume_checkpoint"]
+    log_dir = config.log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    resume = config.resume_checkpoint
     if not log_dir and resume:
         log_dir = resume if bf.isdir(resume) else bf.dirname(absolute(resume))
     return absolute(log_dir or new_directory(runs_dir))
 
 
-def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
+def choose_out_dir(log_dir: str, parent: str) -> str:
     """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
-    out_dir = absolute(flags["log_dir"] or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
+    out_dir = absolute(log_dir or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
     if dist_util.get_rank() == 0:
         bf.makedirs(out_dir)
     return out_dir
@@ -155,45 +126,23 @@ def choose_out_dir(flags: dict[str, Any], parent: str) -> str:
 SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
 
 
-def _choose_model(flags: dict[str, Any], project: str) -> str:
+def _choose_model(config: DrawingFlags, project: str) -> str:
     """The model to use: --model_path, or the one that comes with the code.
 
     :raises ValueError: neither is there; the message names the newest run of the project, if any.
     """
-    if flags["model_path"]:
-        return flags["model_path"]
+    if config.model_path:
+        return config.model_path
     runs_dir, shipped = os.path.join(project, "runs"), os.path.join(project, *SHIPPED)
     found = [os.path.join(runs_dir, name) for name in os.listdir(runs_dir)] if os.path.isdir(runs_dir) else []
     found = [run for run in found if checkpoint.steps(run)]
     newest = max(found, key=os.path.getmtime) if found else ""
-    if checkpoint.steps(shipped) and not is_super_resolution(flags):
+    if checkpoint.steps(shipped) and not is_super_resolution(config):
         hint = f"; for your newest run, give --model_path {newest}" if newest else ""
         print(f"no --model_path is given: taking the model that comes with the code{hint}")
         return shipped
     example = f", such as {newest}" if newest else ""
     raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
-
-
-def open_model(
-    flags: dict[str, Any], given: set[str], project: str
-) -> tuple[Callable[..., th.Tensor], SpacedDiffusion, dict[str, Any], list[str]]:
-    """What every script begins with that draws from a model or measures it: join the processes, check, load.
-
-    :param flags, given: of `Parser.parse_flags`.
-    :param project: the folder with ``models`` and ``runs``.
-    :return: as `load_trained`, but the model is a function that computes as --precision and --num_workers say.
-    :raises ValueError: a flag that all these scripts have is wrong.
-    """
-    join_processes(flags)
-    check_range(flags, {"num_samples": 1, "batch_size": 1, "seed": -(2**63)})
-    flags = {**flags, "model_path": _choose_model(flags, project)}
-    chosen = choose(flags["precision"], flags["num_workers"])
-    # What each process measures may differ; what they draw must not.
-    compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
-    model, diffusion, flags, class_names = load_trained(flags["model_path"], flags, given)
-    check_images_fit(flags, "batch_size", bytes_per_number=4)
-    print(f"computing in {compute}")
-    return fast_model(model, compute.precision, compute.workers), diffusion, flags, class_names
 
 
 def choose_source(
@@ -225,40 +174,41 @@ def choose_source(
     return source
 
 
-def merge_for_resume(flags: dict[str, Any], given: set[str], source: Checkpoint) -> dict[str, Any]:
+def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Config:
     """The flags of a resumed run: the checkpoint's, except for those given that may change.
 
     :raises ValueError: a given flag would make it another run; the message names it.
     """
-    stored = _stored_arguments(source, flags)
-    _check_same_kind(source.folder, stored, flags)
-    stays = {"log_dir", "resume_checkpoint", "allow_changed_flags"}
-    merged = {
-        name: value if name in given | stays else stored.get(name, value) for name, value in flags.items()
-    }
-    for name in ARCHITECTURE + PROCESS + TRAINED_WITH:
-        if name not in merged or name not in stored or merged[name] == stored[name]:
+    stored = _stored_arguments(source, config)
+    _check_same_kind(source.folder, stored, config)
+    kind = type(config)
+    for name, declaration in declared(kind).items():
+        value = getattr(config, name)
+        if name not in given or name not in stored or value == stored[name]:
             continue
-        if name in ARCHITECTURE or not flags["allow_changed_flags"]:
-            hint = "" if name in ARCHITECTURE else ", or --allow_changed_flags True to go on all the same"
+        if declaration.role is Role.ARCHITECTURE:
             raise ValueError(
-                f"--{name} {merged[name]}: the run to resume was started with {stored[name]!r}; leave the flag "
-                f"out{hint}"
+                f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out"
             )
-    return merged
+        if declaration.role in (Role.PROCESS, Role.TRAINING) and not config.allow_changed_flags:
+            raise ValueError(
+                f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out, or "
+                "--allow_changed_flags True to go on all the same"
+            )
+    return with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
 
 
-def check_same_data(flags: dict[str, Any], source: Checkpoint, fingerprint: str) -> None:
+def check_same_data(config: FirstFlags, source: Checkpoint, fingerprint: str) -> None:
     """Refuse to resume on other data. :raises ValueError: `fingerprint` is not that of `source`."""
     trained_on = source.state.get("data", {}).get("fingerprint", fingerprint)
-    if trained_on != fingerprint and not flags["allow_changed_flags"]:
+    if trained_on != fingerprint and not config.allow_changed_flags:
         raise ValueError(
-            f"--data_dir {flags['data_dir']}: its images are not those that the run to resume was trained on; give "
+            f"--data_dir {config.data_dir}: its images are not those that the run to resume was trained on; give "
             "the same data, or --allow_changed_flags True to go on all the same"
         )
 
 
-def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step: int) -> None:
+def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) -> None:
     """Write ``args.json`` and ``run.json``, which the workbook is made from, into `log_dir`.
 
     :param facts: what shall stand in ``run.json``; the list of sessions is continued here.
@@ -283,19 +233,36 @@ def record_run(log_dir: str, flags: dict[str, Any], facts: dict[str, Any], step:
         "sessions": sessions,
         "command": shlex.join(["python", *sys.argv]),
     }
-    for name, content in (("args.json", flags), ("run.json", facts)):
+    for name, content in (("args.json", config.to_dict()), ("run.json", facts)):
         write_json(os.path.join(log_dir, name), content)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, read from its checkpoint.
+
+    :ivar model: in eval mode; after `open_model`, a fast function like it, without gradients.
+    :ivar config: the flags of the command, with those that the checkpoint stores in the place of defaults.
+    :ivar path: the weights file.
+    :ivar class_names: empty where they are not known.
+    :ivar compute: what `open_model` computes with.
+    """
+
+    model: Callable[..., th.Tensor]
+    diffusion: SpacedDiffusion
+    config: Any
+    path: str
+    class_names: list[str]
+    compute: Compute | None = None
+
+
 def load_trained(
-    model_path: str, flags: dict[str, Any], given: set[str], log: Callable[[str], None] = print
-) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any], list[str]]:
+    model_path: str, config: Flags, given: set[str], log: Callable[[str], None] = print
+) -> Trained:
     """Build the model that `model_path` holds the weights of, and its diffusion.
 
     :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
-    :param flags: the flags of this command; `given` names those that the user gave.
-    :return: the model in eval mode, the diffusion, all flags after the checkpoint's have been taken over
-        ("model_path" is the weights file), and the names of the classes (empty when unknown).
+    :param config: the flags of this command; `given` names those that the user gave.
     :raises ValueError: there are no such weights, or a given flag contradicts them.
     """
     path = absolute(model_path)
@@ -314,16 +281,14 @@ def load_trained(
             )
         source = checkpoint.state_beside(path)
         weights = source.load(kind) if source else checkpoint.load_weights(path)
-    stored = _stored_arguments(source, flags) if source else {}
-    _check_same_kind(f"--model_path {path}", stored, flags)
+    stored = _stored_arguments(source, config) if source else {}
+    _check_same_kind(f"--model_path {path}", stored, config)
     if not stored:
         log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
-    super_resolution = is_super_resolution(flags)
-    described = sr_model_and_diffusion_defaults() if super_resolution else model_and_diffusion_defaults()
-    flags = {**merge_stored_flags(flags, given, stored, described), "model_path": path}
-    if "timestep_respacing" not in given:
-        flags["timestep_respacing"] = ""
-    model, diffusion = create_from_flags(flags)
+    # Which timesteps are drawn at is for this command to say.
+    stored = {name: value for name, value in stored.items() if name != "timestep_respacing"}
+    config = merge_stored_flags(config, given, stored)
+    model, diffusion = create_from_flags(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -337,4 +302,21 @@ def load_trained(
         + (f" ({source.step:,} steps of {source.state.get('samples', 0):,} images)" if source else "")
     )
     class_names = source.state.get("data", {}).get("class_names", []) if source else []
-    return model.eval(), diffusion, flags, class_names
+    return Trained(model.eval(), diffusion, config, path, class_names)
+
+
+def open_model(config: Flags, given: set[str], project: str) -> Trained:
+    """Open the model that a script draws from or measures, to compute as --precision and --num_workers say.
+
+    :param config, given: of `Parser.parse_flags`.
+    :param project: the folder with ``models`` and ``runs``.
+    :raises ValueError: there is no such model, or it does not fit the flags.
+    """
+    path = _choose_model(config, project)
+    chosen = choose(config.precision, config.num_workers)
+    # What each process measures may differ; what they draw must not.
+    compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
+    trained = load_trained(path, config, given)
+    model = fast_model(trained.model, compute.precision, compute.workers)
+    print(f"computing in {compute}")
+    return replace(trained, model=model, compute=compute)

@@ -1,50 +1,95 @@
-"""A drawing job: what image_sample.py and super_res_sample.py have in common, from their flags to the exit code."""
+"""A drawing job, from its flags to its exit code, and what those that draw or enlarge have in common."""
 
+import os
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch as th
 
+from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags
 from improved_diffusion.data.class_labels import parse_class_labels
-from improved_diffusion.flags import check_range
+from improved_diffusion.flags import Flags
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
 from improved_diffusion.pictures import save_samples
 from improved_diffusion.sample_util import (
     DEFAULT_PLAN,
     DETERMINISTIC_PLAN,
     Plan,
     Subject,
+    guide,
+    interpolate,
+    per_image_noise,
     sample_images,
 )
-from improved_diffusion.samplers import SAMPLERS, SPACINGS
-from improved_diffusion.script_util import count_classes
+from improved_diffusion.script_util import check_images_fit, count_classes, join_processes
 
-SOLVING = {
-    "sampler": DEFAULT_PLAN.sampler,
-    "sample_steps": DEFAULT_PLAN.steps,
-    "timestep_spacing": DEFAULT_PLAN.spacing,
-    "eta": DEFAULT_PLAN.eta,
-    "use_ddim": False,
-    "clip_denoised": True,
-}
-DRAWING = {
-    "model_path": "",
-    "num_samples": 64,
-    "batch_size": 16,
-    "class_label": "",
-    "seed": 0,
-    "log_dir": "",
-    "save_png": False,
-    "save_trajectory": False,
-    "precision": "auto",
-    "num_workers": "auto",
-}
 MAX_FRAMES = 60  # of an animation
+INTERPOLATED = 10  # images from one latent to the other, unless --num_samples says otherwise
+MAX_ROWS = 10
 
 
-def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffusion) -> Plan:
-    """The way from noise to image that the flags of `SOLVING`, --timestep_respacing and --interpolate ask for.
+def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
+    """Do what the command line of image_sample.py asks for.
+
+    :param config, given: of `Parser.parse_flags`.
+    :param project: the folder with ``models`` and ``runs``, and ``samples``, where images go by default.
+    :return: the exit code.
+    :raises ValueError: a flag does not fit the model; nothing was drawn.
+    """
+    join_processes(config)
+    opened = open_model(config, given, project)
+    model, diffusion, config = opened.model, opened.diffusion, opened.config
+    plan = choose_plan(config, given, diffusion)
+    if config.interpolate and "num_samples" not in given:
+        config = replace(config, num_samples=INTERPOLATED)
+    check_images_fit(config, "batch_size", bytes_per_number=4)
+    check_images_fit(config, "num_samples", bytes_per_number=1)
+    labels = choose_labels(config, opened.class_names)
+    if config.guidance_scale != 1:
+        if not config.class_dropout:
+            raise ValueError(
+                f"--guidance_scale {config.guidance_scale}: this model was trained without --class_dropout"
+            )
+        model = guide(model, config.guidance_scale, null_label=count_classes(config))
+    describe = describe_interpolation if config.interpolate else describe_images
+    subject, rows = describe(config, plan, labels)
+
+    out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
+    count = config.num_samples if subject.latents is None else len(subject.latents)
+    return draw_into(
+        out_dir, model, diffusion, plan, subject, config, count=count, rows=rows, doing="drawing"
+    )
+
+
+def describe_images(
+    config: SampleConfig, plan: Plan, labels: list[int] | None
+) -> tuple[Subject, np.ndarray | None]:
+    """Independent images, of all classes asked for in turn, and the rows of their grid: the classes."""
+    labels = None if labels is None else np.resize(labels, config.num_samples)
+    return Subject(config.image_size, config.seed, labels), labels
+
+
+def describe_interpolation(
+    config: SampleConfig, plan: Plan, labels: list[int] | None
+) -> tuple[Subject, np.ndarray | None]:
+    """Images between numbers 0 and 1 of the seed, in a row; a row for each of at most `MAX_ROWS` classes."""
+    if plan.is_random:
+        raise ValueError(
+            f"--interpolate True: needs a sampler that adds no noise on the way, not {plan.sampler}"
+            + (f" with --eta {plan.eta}" if plan.eta else "")
+        )
+    points, size = config.num_samples, config.image_size
+    ends = per_image_noise(config.seed, range(2))(th.empty(2, 3, size, size))
+    classes = labels[:MAX_ROWS] if labels else [0]
+    rows = np.repeat(classes, points)
+    latents = interpolate(*ends, points).repeat(len(classes), 1, 1, 1)
+    return Subject(size, config.seed, rows if labels else None, latents=latents), rows
+
+
+def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffusion) -> Plan:
+    """The way from noise to image that the flags ask for.
 
     Without a sampler that is `DEFAULT_PLAN`, or where images are interpolated, `DETERMINISTIC_PLAN`.
 
@@ -54,32 +99,23 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
 
     :param given: the names of the flags that the user gave; the others have their defaults.
     :param diffusion: that of the model, respaced where --timestep_respacing says so.
-    :raises ValueError: a value is impossible, or two flags contradict each other.
+    :raises ValueError: two flags contradict each other, or the model has too few timesteps.
     """
-    _check_values(flags)
-    default = DETERMINISTIC_PLAN if flags.get("interpolate") else DEFAULT_PLAN
-    respacing = flags["timestep_respacing"]
+    default = DETERMINISTIC_PLAN if getattr(config, "interpolate", False) else DEFAULT_PLAN
+    respacing = config.timestep_respacing
     if "sampler" in given:
-        sampler = flags["sampler"]
-        if "use_ddim" in given and flags["use_ddim"] != (sampler == "ddim"):
-            raise ValueError(
-                f"--use_ddim {flags['use_ddim']}: contradicts --sampler {sampler}; leave one of them out"
-            )
+        sampler = config.sampler
     elif respacing or "use_ddim" in given:
-        sampler = "ddim" if flags["use_ddim"] else "ddpm"
+        sampler = "ddim" if config.use_ddim else "ddpm"
     else:
         sampler = default.sampler
     if "sampler" in given or "use_ddim" in given or respacing:
         default = Plan(sampler)  # what suits most
-    spacing = flags["timestep_spacing"] if "timestep_spacing" in given else default.spacing
-    eta = flags["eta"] if "eta" in given else default.eta
+    spacing = config.timestep_spacing if "timestep_spacing" in given else default.spacing
+    eta = config.eta if "eta" in given else default.eta
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
             f"--timestep_respacing {respacing}: goes with --sampler ddpm or ddim; give --sample_steps to {sampler}"
-        )
-    if respacing and "sample_steps" in given:
-        raise ValueError(
-            f"--timestep_respacing {respacing}: contradicts --sample_steps {flags['sample_steps']}; leave one out"
         )
     if eta and sampler != "ddim":
         raise ValueError(f"--eta {eta}: only --sampler ddim has a choice; leave it out with {sampler}")
@@ -90,9 +126,9 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
     if every_timestep and "timestep_spacing" in given:
         what = f"--timestep_respacing {respacing}" if respacing else f"all timesteps of {sampler}"
         raise ValueError(
-            f"--timestep_spacing {flags['timestep_spacing']}: contradicts {what}; give --sample_steps instead"
+            f"--timestep_spacing {config.timestep_spacing}: contradicts {what}; give --sample_steps instead"
         )
-    steps, timesteps = flags["sample_steps"], diffusion.num_timesteps
+    steps, timesteps = config.sample_steps, diffusion.num_timesteps
     if "sample_steps" in given and steps > timesteps:
         raise ValueError(f"--sample_steps {steps}: this model has {timesteps} timesteps; give that at most")
     return Plan(
@@ -100,28 +136,19 @@ def choose_plan(flags: dict[str, Any], given: set[str], diffusion: GaussianDiffu
         steps=None if every_timestep else min(steps, timesteps),
         spacing=spacing,
         eta=eta,
-        clip_denoised=flags["clip_denoised"],
+        clip_denoised=config.clip_denoised,
     )
 
 
-def _check_values(flags: dict[str, Any]) -> None:
-    for name, known in (("sampler", SAMPLERS), ("timestep_spacing", SPACINGS)):
-        if flags[name] not in known:
-            raise ValueError(f"--{name} {flags[name]!r}: expected one of {', '.join(known)}")
-    check_range(flags, {"sample_steps": 1})
-    if not 0 <= flags["eta"] <= 1:
-        raise ValueError(f"--eta {flags['eta']}: must lie in [0, 1]")
-
-
-def choose_labels(flags: dict[str, Any], class_names: list[str]) -> list[int] | None:
+def choose_labels(config: Flags, class_names: list[str]) -> list[int] | None:
     """The classes that --class_label asks for, by default all; None for a model without classes.
 
     :raises ValueError: the model knows no such class, or none at all.
     """
-    if flags["class_cond"]:
-        return parse_class_labels(flags["class_label"], count_classes(flags), class_names)
-    if flags["class_label"]:
-        raise ValueError(f"--class_label {flags['class_label']}: this model was trained without classes")
+    if config.class_cond:
+        return parse_class_labels(config.class_label, count_classes(config), class_names)
+    if config.class_label:
+        raise ValueError(f"--class_label {config.class_label}: this model was trained without classes")
     return None
 
 
@@ -131,13 +158,13 @@ def draw_into(
     diffusion: GaussianDiffusion,
     plan: Plan,
     subject: Subject,
-    flags: dict[str, Any],
+    config: DrawingFlags,
     *,
     count: int,
     rows: np.ndarray | None,
     doing: str,
 ) -> int:
-    """Draw the first `count` images of `subject` and write them into `out_dir`, as the flags of `DRAWING` say.
+    """Draw the first `count` images of `subject` and write them into `out_dir`, as the flags say.
 
     :param rows: which images are to share a row of the picture (see `pictures.image_grid`).
     :param doing: a word for what is being done.
@@ -152,8 +179,8 @@ def draw_into(
         plan,
         subject,
         num_samples=count,
-        batch_size=flags["batch_size"],
-        frames=MAX_FRAMES if flags["save_trajectory"] else 1,
+        batch_size=config.batch_size,
+        frames=MAX_FRAMES if config.save_trajectory else 1,
         progress=doing,
     )
     return save_samples(
@@ -161,6 +188,6 @@ def draw_into(
         out_dir,
         labels=subject.labels,
         rows=rows,
-        save_png=flags["save_png"],
-        save_trajectory=flags["save_trajectory"],
+        save_png=config.save_png,
+        save_trajectory=config.save_trajectory,
     )

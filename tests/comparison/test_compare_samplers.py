@@ -12,9 +12,9 @@ from improved_diffusion.comparison import gallery
 from improved_diffusion.comparison import job as comparison_job
 from improved_diffusion.comparison.plan import BASELINE, Solver, cell_name, difference
 from improved_diffusion.comparison.report import markdown
+from improved_diffusion.config import ModelAndDiffusion
 from improved_diffusion.jobs.runs import load_trained
 from improved_diffusion.sample_util import Plan, Subject, sample_images
-from improved_diffusion.script_util import model_and_diffusion_defaults
 
 SAMPLERS = [
     Solver("ddim", "uniform"),
@@ -77,8 +77,8 @@ def test_every_cell_is_drawn_measured_and_reported(compare, call_script, tmp_pat
         cell_name(EXACT, seed) for seed in SEEDS
     }
 
-    flags = model_and_diffusion_defaults()
-    model, diffusion, _, _ = load_trained(str(tmp_path / "run"), flags, set())
+    trained = load_trained(str(tmp_path / "run"), ModelAndDiffusion(), set())
+    model, diffusion = trained.model, trained.diffusion
     for plan, seed in itertools.product(PLANS, SEEDS):
         batches = sample_images(model, diffusion, plan, Subject(8, seed), num_samples=COUNT, batch_size=COUNT)
         stored = images_of(out_dir / "cells" / f"{cell_name(plan, seed)}.npz")

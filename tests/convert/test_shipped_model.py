@@ -14,12 +14,12 @@ from conftest import ROOT
 from openpyxl import load_workbook
 
 from improved_diffusion import seeding
+from improved_diffusion.config import ModelAndDiffusion
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs.runs import load_trained
 from improved_diffusion.results.export import export
 from improved_diffusion.sample_util import DEFAULT_PLAN, Subject, from_uint8, sample_images
-from improved_diffusion.script_util import model_and_diffusion_defaults
 from improved_diffusion.seeding import Purpose
 from improved_diffusion.storage import write_json
 
@@ -29,8 +29,8 @@ TEST_IMAGES = {"builtin": "builtin", "cifar_test": str(ROOT / "datasets" / "cifa
 
 
 def load():
-    model, diffusion, flags, _ = load_trained(str(MODEL), model_and_diffusion_defaults(), set())
-    return fast_model(model, "fp32", 2), diffusion, Subject(flags["image_size"])
+    trained = load_trained(str(MODEL), ModelAndDiffusion(), set())
+    return fast_model(trained.model, "fp32", 2), trained.diffusion, Subject(trained.config.image_size)
 
 
 @pytest.fixture(scope="module")

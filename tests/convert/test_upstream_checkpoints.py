@@ -7,13 +7,9 @@ import pytest
 import torch as th
 from conftest import TINY, TINY_FLAGS
 
-from improved_diffusion.jobs.runs import (
-    load_trained,
-)
-from improved_diffusion.script_util import (
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from improved_diffusion.config import ModelAndDiffusion
+from improved_diffusion.jobs.runs import load_trained
+from improved_diffusion.script_util import create_model_and_diffusion
 
 NAME = "cifar10_uncond_50M_500K.pt"
 DRAW = ["--num_samples", 2, "--batch_size", 2, "--timestep_respacing", "3"]
@@ -36,8 +32,7 @@ def upstream_file(path, dtype=th.float32, zipped=False, **changes):
 @pytest.mark.parametrize("dtype", [th.float32, th.float16])
 def test_weights_of_any_format_become_float32(tmp_path, dtype, zipped):
     weights = upstream_file(tmp_path / NAME, dtype, zipped)
-    flags = {**model_and_diffusion_defaults(), **TINY}
-    model, *_ = load_trained(str(tmp_path / NAME), flags, given=set(TINY))
+    model = load_trained(str(tmp_path / NAME), ModelAndDiffusion(**TINY), given=set(TINY)).model
     assert model.state_dict().keys() == weights.keys()
     for name, value in model.state_dict().items():
         assert value.dtype == th.float32

@@ -6,6 +6,8 @@ import pytest
 import torch as th
 from conftest import SCRIPTS, TINY_FLAGS
 
+from improved_diffusion.config import ModelAndDiffusion, SuperResModelAndDiffusion
+from improved_diffusion.flags import declared
 from improved_diffusion.gaussian_diffusion import LossType, ModelVarType
 from improved_diffusion.resample import (
     LossSecondMomentResampler,
@@ -13,9 +15,7 @@ from improved_diffusion.resample import (
     create_named_schedule_sampler,
 )
 from improved_diffusion.run import checkpoint
-from improved_diffusion.script_util import (
-    create_from_flags,
-)
+from improved_diffusion.script_util import create_from_flags, is_super_resolution
 
 IMAGENET_64 = "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True"
 CIFAR_10 = "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3"
@@ -95,21 +95,21 @@ def parse(script, *flags):
     return module.create_parser().parse_flags(" ".join(flags).split())
 
 
-def train_flags(name):
+def train_config(name):
     script = "super_res_train" if name == "upsampler" else "image_train"
     return parse(script, "--data_dir path/to/images", *COMMANDS[name])[0]
 
 
-def build(flags):
+def build(config):
     with th.device("meta"):  # shapes only: these models would take a gigabyte each
-        return create_from_flags(flags)
+        return create_from_flags(config)
 
 
-def expected_parameters(flags):
+def expected_parameters(config):
     """The number of parameters by the building rules of Nichol & Dhariwal 2021, appendix A, layer by layer."""
-    size = flags.get("large_size") or flags["image_size"]
-    base, blocks, levels = flags["num_channels"], flags["num_res_blocks"], LEVELS[size]
-    attended = {int(side) for side in flags["attention_resolutions"].split(",")}
+    size = config.output_size
+    base, blocks, levels = config.num_channels, config.num_res_blocks, LEVELS[size]
+    attended = {int(side) for side in config.attention_resolutions.split(",")}
     embedding = 4 * base
 
     def affine(inputs, outputs, kernel=1):
@@ -117,15 +117,15 @@ def expected_parameters(flags):
 
     def residual(inputs, outputs):
         total = 2 * inputs + affine(inputs, outputs, 9) + 2 * outputs + affine(outputs, outputs, 9)
-        total += affine(embedding, outputs * (2 if flags["use_scale_shift_norm"] else 1))
+        total += affine(embedding, outputs * (2 if config.use_scale_shift_norm else 1))
         return total + (affine(inputs, outputs) if inputs != outputs else 0)
 
     def attention(channels):
         return 2 * channels + affine(channels, 3 * channels) + affine(channels, channels)
 
     total = affine(base, embedding) + affine(embedding, embedding)
-    total += 1000 * embedding if flags["class_cond"] else 0
-    total += affine(6 if "large_size" in flags else 3, base, 9)
+    total += 1000 * embedding if config.class_cond else 0
+    total += affine(6 if is_super_resolution(config) else 3, base, 9)
     widths, stack = [mult * base for mult in levels], [base]
     channels = base
     for level, width in enumerate(widths):
@@ -145,18 +145,18 @@ def expected_parameters(flags):
             channels = width
         total += affine(width, width, 9) if level else 0
     assert not stack
-    return total + 2 * channels + affine(channels, 6 if flags["learn_sigma"] else 3, 9)
+    return total + 2 * channels + affine(channels, 6 if config.learn_sigma else 3, 9)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_training_commands_build_the_model(name):
-    flags = train_flags(name)
-    model, diffusion = build(flags)
+    config = train_config(name)
+    model, diffusion = build(config)
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == expected_parameters(flags)
+    assert parameters == expected_parameters(config)
     if name in PUBLISHED:
         assert abs(parameters / 1e6 - PUBLISHED[name]) < 0.25 * PUBLISHED[name]
-    assert diffusion.num_timesteps == flags["diffusion_steps"] and flags["lr"] in (1e-4, 3e-4, 2e-5)
+    assert diffusion.num_timesteps == config.diffusion_steps and config.lr in (1e-4, 3e-4, 2e-5)
     assert diffusion.rescale_timesteps == ("--rescale_timesteps False" not in COMMANDS[name][1])
     learned = name != "baseline"
     assert diffusion.model_var_type is (ModelVarType.LEARNED_RANGE if learned else ModelVarType.FIXED_LARGE)
@@ -165,12 +165,12 @@ def test_training_commands_build_the_model(name):
     else:
         expected = LossType.MSE if UNSCALED in COMMANDS[name][1] else LossType.RESCALED_MSE
     assert diffusion.loss_type is expected
-    sampler = create_named_schedule_sampler(flags["schedule_sampler"], diffusion)
+    sampler = create_named_schedule_sampler(config.schedule_sampler, diffusion)
     assert isinstance(sampler, LossSecondMomentResampler if name.endswith("_vlb") else UniformSampler)
 
 
 def test_the_cifar_10_model_has_52_million_parameters():
-    assert sum(p.numel() for p in build(train_flags("cifar10_hybrid"))[0].parameters()) == 52_546_438
+    assert sum(p.numel() for p in build(train_config("cifar10_hybrid"))[0].parameters()) == 52_546_438
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_cifar_10_model_has_52_million_parameters():
     ],
 )
 def test_state_dicts_have_the_published_layout(name, shapes):
-    state = build(train_flags(name))[0].state_dict()
+    state = build(train_config(name))[0].state_dict()
     assert {key: list(state[key].shape) for key in shapes} == shapes
 
 
@@ -213,15 +213,15 @@ def test_other_commands_take_the_same_flags(name):
     script = "super_res_sample" if upsampler else "image_sample"
     model, diffusion, _ = COMMANDS[name]
     extra = "--base_samples 64_samples.npz" if upsampler else ""
-    flags, given = parse(script, "--model_path /path/to/model.pt", model, diffusion, extra)
-    trained = train_flags(name)
-    shared = [key for key in flags if key in trained and key not in ("batch_size", "data_dir")]
+    config, given = parse(script, "--model_path /path/to/model.pt", model, diffusion, extra)
+    flags, trained = config.to_dict(), train_config(name).to_dict()
+    shared = [*declared(SuperResModelAndDiffusion if upsampler else ModelAndDiffusion)]
     assert {"num_channels", "noise_schedule", "diffusion_steps"} <= set(shared) & given
     assert {key: flags[key] for key in shared} == {key: trained[key] for key in shared}
-    respaced = parse(
-        script, "--timestep_respacing ddim250 --use_ddim True --num_samples 10000 --batch_size 64"
+    respaced, _ = parse(
+        script, f"--timestep_respacing ddim250 --use_ddim True --num_samples 10000 --batch_size 64 {extra}"
     )
-    assert respaced[0]["timestep_respacing"] == "ddim250" and respaced[0]["use_ddim"] is True
+    assert respaced.timestep_respacing == "ddim250" and respaced.use_ddim is True
     if not upsampler:
         measured, _ = parse("image_nll", "--model_path m.pt --data_dir d --num_samples 9", model, diffusion)
         assert build(measured)[1].num_timesteps == trained["diffusion_steps"]
@@ -246,8 +246,9 @@ MODEL_AND_DIFFUSION = (
 
 @pytest.mark.parametrize("script", UPSTREAM_FLAGS)
 def test_no_upstream_flag_is_missing(script):
-    flags, _ = parse(script)
-    assert set(f"{UPSTREAM_FLAGS[script]} {MODEL_AND_DIFFUSION}".split()) <= flags.keys()
+    required = {"super_res_sample": "--base_samples b", "image_nll": "--data_dir d"}
+    config, _ = parse(script, required.get(script, ""))
+    assert set(f"{UPSTREAM_FLAGS[script]} {MODEL_AND_DIFFUSION}".split()) <= config.to_dict().keys()
 
 
 def test_sixteen_bits_are_bfloat16_and_said_to_be(tmp_path, call_script):

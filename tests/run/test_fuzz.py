@@ -27,8 +27,10 @@ from PIL import Image
 
 from improved_diffusion import logger, script_util
 from improved_diffusion.data.decode import UnusableImage, inspect_image, read_image
+from improved_diffusion.flags import declared
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs import runs
+from improved_diffusion.jobs.script import run_script
 from improved_diffusion.results.export import export
 from improved_diffusion.run import checkpoint
 
@@ -466,7 +468,7 @@ SCRIPTS = {
     script(ROOT / "scripts" / "image_train.py"): ["--log_dir", "run", "--data_dir", "absent"],
     script(ROOT / "scripts" / "image_sample.py"): ["--log_dir", "run", "--model_path", "absent"],
 }
-FLAGS = sorted({flag for program in SCRIPTS for flag in program.create_parser().parse_flags([])[0]})
+FLAGS = sorted({flag for program in SCRIPTS for flag in declared(program.create_parser().config)})
 VALUES = (
     st.sampled_from(
         ["0", "1", "-1", "2", "3", "4", "8", "16", "32", "64", "96", "128", "1024", "99999999999"]
@@ -499,7 +501,7 @@ def test_invented_flags(folder, flags, tiny, program):
         patch.setattr(sys, "argv", ["script", *argv, *SCRIPTS[program]])
         patch.chdir(place)
         with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-            script_util.run_script(program.main)
+            run_script(program.main)
     (line,) = errors.getvalue().splitlines()
     assert end.value.code == 2 and "--" in line
     assert not list(place.iterdir()), "nothing is left behind"

@@ -15,6 +15,15 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell 
 START = sorted(path.name for path in SCRIPTS.glob("*.py") if "improved_diffusion" in path.read_text())
 # What each of them imports first of what takes long.
 SLOW = ("torch", "numpy", "openpyxl", "blobfile")
+# What a script needs to be told before it imports that.
+FLAGS = {
+    "convert_checkpoint.py": "--from_diffusers folder",
+    "compare_samplers.py": "--reference folder",
+    "image_eval.py": "--samples folder --reference folder",
+    "image_nll.py": "--data_dir folder",
+    "publish_model.py": "--model_path folder --log_dir folder",
+    "super_res_sample.py": "--model_path folder --base_samples folder",
+}
 
 
 @pytest.mark.parametrize("script", START)
@@ -22,7 +31,7 @@ def test_ctrl_c_while_a_script_imports(tmp_path, script):
     for name in SLOW:
         (tmp_path / f"{name}.py").write_text("print('importing', flush=True); import time; time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, SCRIPTS / script],
+        [sys.executable, SCRIPTS / script, *FLAGS.get(script, "").split()],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,743 @@
+"""Every flag of every script, declared once: name, type, default, range, help, and what a resumed run does with it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from improved_diffusion.flags import Flags, Role, flag
+
+NOISE_SCHEDULES = ("linear", "cosine")
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
+PRECISIONS = ("auto", "fp32", "bf16")
+SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm")
+SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
+DEFAULT_ATTENTION = "16,8"
+AUTO = "auto"
+MOST_IMAGES = 10_000_000
+MOST_STEPS = 10**9
+
+
+def _problem(parse: Callable[[Any], object]) -> Callable[[Any], str | None]:
+    """A check that tells what `parse` raises."""
+
+    def check(value: Any) -> str | None:
+        try:
+            parse(value)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return check
+
+
+def ema_rates(text: str | float) -> list[str]:
+    """The rates in a comma-separated list, as they stand in file names.
+
+    :raises ValueError: one is not a number in [0, 1); the message is the end of a sentence.
+    """
+    rates = [part.strip() for part in str(text).split(",")]
+    for rate in rates:
+        try:
+            # Short and plain, because it becomes a part of file names.
+            valid = re.fullmatch(r"[0-9.e-]{1,20}", rate) and 0 <= float(rate) < 1
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError("expected numbers from 0 to below 1, separated by commas")
+    if len(set(rates)) != len(rates):
+        raise ValueError("a rate is named twice")
+    return rates
+
+
+def positive_integers(text: str) -> list[int]:
+    """The numbers in a comma-separated list. :raises ValueError: one is not a whole number from 1 on."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError("expected positive whole numbers separated by commas")
+    return numbers
+
+
+def _check_cores(text: str) -> str | None:
+    if text == AUTO or (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= 1024):
+        return None
+    return "use auto, or a number of cores from 1 on"
+
+
+def _check_microbatch(size: int) -> str | None:
+    return None if size else "give the images per pass, or -1 for the whole batch"
+
+
+# -- what describes a model -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageFlags(Flags):
+    """The size of the images."""
+
+    TITLE: ClassVar[str] = "images"
+    image_size: int = flag(
+        32, "side of the square images in pixels", low=1, high=1024, role=Role.ARCHITECTURE
+    )
+
+    @property
+    def output_size(self) -> int:
+        """The side in pixels of the images that the model makes."""
+        return self.image_size
+
+
+@dataclass(frozen=True)
+class SuperResSizes(Flags):
+    """The sizes of the images of a super-resolution model."""
+
+    TITLE: ClassVar[str] = "images"
+    large_size: int = flag(
+        256, "side of the high-resolution images in pixels", low=1, high=1024, role=Role.ARCHITECTURE
+    )
+    small_size: int = flag(
+        64, "side of the low-resolution images in pixels", low=1, high=1024, role=Role.ARCHITECTURE
+    )
+
+    @property
+    def output_size(self) -> int:
+        """The side in pixels of the images that the model makes."""
+        return self.large_size
+
+
+@dataclass(frozen=True)
+class ClassFlags(Flags):
+    """The classes of the images."""
+
+    TITLE: ClassVar[str] = "images"
+    class_cond: bool = flag(False, "tell the model the class of each image", role=Role.ARCHITECTURE)
+    num_classes: int = flag(
+        0,
+        "number of classes with --class_cond True; 0: as many as the data have",
+        low=0,
+        high=100_000,
+        role=Role.ARCHITECTURE,
+    )
+    class_dropout: float = flag(
+        0.0,
+        "share of the training images whose class is withheld, so that image_sample.py --guidance_scale works; "
+        "0.1 is usual",
+        low=0,
+        below=1,
+        role=Role.ARCHITECTURE,
+    )
+
+
+@dataclass(frozen=True)
+class UNetFlags(Flags):
+    """The network, apart from the size of its images and their classes."""
+
+    TITLE: ClassVar[str] = "model"
+    num_channels: int = flag(
+        64,
+        "channels of the UNet's first level, a multiple of 32",
+        low=1,
+        high=4096,
+        role=Role.ARCHITECTURE,
+    )
+    num_res_blocks: int = flag(2, "residual blocks per level", low=1, high=32, role=Role.ARCHITECTURE)
+    channel_mult: str = flag(
+        "",
+        "comma-separated channel multipliers, one per level (1,2,2,2); chosen by image size where not given",
+        role=Role.ARCHITECTURE,
+    )
+    attention_resolutions: str = flag(
+        DEFAULT_ATTENTION,
+        "comma-separated resolutions, in pixels, at which there is attention; the default means all levels of at "
+        "most 16 pixels where the image size has no levels of 16 and 8",
+        role=Role.ARCHITECTURE,
+    )
+    num_heads: int = flag(4, "attention heads", low=1, high=1024, role=Role.ARCHITECTURE)
+    num_heads_upsample: int = flag(
+        -1,
+        "attention heads in the upsampling half; -1: as many as --num_heads",
+        low=-1,
+        high=1024,
+        check=lambda heads: None if heads else "give at least 1, or -1 for as many as --num_heads",
+        role=Role.ARCHITECTURE,
+    )
+    dropout: float = flag(0.0, "dropout probability", low=0, below=1, role=Role.TRAINING)
+    learn_sigma: bool = flag(False, "let the model predict the variance too", role=Role.ARCHITECTURE)
+    use_scale_shift_norm: bool = flag(
+        True, "let the timestep scale and shift the normalised activations", role=Role.ARCHITECTURE
+    )
+    ddpm_details: bool = flag(
+        False,
+        "compute as the code of Ho et al. 2020 does in detail; convert_checkpoint.py sets it where needed",
+        role=Role.ARCHITECTURE,
+    )
+    use_checkpoint: bool = flag(
+        False, "gradient checkpointing: less memory, about a third more time; the result is the same"
+    )
+
+
+@dataclass(frozen=True)
+class ProcessFlags(Flags):
+    """The diffusion process."""
+
+    TITLE: ClassVar[str] = "diffusion"
+    diffusion_steps: int = flag(1000, "number of diffusion steps T", low=1, high=100_000, role=Role.PROCESS)
+    noise_schedule: str = flag(
+        "linear", "how the noise grows over the steps", choices=NOISE_SCHEDULES, role=Role.PROCESS
+    )
+    predict_xstart: bool = flag(
+        False, "the model predicts the clean image instead of the noise", role=Role.PROCESS
+    )
+    rescale_timesteps: bool = flag(True, "tell the model timesteps scaled to 0..1000", role=Role.PROCESS)
+    sigma_small: bool = flag(False, "draw with the smaller of the two fixed variances")
+    use_kl: bool = flag(False, "train on the variational bound itself", role=Role.TRAINING)
+    rescale_learned_sigmas: bool = flag(
+        True,
+        "with --learn_sigma True, weigh the variational term against the mean squared error",
+        role=Role.TRAINING,
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionFlags(ProcessFlags):
+    """The diffusion process, and which of its steps are taken."""
+
+    TITLE: ClassVar[str] = "diffusion"
+    timestep_respacing: str = flag(
+        "", 'use fewer steps: a number (250), numbers per section (10,15,20) or "ddim50"; all where not given'
+    )
+
+
+@dataclass(frozen=True)
+class ModelFlags(ImageFlags, ClassFlags, UNetFlags):
+    """What `script_util.create_model` needs to know."""
+
+
+@dataclass(frozen=True)
+class SuperResModelFlags(SuperResSizes, ClassFlags, UNetFlags):
+    """What `script_util.sr_create_model` needs to know."""
+
+
+@dataclass(frozen=True)
+class ModelAndDiffusion(ModelFlags, DiffusionFlags):
+    """A model and its diffusion."""
+
+
+@dataclass(frozen=True)
+class SuperResModelAndDiffusion(SuperResModelFlags, DiffusionFlags):
+    """A super-resolution model and its diffusion."""
+
+
+MODEL_CLASSES = (ImageFlags, SuperResSizes, ClassFlags, UNetFlags, ProcessFlags, DiffusionFlags)
+
+
+# -- training -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComputeFlags(Flags):
+    """What to compute with."""
+
+    TITLE: ClassVar[str] = "computing"
+    precision: str = flag(
+        AUTO,
+        "number format: bf16 computes in 16 bits and keeps the weights in 32; auto measures which is faster here",
+        choices=PRECISIONS,
+    )
+    num_workers: str = flag(AUTO, "cores to compute on: a number, or auto for all", check=_check_cores)
+
+
+@dataclass(frozen=True)
+class FirstFlags(Flags):
+    """What people set first."""
+
+    TITLE: ClassVar[str] = "what to set first"
+    data_dir: str = flag(
+        "",
+        "training images: a folder, an .npz file, or builtin (drawn shapes); where not given, CIFAR-10",
+        per_machine=True,
+    )
+    log_dir: str = flag(
+        "",
+        "run directory, to which all output goes; where it holds a run already, that is continued; where not "
+        "given, $OPENAI_LOGDIR or a new directory runs/DATE",
+        role=Role.SESSION,
+    )
+    total_steps: int = flag(
+        30000, "stop after this many training steps in total, all sessions together", low=1, high=MOST_STEPS
+    )
+    batch_size: int = flag(8, "images per training step, in each process", low=1, high=MOST_IMAGES)
+    microbatch: int = flag(
+        4,
+        "images per forward and backward pass and core; less takes less memory; -1: the whole batch",
+        low=-1,
+        high=MOST_IMAGES,
+        check=_check_microbatch,
+    )
+    lr: float = flag(1e-4, "learning rate of AdamW", low=0)
+    seed: int = flag(
+        0,
+        "for everything random: initial weights, order of the images, timesteps, noise, dropout",
+        low=-(2**63),
+        high=2**63 - 1,
+        role=Role.TRAINING,
+    )
+
+
+@dataclass(frozen=True)
+class DataFlags(Flags):
+    """How images are read."""
+
+    TITLE: ClassVar[str] = "images"
+    random_flip: bool = flag(
+        False, "mirror each training image left-right with probability 1/2", role=Role.TRAINING
+    )
+    cache_limit_gb: float = flag(
+        2.0, "keep data sets up to this size, decoded, in memory; read larger ones from disk", low=0
+    )
+    data_workers: int = flag(
+        1, "processes that decode the images of a data set above that limit", low=0, high=256
+    )
+
+
+@dataclass(frozen=True)
+class LearningFlags(Flags):
+    """How the model learns."""
+
+    TITLE: ClassVar[str] = "learning"
+    ema_rate: str = flag(
+        "0.9999", "comma-separated rates of the moving averages of the weights", check=_problem(ema_rates)
+    )
+    lr_warmup_steps: int = flag(
+        0, "raise the learning rate linearly from zero over this many steps", low=0, high=MOST_STEPS
+    )
+    lr_anneal_steps: int = flag(
+        0, "lower the learning rate linearly to zero over this many steps; 0: do not", low=0, high=MOST_STEPS
+    )
+    weight_decay: float = flag(0.0, "decoupled weight decay of AdamW", low=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no limit", low=0)
+    schedule_sampler: str = flag(
+        "uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS, role=Role.TRAINING
+    )
+    skip_nonfinite: int = flag(
+        0,
+        "skip up to this many steps in a row whose loss or gradient is not finite; 0: stop at the first",
+        low=0,
+        high=MOST_STEPS,
+    )
+
+
+@dataclass(frozen=True)
+class RunFlags(Flags):
+    """What is written when, and when to stop."""
+
+    TITLE: ClassVar[str] = "saving and stopping"
+    log_interval: int = flag(10, "steps per row of progress.csv", low=1, high=MOST_STEPS)
+    save_interval: int = flag(1000, "steps between checkpoints", low=1, high=MOST_STEPS)
+    sample_interval: int = flag(
+        1000,
+        "steps between pictures that show the progress, in samples/ and in the workbook; 0: none",
+        low=0,
+        high=MOST_STEPS,
+    )
+    keep_last: int = flag(
+        0, "delete all but this many of the newest checkpoints; 0: keep all", low=0, high=MOST_STEPS
+    )
+    keep_every: int = flag(
+        0,
+        "with --keep_last, also keep the checkpoints whose step this divides; 0: none",
+        low=0,
+        high=MOST_STEPS,
+    )
+    max_hours: float = flag(0.0, "save and stop after this many hours of this session; 0: no limit", low=0)
+    resume_checkpoint: str = flag(
+        "",
+        "continue from this run directory (its newest intact checkpoint) or checkpoint file",
+        role=Role.SESSION,
+    )
+    allow_changed_flags: bool = flag(
+        False,
+        "resume although flags that change the result differ from the checkpoint's",
+        role=Role.SESSION,
+    )
+    tensorboard: bool = flag(False, "also write TensorBoard event files")
+
+
+@dataclass(frozen=True)
+class HalfPrecisionFlags(Flags):
+    """The 16 bits of improved-diffusion."""
+
+    TITLE: ClassVar[str] = "flags of improved-diffusion"
+    use_fp16: bool = flag(False, "16 bits; on a CPU that means --precision bf16")
+    fp16_scale_growth: float = flag(
+        1e-3, "accepted with --use_fp16; bfloat16 needs no scaling of the loss", low=0
+    )
+
+
+@dataclass(frozen=True)
+class TrainingFlags(
+    ClassFlags,
+    DataFlags,
+    LearningFlags,
+    RunFlags,
+    ComputeFlags,
+    UNetFlags,
+    DiffusionFlags,
+    HalfPrecisionFlags,
+):
+    """What both training scripts have in common, but for what people set first."""
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if "fp16_scale_growth" in given and not self.use_fp16:
+            raise ValueError("--fp16_scale_growth: belongs to --use_fp16 True; leave it out")
+        if self.use_fp16 and self.precision == "fp32":
+            raise ValueError("--use_fp16 True and --precision fp32 contradict each other; leave one out")
+        check_classes(self)
+
+
+def check_classes(config: ClassFlags) -> None:
+    """:raises ValueError: classes are to be withheld from a model that is told none."""
+    if config.class_dropout and not config.class_cond:
+        raise ValueError(f"--class_dropout {config.class_dropout}: needs --class_cond True")
+
+
+@dataclass(frozen=True)
+class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
+    """image_train.py."""
+
+
+@dataclass(frozen=True)
+class SuperResTrainConfig(FirstFlags, SuperResSizes, TrainingFlags):
+    """super_res_train.py."""
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if self.small_size >= self.large_size:
+            raise ValueError(f"--small_size {self.small_size}: must be below --large_size {self.large_size}")
+
+
+# -- using a model --------------------------------------------------------------------------------------------
+
+MODEL_PATH = (
+    "the model: a run directory, of which the newest moving average of the weights is taken, or a .pt file; "
+    "where not given, the model that comes with the code"
+)
+SEED_RANGE = {"low": -(2**63), "high": 2**63 - 1}
+
+
+@dataclass(frozen=True)
+class DrawingFlags(Flags):
+    """What to draw, with which model."""
+
+    TITLE: ClassVar[str] = "drawing"
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
+    model_path: str = flag("", MODEL_PATH, per_machine=True)
+    num_samples: int = flag(64, "number of images to draw", low=1, high=MOST_IMAGES)
+    batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
+    log_dir: str = flag(
+        "", "directory for the images; where not given, $OPENAI_LOGDIR or a new directory samples/DATE"
+    )
+    seed: int = flag(0, "of the noise that the images begin as: the same seed, the same images", **SEED_RANGE)
+    class_label: str = flag(
+        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+    )
+    save_png: bool = flag(False, "also write every image as a PNG file of its own")
+    save_trajectory: bool = flag(
+        False, "also write an animated picture, trajectory.webp, of the way from noise to image"
+    )
+
+
+@dataclass(frozen=True)
+class GuidanceFlags(Flags):
+    """What only plain models can do."""
+
+    TITLE: ClassVar[str] = "drawing"
+    guidance_scale: float = flag(
+        1.0,
+        "strengthen the influence of the class (classifier-free guidance), for models trained with "
+        "--class_dropout; 1: as trained",
+    )
+    interpolate: bool = flag(
+        False,
+        "draw --num_samples (10 where not given) images that lead from image 0 to image 1 of the seed, in a row; "
+        "a row for each class of --class_label (at most 10)",
+    )
+
+
+@dataclass(frozen=True)
+class SamplerFlags(Flags):
+    """The way from noise to image."""
+
+    TITLE: ClassVar[str] = "sampler"
+    sampler: str = flag(
+        "ddim",
+        "how to get from noise to image; ddpm takes all timesteps unless --sample_steps is given",
+        choices=SAMPLERS,
+    )
+    sample_steps: int = flag(
+        20, "steps from noise to image; each evaluates the model once (heun: twice)", low=1, high=100_000
+    )
+    timestep_spacing: str = flag(
+        "quadratic", "how the steps are spread; logsnr where --sampler is given", choices=SPACINGS
+    )
+    eta: float = flag(
+        1.0,
+        "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm; 0 where --sampler or --use_ddim is given",
+        low=0,
+        high=1,
+    )
+    clip_denoised: bool = flag(True, "clip the predicted clean image to [-1, 1] in every step")
+    use_ddim: bool = flag(
+        False,
+        "as in improved-diffusion: ddim, or with False ddpm, at all timesteps or those of --timestep_respacing",
+    )
+    timestep_respacing: str = flag(
+        "",
+        'as in improved-diffusion: a number of timesteps (250), numbers per section (10,15,20) or "ddim50"',
+    )
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if {"sampler", "use_ddim"} <= given and self.use_ddim != (self.sampler == "ddim"):
+            raise ValueError(
+                f"--use_ddim {self.use_ddim}: contradicts --sampler {self.sampler}; leave one of them out"
+            )
+        if self.timestep_respacing and "sample_steps" in given:
+            raise ValueError(
+                f"--timestep_respacing {self.timestep_respacing}: contradicts --sample_steps {self.sample_steps}; "
+                "leave one out"
+            )
+
+
+@dataclass(frozen=True)
+class SampleConfig(
+    DrawingFlags, GuidanceFlags, SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags
+):
+    """image_sample.py."""
+
+
+@dataclass(frozen=True)
+class SuperResSampleConfig(
+    DrawingFlags, SamplerFlags, ComputeFlags, SuperResSizes, ClassFlags, UNetFlags, DiffusionFlags
+):
+    """super_res_sample.py."""
+
+    TITLE: ClassVar[str] = "drawing"
+    base_samples: str = flag(
+        "",
+        "small images to enlarge: an .npz file (such as image_sample.py writes) or a folder",
+        per_machine=True,
+    )
+    data_dir: str = flag(
+        "",
+        "instead, large images, which are shrunk first: a folder, an .npz file or builtin",
+        per_machine=True,
+    )
+    model_path: str = flag(
+        "",
+        "the model: a run directory, of which the newest moving average of the weights is taken, or a .pt file",
+        per_machine=True,
+    )
+    num_samples: int = flag(
+        64, "number of images to enlarge, at most as many as there are", low=1, high=MOST_IMAGES
+    )
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if bool(self.base_samples) == bool(self.data_dir):
+            raise ValueError(
+                "give either --base_samples, the small images to enlarge, or --data_dir, images that are shrunk first"
+            )
+
+
+@dataclass(frozen=True)
+class NllConfig(ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags):
+    """image_nll.py."""
+
+    TITLE: ClassVar[str] = "measuring"
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
+    data_dir: str = flag(
+        "",
+        "images to measure: a folder, an .npz file or builtin; such as datasets/cifar_test",
+        per_machine=True,
+    )
+    model_path: str = flag("", MODEL_PATH, per_machine=True)
+    num_samples: int = flag(
+        1000, "number of images to measure, at most as many as there are", low=1, high=MOST_IMAGES
+    )
+    batch_size: int = flag(16, "images measured at a time; less takes less memory", low=1, high=MOST_IMAGES)
+    log_dir: str = flag(
+        "", "directory for the results; where not given, $OPENAI_LOGDIR or a new directory nll/DATE"
+    )
+    seed: int = flag(0, "of the noise that is added to the images", **SEED_RANGE)
+    timestep_respacing: str = flag(
+        "", "measure at fewer timesteps: a number (250) or numbers per section (10,15,20)"
+    )
+    clip_denoised: bool = flag(True, "clip the predicted clean image to [-1, 1]")
+    # What is compared with the numbers of others should not depend on the processor.
+    precision: str = flag(
+        "fp32", "number format: 32 or 16 bits, or auto for the faster one", choices=PRECISIONS
+    )
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if not self.data_dir:
+            raise ValueError("--data_dir is missing: give the images to measure, such as datasets/cifar_test")
+
+
+@dataclass(frozen=True)
+class ReferenceFlags(Flags):
+    """What images are compared with, and how."""
+
+    TITLE: ClassVar[str] = "evaluation"
+    reference: str = flag(
+        "", "real images to compare with, such as the training images: a folder, an .npz file or builtin"
+    )
+    features: str = flag(
+        "inception",
+        "what the images are compared by: inception, as in papers; pixel: their colours, without a network; or a "
+        "TorchScript file, which must come from somebody you trust",
+    )
+    inception_weights: str = flag(
+        "", "where you have inception-2015-12-05.pt; where not given, it is downloaded once (96 MB)"
+    )
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if not self.reference:
+            raise ValueError(
+                "--reference is missing: give the training images, an .npz file or a folder of images"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig(ReferenceFlags):
+    """image_eval.py."""
+
+    TITLE: ClassVar[str] = "evaluation"
+    samples: str = flag(
+        "", "images to measure: an .npz file (such as image_sample.py writes) or a folder of images"
+    )
+    batch_size: int = flag(4, "images measured at a time", low=1, high=MOST_IMAGES)
+    output: str = flag("", "JSON file to write; where not given, evaluation.json beside the samples")
+    run_dir: str = flag("", "also add the result to this run's directory and workbook")
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if not self.samples:
+            raise ValueError("--samples is missing: give an .npz file or a folder of images")
+        super().check(given)
+
+
+@dataclass(frozen=True)
+class ComparingConfig(ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags):
+    """compare_samplers.py."""
+
+    TITLE: ClassVar[str] = "comparison"
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
+    model_path: str = flag("", MODEL_PATH, per_machine=True)
+    samplers: str = flag(
+        "ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
+        "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing, ddim:uniform:1 "
+        "ddim with that --eta",
+    )
+    steps: str = flag("5,10,20,50", "comma-separated numbers of steps")
+    seeds: str = flag(
+        "0,1,2",
+        "comma-separated seeds; every sampler draws --num_samples images of each, from the same noise",
+    )
+    num_samples: int = flag(
+        256,
+        "images that each sampler draws with each seed",
+        low=1,
+        high=MOST_IMAGES,
+        check=lambda count: "a distance needs at least 2 images" if count < 2 else None,
+    )
+    batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
+    timestep_spacing: str = flag(
+        "", "one spacing for all samplers; where not given, the one that suits each", choices=("", *SPACINGS)
+    )
+    baseline: bool = flag(True, "compare with ddpm at all timesteps too, which takes most of the time")
+    class_label: str = flag(
+        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+    )
+    log_dir: str = flag(
+        "",
+        "directory for images and tables; with one of an interrupted comparison, that goes on; where not given, "
+        "$OPENAI_LOGDIR or a new directory samples/DATE",
+    )
+
+
+# -- other scripts --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig(ComputeFlags, ImageFlags, UNetFlags):
+    """benchmark.py."""
+
+    TITLE: ClassVar[str] = "measurement"
+    only: str = flag(
+        "memory,peaks,training,command,parts,sampling",
+        "comma-separated: what to measure; there are also ablation (what each optimisation gains) and cost (how "
+        "time and memory grow with the configuration), of ten minutes each",
+    )
+    rounds: int = flag(15, "how often everything is measured, in turns", low=1, high=MOST_STEPS)
+    json: str = flag("", "also write all results to this file")
+    data_dir: str = flag("builtin", "training images: a folder, an .npz file or builtin")
+    batch_size: int = flag(8, "images per training step", low=1, high=MOST_IMAGES)
+    microbatch: int = flag(
+        4,
+        "images per forward and backward pass and core; -1: the whole batch",
+        low=-1,
+        high=MOST_IMAGES,
+        check=_check_microbatch,
+    )
+
+
+@dataclass(frozen=True)
+class ConvertConfig(ImageFlags, ClassFlags, UNetFlags, ProcessFlags):
+    """convert_checkpoint.py."""
+
+    TITLE: ClassVar[str] = "conversion"
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
+    model_path: str = flag("", "with --to_diffusers, the model: a run directory or a .pt file")
+    to_diffusers: str = flag("", "new folder for the model of --model_path, as diffusers saves its models")
+    from_diffusers: str = flag(
+        "", "folder of a model that diffusers has saved; it becomes a run in --log_dir"
+    )
+    log_dir: str = flag("", "with --from_diffusers, a new run directory; where not given, runs/DATE")
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if bool(self.to_diffusers) == bool(self.from_diffusers):
+            raise ValueError("give either --to_diffusers or --from_diffusers")
+        if self.to_diffusers and not self.model_path:
+            raise ValueError("--model_path is missing: give a run directory or a .pt file")
+        if self.to_diffusers and self.log_dir:
+            raise ValueError("--log_dir: goes with --from_diffusers; leave it out")
+        if self.from_diffusers and (contradicting := given - {"from_diffusers", "log_dir"}):
+            raise ValueError(
+                f"--{min(contradicting)}: the model describes itself with --from_diffusers; leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class PublishConfig(Flags):
+    """publish_model.py."""
+
+    TITLE: ClassVar[str] = "publishing"
+    model_path: str = flag("", "directory of the run whose model is to be published")
+    log_dir: str = flag("", "new folder for the copy")
+    ema_rate: str = flag("", "which moving average to publish; the one of the largest rate where not given")
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        for name, what in (("model_path", "the directory of a run"), ("log_dir", "a new folder")):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing: give {what}")

@@ -1,0 +1,69 @@
+"""An enlarging job, from its flags to its exit code: what super_res_sample.py does."""
+
+import os
+from dataclasses import replace
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from improved_diffusion import dist_util
+from improved_diffusion.config import SuperResSampleConfig
+from improved_diffusion.data.class_labels import labels_of
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.sample import choose_labels, choose_plan, draw_into
+from improved_diffusion.low_res import read_base_samples, shrink
+from improved_diffusion.pictures import image_grid
+from improved_diffusion.sample_util import Subject, from_uint8, to_uint8
+from improved_diffusion.script_util import check_images_fit, count_classes, join_processes, read_images_alike
+from improved_diffusion.storage import open_atomic
+
+
+def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -> int:
+    """Do what the command line of super_res_sample.py asks for; see `sample.run_sampling`."""
+    join_processes(config)
+    opened = open_model(config, given, project)
+    config = opened.config
+    check_images_fit(config, "batch_size", bytes_per_number=4)
+    plan = choose_plan(config, given, opened.diffusion)
+    labels = choose_labels(config, opened.class_names)
+    small_size, batch_size = config.small_size, config.batch_size
+    if config.base_samples:
+        images = read_base_samples(config.base_samples, small_size)
+    else:
+        images = read_images_alike(config.data_dir, config.large_size)
+    print(describe(images))
+    config = replace(config, num_samples=min(config.num_samples, len(images)))
+    count = config.num_samples
+    check_images_fit(config, "num_samples", bytes_per_number=1)
+    if config.class_label:
+        labels = np.resize(labels, count)
+    elif config.class_cond:
+        labels = labels_of(images, count_classes(config), opened.class_names)[:count]
+    # Batch by batch, because the large images might not fit into the memory all at once.
+    low_res = th.cat(
+        [
+            shrink(from_uint8(images.get(np.arange(start, min(start + batch_size, count)))), small_size)
+            for start in range(0, count, batch_size)
+        ]
+    )
+
+    out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
+    picture = bf.join(out_dir, "low_res.png")
+    if dist_util.get_rank() == 0:
+        with open_atomic(picture) as file:
+            image_grid(to_uint8(low_res)).save(file, format="PNG")
+    print(f"what is enlarged: {picture}")
+    subject = Subject(config.large_size, config.seed, labels, low_res)
+    return draw_into(
+        out_dir,
+        opened.model,
+        opened.diffusion,
+        plan,
+        subject,
+        config,
+        count=count,
+        rows=labels,
+        doing="enlarging",
+    )

@@ -1,0 +1,77 @@
+"""The measuring of images against real ones, from its flags to its report: what image_eval.py does."""
+
+import datetime
+import glob
+import os
+import time
+
+from improved_diffusion.config import EvalConfig, ImageFlags
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.evaluation import report
+from improved_diffusion.evaluation.features import load_extractor
+from improved_diffusion.evaluation.measuring import read_flag, reference_statistics, statistics_of
+from improved_diffusion.evaluation.metrics import InceptionScore, compare
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.results.export import export
+from improved_diffusion.results.read import read_run
+from improved_diffusion.storage import absolute, write_json
+
+
+def run_evaluation(config: EvalConfig) -> None:
+    """Do what the command line of image_eval.py asks for.
+
+    :raises ValueError: a flag or the images are unusable.
+    """
+    output = report.output_path(config.output, config.samples)
+    if config.run_dir:
+        read_run(config.run_dir)  # finds out now, not in an hour, whether it is one
+    samples = read_samples(config.samples)
+    reference = read_flag("reference", config.reference, samples.image_size)
+    print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
+    extractor = load_extractor(config.features, config.inception_weights)
+
+    real = reference_statistics(reference, extractor, config.batch_size)
+    started = time.monotonic()
+    score = None if extractor.classifier is None else InceptionScore(len(samples))
+    drawn = statistics_of(samples, extractor, config.batch_size, "measuring the samples", score)
+    seconds = time.monotonic() - started
+    print("comparing ...")
+    metrics = compare(drawn, real)
+    if score is not None:
+        metrics["inception_score"], metrics["inception_score_std"] = score.result()
+
+    record = {
+        "evaluated_at": datetime.datetime.now().isoformat(timespec="seconds"),
+        "features": extractor.name,
+        "features_hash": extractor.fingerprint,
+        "features_length": len(drawn.mean),
+        "images": len(samples),
+        "images_path": samples.summary["source"],
+        "reference_images": len(reference),
+        "reference_path": reference.summary["source"],
+        "compared_images": min(len(drawn.kept), len(real.kept)),
+        "image_size": samples.image_size,
+        "metrics": {extractor.metric(name): value for name, value in metrics.items()},
+        "warnings": report.warnings(drawn, real),
+        "images_per_minute": round(60 * len(samples) / seconds, 1),
+    }
+    print(report.table(record))
+    write_json(output, record)
+    print(f"written: {output}")
+    if config.run_dir:
+        report.append(config.run_dir, record)
+        print(f"written: {export(config.run_dir)}")
+
+
+def read_samples(path: str) -> ImageSet:
+    """The images to measure, at the size they have.
+
+    :raises ValueError: nothing usable there, or a folder whose .npz file was meant.
+    """
+    inside = sorted(glob.glob(os.path.join(glob.escape(absolute(path)), "*.npz")))
+    if inside:
+        raise ValueError(f"--samples {path}: give the .npz file in this folder, {inside[-1]}")
+    usual = ImageFlags().image_size
+    images = read_flag("samples", path, usual)
+    size = min(map(int, images.summary["sizes"]["most_common"].split("x")))
+    return images if size == usual else read_flag("samples", path, size)
