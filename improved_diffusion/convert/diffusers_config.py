@@ -1,6 +1,6 @@
 """The configurations of diffusers' UNet2DModel and DDPMScheduler, and the flags that mean the same here.
 
-What one side has and the other has not is refused by name.
+An option that only one side has is refused by name.
 """
 
 import math
@@ -11,7 +11,7 @@ from improved_diffusion.gaussian_diffusion import MAX_BETA
 from improved_diffusion.nn import NUM_GROUPS
 from improved_diffusion.unet import AttentionBlock, Downsample, UNetModel
 
-# The options of UNet2DModel and DDPMScheduler that are looked at, with the values they have when left out.
+# The options of UNet2DModel and DDPMScheduler that matter here, with their defaults.
 UNET_OPTIONS = {
     "sample_size": None,
     "in_channels": 3,
@@ -55,7 +55,7 @@ SCHEDULER_OPTIONS = {
     "rescale_betas_zero_snr": False,
 }
 
-# Where this project has no choice, the values that mean what it does.
+# Options that are fixed in this project, with the values that mean the same.
 UNET_ACCEPTED = {
     "in_channels": [3],
     "out_channels": [3, 6],
@@ -82,7 +82,7 @@ SCHEDULER_ACCEPTED = {
     "clip_sample_range": [1.0],
     "rescale_betas_zero_snr": [False],
 }
-# What --ddpm_details decides.
+# The options that --ddpm_details sets.
 DETAILS = {
     False: {"freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1},
     True: {"freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0},
@@ -91,9 +91,9 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def unet_config(model: UNetModel, flags: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the `UNet2DModel` that computes as `model` does, which `flags` describe.
+    """The configuration of the `UNet2DModel` that computes the same as `model`, which `flags` describe.
 
-    :raises ValueError: there is none; the message names the flag.
+    :raises ValueError: diffusers cannot express a flag; the message names it.
     """
     levels = [[]]
     for layers in model.input_blocks[1:]:
@@ -104,7 +104,7 @@ def unet_config(model: UNetModel, flags: dict[str, Any]) -> dict[str, Any]:
     channels = [blocks[0][0].out_layers[0].num_channels for blocks in levels]
     if channels[0] != model.model_channels:
         raise ValueError(
-            f"--channel_mult {flags['channel_mult']}: diffusers' UNet2DModel begins with as many channels as its "
+            f"--channel_mult {flags['channel_mult']}: diffusers' UNet2DModel starts with as many channels as its "
             "first level has, so the first multiplier would have to be 1"
         )
     attentions = [module for module in model.modules() if isinstance(module, AttentionBlock)]
@@ -139,14 +139,14 @@ def unet_config(model: UNetModel, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def scheduler_config(flags: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the `DDPMScheduler` that draws as the diffusion that `flags` describe.
+    """The configuration of the `DDPMScheduler` for the diffusion that `flags` describe.
 
-    :raises ValueError: there is none; the message names the flag.
+    :raises ValueError: diffusers cannot express a flag; the message names it.
     """
     steps = flags["diffusion_steps"]
     if flags["rescale_timesteps"] and steps != 1000:
         raise ValueError(
-            f"--rescale_timesteps True: diffusers tells a model the timesteps 0 to {steps - 1} as they are, and this "
+            f"--rescale_timesteps True: diffusers gives a model the timesteps 0 to {steps - 1}, and this "
             "one was trained on 0 to 1000"
         )
     beta_start, beta_end = _linear_range(steps)
@@ -181,7 +181,7 @@ def model_flags(config: dict[str, Any]) -> dict[str, Any]:
     if config["resnet_time_scale_shift"] == "scale_shift" and config["attn_norm_num_groups"] is None:
         raise ValueError(
             "attn_norm_num_groups None: with resnet_time_scale_shift 'scale_shift' this leaves the attention in the "
-            "middle without normalisation, which this project's always has"
+            "middle block without normalisation, which it always has in this project"
         )
     details = {name: config[name] for name in DETAILS[False]}
     if details not in DETAILS.values():
@@ -224,7 +224,7 @@ def model_flags(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def diffusion_flags(config: dict[str, Any], learn_sigma: bool) -> dict[str, Any]:
-    """The flags that a scheduler's configuration stands for, for a model that does or does not learn the variance.
+    """The flags that mean the same as a scheduler's configuration.
 
     :raises ValueError: this project cannot express an option; the message names it.
     """
@@ -233,8 +233,8 @@ def diffusion_flags(config: dict[str, Any], learn_sigma: bool) -> dict[str, Any]
     variance_type = config["variance_type"]
     if learn_sigma != (variance_type == "learned_range"):
         raise ValueError(
-            f"variance_type {variance_type!r}: the model has {6 if learn_sigma else 3} out_channels, which contradicts "
-            "it: learned_range goes with 6, all else with 3"
+            f"variance_type {variance_type!r}: contradicts the model's {6 if learn_sigma else 3} out_channels; "
+            "learned_range needs 6, all others 3"
         )
     steps = _whole_number("num_train_timesteps", config["num_train_timesteps"])
     if config["beta_schedule"] == "linear":
@@ -258,7 +258,7 @@ def _check_accepted(config: dict[str, Any], accepted: dict[str, list]) -> None:
         if config[name] not in values:
             known = " or ".join(map(repr, values))
             raise ValueError(
-                f"{name} {config[name]!r}: this project has nothing like it; it knows {known} only"
+                f"{name} {config[name]!r}: this project has no equivalent; it knows only {known}"
             )
 
 
@@ -269,8 +269,8 @@ def _levels_with_attention(config: dict[str, Any]) -> list[bool]:
     for kind in (*down, *up):
         if kind not in [*kinds]:
             raise ValueError(
-                f"down_block_types, up_block_types: this project has nothing like {kind!r}; it knows "
-                f"{', '.join(kinds)} only"
+                f"down_block_types, up_block_types: this project has no equivalent of {kind!r}; it knows only "
+                f"{', '.join(kinds)}"
             )
     attention = [kinds[kind] for kind in down]
     if [kinds[kind] for kind in reversed(up)] != attention:
@@ -281,21 +281,21 @@ def _levels_with_attention(config: dict[str, Any]) -> list[bool]:
 
 
 def _heads(width: Any, channels: list[int]) -> int:
-    """The number of attention heads, on levels of so many `channels`, that are `width` channels wide each."""
+    """The number of attention heads of `width` channels each, on levels with these numbers of `channels`."""
     if width is None:
         return 1
     width = _whole_number("attention_head_dim", width)
     numbers = {number / width for number in channels}
     if len(numbers) > 1 or not min(numbers).is_integer():
         raise ValueError(
-            f"attention_head_dim {width}: on the levels with attention, of {channels} channels, this does not give "
-            "one and the same number of heads, as this project has it"
+            f"attention_head_dim {width}: the levels with attention have {channels} channels, so their numbers of "
+            "heads would differ; in this project all levels have the same number of heads"
         )
     return int(numbers.pop())
 
 
 def _linear_range(steps: int) -> tuple[float, float]:
-    """First and last beta of the linear schedule of so many steps."""
+    """First and last beta of the linear schedule with this number of steps."""
     return 0.0001 * 1000 / steps, 0.02 * 1000 / steps
 
 

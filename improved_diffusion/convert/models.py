@@ -1,7 +1,7 @@
 """Models to and from diffusers: a `UNetModel` becomes a `UNet2DModel` that computes the same, and the reverse.
 
-Both are UNets after Ho et al. 2020, with other names, other options (see `diffusers_config`) and the weights of
-the attention in another order. The library diffusers itself is not needed.
+Both are UNets after Ho et al. 2020. They differ in names, options (see `diffusers_config`) and the order of the
+attention's weights. The library diffusers itself is not needed.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from improved_diffusion.script_util import (
 )
 from improved_diffusion.unet import Downsample, ResBlock, UNetModel, Upsample
 
-# By the name of a layer here, its name there; one here may be several there.
+# From the names of layers here to their names in diffusers. One layer here may be several there.
 OUTSIDE_BLOCKS = {
     "time_embed.0": ("time_embedding.linear_1",),
     "time_embed.2": ("time_embedding.linear_2",),
@@ -42,7 +42,7 @@ RES_BLOCK = {
     "skip_connection": ("conv_shortcut",),
 }
 ATTENTION_BLOCK = {"norm": ("group_norm",), "qkv": ("to_q", "to_k", "to_v"), "proj_out": ("to_out.0",)}
-# Old files, such as those of google/ddpm-cifar10-32, have other names, which diffusers still understands.
+# Old files, such as google/ddpm-cifar10-32, have other names, which diffusers still accepts.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -56,7 +56,7 @@ class DiffusersModel:
 
 
 def export_model(model: UNetModel, flags: dict[str, Any]) -> DiffusersModel:
-    """What diffusers needs to compute as `model` does and to draw from it.
+    """Convert `model` for diffusers.
 
     :param flags: those that describe the model and its diffusion.
     :raises ValueError: diffusers cannot express a flag; the message names it.
@@ -67,18 +67,18 @@ def export_model(model: UNetModel, flags: dict[str, Any]) -> DiffusersModel:
     for ours, theirs in _parameter_names(model).items():
         parts = [state[ours]]
         if len(theirs) > 1:
-            # Here: for each head its queries, keys and values. There: the queries of all heads, and so on.
+            # Here: queries, keys and values of each head in turn. There: all queries, all keys, all values.
             parts = [
                 part.flatten(0, 1) for part in state[ours].unflatten(0, (flags["num_heads"], 3, -1)).unbind(1)
             ]
         for name, part in zip(theirs, parts):
-            # In attention, a convolution of width 1 is called a linear layer there.
+            # The attention's convolutions of width 1 are linear layers there.
             weights[name] = (part.squeeze(2) if part.dim() == 3 else part).contiguous()
     return DiffusersModel(*configs, weights)
 
 
 def import_model(source: DiffusersModel) -> tuple[UNetModel, dict[str, Any]]:
-    """The model that computes as a `UNet2DModel` does.
+    """The model that computes the same as a `UNet2DModel`.
 
     :return: the model, with its weights, and the flags that describe it and its diffusion.
     :raises ValueError: this project cannot express an option, or the weights do not fit the configuration;
@@ -89,14 +89,14 @@ def import_model(source: DiffusersModel) -> tuple[UNetModel, dict[str, Any]]:
     model, _ = create_model_and_diffusion(**flags)
     model.load_state_dict(_imported_state(model, source.weights, flags["num_heads"]))
     if not {**UNET_OPTIONS, **source.unet_config}["flip_sin_to_cos"]:
-        # There, the first half of these weights is for the sines, here for the cosines.
+        # There, the first half of these weights belongs to the sines; here, to the cosines.
         weight = model.time_embed[0].weight.data
         weight.copy_(weight.roll(weight.shape[1] // 2, dims=1))
     return model, flags
 
 
 def _imported_state(model: UNetModel, weights: dict[str, th.Tensor], num_heads: int) -> dict[str, th.Tensor]:
-    """The state dict of `model` made up of the weights of a `UNet2DModel`.
+    """The state dict of `model`, made from the weights of a `UNet2DModel`.
 
     :raises ValueError: a weight is missing, left over or of another shape.
     """
@@ -112,24 +112,24 @@ def _imported_state(model: UNetModel, weights: dict[str, th.Tensor], num_heads: 
                 found = "is no tensor in the file"
                 if isinstance(part, th.Tensor):
                     found = f"has the shape {list(part.shape)}"
-                raise ValueError(f"{name} {found}; the configuration asks for the shape {list(expected)}")
+                raise ValueError(f"{name} {found}; the configuration requires the shape {list(expected)}")
             parts.append(part)
         if len(parts) > 1:
             parts = [th.stack([part.unflatten(0, (num_heads, -1)) for part in parts], dim=1).flatten(0, 2)]
         state[ours] = parts[0].reshape(shape)
     if weights:
-        raise ValueError(f"{next(iter(weights))} is in the file, and the configuration has no place for it")
+        raise ValueError(f"{next(iter(weights))} is in the file, but not in the configuration's model")
     return state
 
 
 def _present_name(name: str) -> str:
-    """The name that a weight of a file of any age has today."""
+    """The present name of a weight, whatever the age of its file."""
     *path, layer, kind = name.rsplit(".", 2)
     return ".".join([*path, OLD_ATTENTION.get(layer, layer), kind]) if path else name
 
 
 def _parameter_names(model: UNetModel) -> dict[str, tuple[str, ...]]:
-    """For every parameter of `model`, its name or names in a `UNet2DModel`."""
+    """The name or names of every parameter of `model` in a `UNet2DModel`."""
     layers = {**OUTSIDE_BLOCKS}
     layers.update(_names_along(list(enumerate(model.input_blocks))[1:], "input_blocks", "down_blocks"))
     layers.update(_names_along(enumerate(model.output_blocks), "output_blocks", "up_blocks"))
@@ -145,7 +145,7 @@ def _parameter_names(model: UNetModel) -> dict[str, tuple[str, ...]]:
 def _names_along(
     blocks: Iterable[tuple[int, nn.Sequential]], ours: str, theirs: str
 ) -> dict[str, tuple[str, ...]]:
-    """The names of the layers on the way down or up, which here is one list of blocks, and there one per level."""
+    """The names of the layers on the way down or up: one list of blocks here, one list per level there."""
     names = {}
     level = block = 0
     for i, layers in blocks:
@@ -158,7 +158,7 @@ def _names_along(
 
 
 def _names_within(layer: nn.Module, ours: str, theirs: str, block: int) -> dict[str, tuple[str, ...]]:
-    """The names of what `layer`, called `ours`, consists of; it is in block number `block` of the level `theirs`."""
+    """The names of the parts of `layer`, which is `ours` here and in block `block` of level `theirs` there."""
     if isinstance(layer, Downsample):
         return {f"{ours}.op": (f"{theirs}.downsamplers.0.conv",)}
     if isinstance(layer, Upsample):

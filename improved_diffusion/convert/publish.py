@@ -1,4 +1,4 @@
-"""A trained model to give away: its moving average in 16 bits, and what is known of how it came about."""
+"""Publishing a trained model: its moving average in 16 bits, with the records of its run."""
 
 import json
 import os
@@ -17,26 +17,26 @@ from improved_diffusion.storage import TEMPORARY_PREFIX, absolute, write_json
 
 TABLES = ("progress.csv", "checkpoints.csv")
 RECORDS = ("args.json", "run.json", EVALUATION)
-# What only a training that goes on needs, and it cannot go on from here.
+# Only needed to continue training, which a published model cannot do.
 TRAINING_STATE = ("log", "schedule_sampler", "logged_step", "skipped")
-# An absolute path within a text, as far as it tells of the machine.
+# The folders of an absolute path within a text.
 FOLDERS = re.compile(r"(?<![^\s'\"=])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+(?=[^\s'\"/\\])")
 
 
 def publish(run_dir: str, rate: str, out_dir: str) -> Checkpoint:
     """Write the moving average of `rate` of a run's newest checkpoint into the new folder `out_dir`.
 
-    Arguments, metrics and pictures come along, so that the folder can be drawn from, and its workbook made, like
-    those of a run; only trained further it cannot be. Paths are shortened to their last part: the others tell of
-    the machine, and mean nothing elsewhere.
+    Arguments, metrics and pictures are copied. So one can draw from the folder and make its workbook as with a
+    run, but not train it further. Paths are shortened to their last part, because the rest describes this machine
+    and means nothing elsewhere.
 
-    :return: the checkpoint that it has become.
+    :return: the new checkpoint.
     :raises ValueError: there is no such run or average, its weights do not fit into 16 bits, a record is damaged,
-        or `out_dir` is there already.
+        or `out_dir` already exists.
     """
     run_dir, out_dir = absolute(run_dir), absolute(out_dir)
     if os.path.exists(out_dir):
-        raise ValueError(f"--log_dir {out_dir}: is there already; give a new folder")
+        raise ValueError(f"--log_dir {out_dir}: already exists; give a new folder")
     source = checkpoint.find(run_dir)
     if rate not in source.ema_rates:
         present = ", ".join(source.ema_rates) or "none"
@@ -61,7 +61,7 @@ def publish(run_dir: str, rate: str, out_dir: str) -> Checkpoint:
 
 
 def without_folders(content: Any) -> Any:
-    """`content`, of a JSON file, with every absolute path in its texts shortened to its last part."""
+    """`content` of a JSON file, with every absolute path in its texts shortened to its last part."""
     if isinstance(content, dict):
         return {key: without_folders(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -70,7 +70,7 @@ def without_folders(content: Any) -> Any:
 
 
 def _in_16_bits(name: str, tensor: th.Tensor) -> th.Tensor:
-    """`tensor` in float16: of the 16-bit types, that with the more digits, and large enough for weights."""
+    """`tensor` in float16, which has more digits than bfloat16, and a range that is large enough for weights."""
     half = tensor.to(th.float16).contiguous()
     if not half.isfinite().all():
         raise ValueError(f"{name} holds numbers that are too large for 16 bits")
@@ -78,7 +78,7 @@ def _in_16_bits(name: str, tensor: th.Tensor) -> th.Tensor:
 
 
 def _read(path: str) -> Any:
-    """What the JSON file `path` holds; None when there is no such file."""
+    """The content of the JSON file `path`, or None if there is no such file."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
