@@ -156,7 +156,8 @@ def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
             predict_xstart=config.predict_xstart,
             rescale_timesteps=config.rescale_timesteps,
             rescale_learned_sigmas=config.rescale_learned_sigmas,
-            timestep_respacing=config.timestep_respacing,
+            # A command that takes no steps, such as a conversion, has no such flag.
+            timestep_respacing=getattr(config, "timestep_respacing", ""),
         )
     except ValueError as error:
         raise named(error, {"timestep_respacing": "timestep_respacing"}) from None

@@ -222,7 +222,7 @@ def test_classes_in_turn(compare, tmp_path, monkeypatch):
         (["--samplers", "ddim,euler"], "--samplers 'euler': .*ddpm, ddim, heun"),
         (["--samplers", ""], "--samplers ''"),
         (["--samplers", "unipc:even"], "--samplers 'even': .*uniform, quadratic, logsnr"),
-        (["--timestep_spacing", "even"], "--timestep_spacing 'even'"),
+        (["--timestep_spacing", "even"], "--timestep_spacing even"),
         (["--steps", "5,50"], "--steps 50: use 1 to 20"),
         (["--steps", "0"], "--steps 0: use 1 to 20"),
         (["--steps", "five"], "--steps 'five': expected whole numbers"),

@@ -342,8 +342,9 @@ def test_fewer_images_than_a_batch_wrap_around(tmp_path, train):
 
 def test_help_is_grouped(run_script):
     done = run_script("image_train.py", "--help", check=0)
-    for heading in ("model:", "diffusion:", "data:", "training:", "running:"):
-        assert f"\n{heading}" in done.stdout
+    headings = ("what to set first:", "images:", "learning:", "saving and stopping:", "model:", "diffusion:")
+    places = [done.stdout.index(f"\n{heading}") for heading in headings]
+    assert places == sorted(places), "what people set first comes first"
 
 
 def test_export_results_script(trained, tmp_path, run_script):

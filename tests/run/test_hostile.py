@@ -116,7 +116,7 @@ def refusal(monkeypatch, script, *flags) -> str:
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), pytest.raises((ValueError, OSError, SystemExit)) as caught:
-        main_of(script)()
+        main_of(script)()()
     logger.close()
     message = errors.getvalue().rstrip() if caught.type is SystemExit else str(caught.value)
     assert "\n" not in message
