@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from improved_diffusion import logger, script_util
+from improved_diffusion.config import TrainConfig
 from improved_diffusion.data.decode import UnusableImage, inspect_image, read_image
 from improved_diffusion.flags import declared
 from improved_diffusion.image_datasets import read_images
@@ -408,8 +409,8 @@ def test_invented_state_files(folder, changes):
     path.write_text(json.dumps({**state, "sha256": checkpoint._state_checksum(state)}))
     with clean("state files", name=str(path)):
         found = checkpoint.find(str(path))
-        flags = runs.merge_for_resume({"lr": 0.5, "allow_changed_flags": False}, set(), found)
-        assert isinstance(flags["lr"], float | int)
+        config = runs.merge_for_resume(TrainConfig(lr=0.5), set(), found)
+        assert isinstance(config.lr, float | int)
     path.write_text(original)
 
 

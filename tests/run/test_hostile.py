@@ -334,7 +334,7 @@ def test_stored_arguments_that_would_fill_the_memory(tmp_path, name, value, monk
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"sessions": 3}', '{"sessions": [3, {}]}', "\0"])
 def test_other_records_of_a_run_cannot_stop_it(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    runs.record_run(str(tmp_path), {"lr": 1.0}, {}, step=3)
+    runs.record_run(str(tmp_path), TrainConfig(lr=1.0), {}, step=3)
     sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
     assert [session["step"] for session in sessions] == [3]
 
