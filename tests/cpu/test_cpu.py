@@ -72,9 +72,9 @@ def test_a_quota_is_rounded_down(monkeypatch, quota, cores):
 
 def test_scripts_compute_on_the_cores_of_the_quota():
     code = (
-        "from improved_diffusion import script_util; import torch\n"
-        "torch.set_num_threads(4); script_util.usable_cores = lambda: 3\n"
-        "script_util.run_script(lambda: print(torch.get_num_threads()))"
+        "from improved_diffusion.cpu import machine; from improved_diffusion.jobs.script import run_script\n"
+        "import torch; torch.set_num_threads(4); machine.usable_cores = lambda: 3\n"
+        "run_script(lambda: lambda: print(torch.get_num_threads()))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "3\n"

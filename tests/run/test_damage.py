@@ -12,6 +12,7 @@ from conftest import read_json
 from PIL import Image
 from training_process import assert_one_line_error, assert_same_run, rows, run_training
 
+from improved_diffusion.config import TrainConfig
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs.runs import (
     record_run,
@@ -279,8 +280,9 @@ BROKEN_JSON = ["", "{", "[]", "null", '{"sessions": 5}', '{"sessions": [5]}', "[
 def test_broken_records_of_a_run_are_written_anew(tmp_path, text):
     for name in ("args.json", "run.json"):
         (tmp_path / name).write_text(text, encoding="latin-1")
-    record_run(str(tmp_path), {"lr": 0.1}, {"model": {}}, step=4)
-    assert read_json(tmp_path / "args.json") == {"lr": 0.1}
+    config = TrainConfig(lr=0.1)
+    record_run(str(tmp_path), config, {"model": {}}, step=4)
+    assert read_json(tmp_path / "args.json") == config.to_dict()
     assert [session["step"] for session in read_json(tmp_path / "run.json")["sessions"]] == [4]
 
 
