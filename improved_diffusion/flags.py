@@ -137,14 +137,16 @@ def with_defaults(config: F, given: set[str], others: dict[str, Any]) -> F:
 
 
 def named(error: Exception, flags: dict[str, str]) -> ValueError:
-    """The error of a function about one of its arguments, as one about the flag that the value came from.
+    """The error of a function about its arguments, as one about the flags that the values came from.
 
-    :param error: its message begins with the name of the argument.
+    :param error: its message begins with the names and values of the arguments, and a colon.
     :param flags: the flag of each such argument.
     """
-    message = str(error)
-    word = re.match(r"\w*", message)[0]
-    return ValueError(f"--{flags[word]}{message[len(word) :]}" if word in flags else message)
+    start, colon, rest = str(error).partition(":")
+    if colon:
+        words = re.split(r"(\w+)", start)
+        start = "".join(f"--{flags[word]}" if word in flags else word for word in words)
+    return ValueError(start + colon + rest)
 
 
 READ = "read from the checkpoint"

@@ -44,7 +44,7 @@ def get_named_beta_schedule(name: str, num_diffusion_timesteps: int) -> np.ndarr
     :raises ValueError: there is no such schedule, or no timestep.
     """
     if num_diffusion_timesteps < 1:
-        raise ValueError(f"--diffusion_steps {num_diffusion_timesteps} is too small; use 1 or more")
+        raise ValueError(f"num_diffusion_timesteps {num_diffusion_timesteps}: must be at least 1")
     if name == "linear":
         scale = 1000 / num_diffusion_timesteps
         betas = np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
@@ -54,7 +54,7 @@ def get_named_beta_schedule(name: str, num_diffusion_timesteps: int) -> np.ndarr
         return betas_for_alpha_bar(
             num_diffusion_timesteps, lambda time: math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         )
-    raise ValueError(f"--noise_schedule {name!r} is unknown; use linear or cosine")
+    raise ValueError(f"schedule {name!r}: use linear or cosine")
 
 
 def betas_for_alpha_bar(
@@ -167,7 +167,7 @@ class GaussianDiffusion:
         if loss_weighting is not None:
             if loss_type.is_vb():
                 raise ValueError(
-                    "--loss_weighting: weighs squared errors, and --use_kl True has none; leave one of them out"
+                    "loss_weighting: weighs squared errors, and a variational bound (use_kl) has none"
                 )
             # An error of the prediction is one of x_start, times this.
             factor = self._x_start_from_prediction

@@ -35,7 +35,7 @@ def load_data(
     deterministic: bool = False,
     random_flip: bool = False,
     seed: int = 0,
-    num_workers: int = 0,
+    data_workers: int = 0,
     cache_limit_gb: float = 2.0,
 ) -> BatchStream:
     """Iterate for ever over batches of the images of `data_dir`: `read_images`, then `BatchStream`.
@@ -50,7 +50,7 @@ def load_data(
         deterministic=deterministic,
         random_flip=random_flip,
         seed=seed,
-        num_workers=num_workers,
+        data_workers=data_workers,
     )
 
 
@@ -75,15 +75,15 @@ def read_images(
         `image_cache.default_cache_dir`).
     :param log: called with each line about the cache that a user should see.
     :param progress: show a bar, on a terminal.
-    :raises ValueError: nothing usable there; the message names the flag.
+    :raises ValueError: nothing usable there; the message begins with the place.
     :raises OSError: the folder, or one in it, must not be read.
     """
     if not data_dir:
-        raise ValueError("unspecified data directory: give --data_dir a folder of images, or builtin")
+        raise ValueError("unspecified data directory: give a folder of images, an .npz file or builtin")
     if image_size < 1:
-        raise ValueError(f"--image_size {image_size} must be at least 1")
+        raise ValueError(f"image_size {image_size}: must be at least 1")
     if cache_limit_gb < 0:
-        raise ValueError(f"--cache_limit_gb {cache_limit_gb} must not be negative")
+        raise ValueError(f"cache_limit_gb {cache_limit_gb}: must not be negative")
     if data_dir == BUILTIN:
         return _read_builtin(image_size)
     source = absolute(data_dir)
@@ -91,7 +91,7 @@ def read_images(
         return _read_npz(source, image_size)
     if not (bf.isdir(source) if is_remote(source) else os.path.isdir(source)):
         problem = "is neither a folder nor an .npz file" if _exists(source) else "does not exist"
-        raise ValueError(f"--data_dir {source} {problem}")
+        raise ValueError(f"{source} {problem}")
 
     folder = read_folder(
         source,
@@ -103,7 +103,7 @@ def read_images(
     )
     if not folder.files:
         why = "; ".join(f"{len(names)} x {reason}" for reason, names in folder.skipped.items())
-        raise ValueError(f"--data_dir {source} holds no usable image ({why or 'it is empty'})")
+        raise ValueError(f"{source} holds no usable image ({why or 'it is empty'})")
     class_names, labels = classify([file.name for file in folder.files])
     return ImageSet(
         image_size=image_size,
@@ -170,10 +170,10 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
                 names = [name for name in ("arr_1", "labels") if name in arrays.files]
                 labels = np.asarray(arrays[names[0]]) if names else None
     except FileNotFoundError:
-        raise ValueError(f"--data_dir {path} does not exist") from None
+        raise ValueError(f"{path} does not exist") from None
     except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--data_dir {path} cannot be read as an .npz file of images: {reason}") from None
+        raise ValueError(f"{path} cannot be read as an .npz file of images: {reason}") from None
     _check_memory(path, len(pixels), image_size)
     class_names = []
     if labels is not None:
@@ -210,8 +210,8 @@ def _check_memory(source: str, count: int, image_size: int) -> None:
     gigabytes, available = count * image_size**2 * 3 / 2**30, memory_gb()
     if available is not None and gigabytes > available:
         raise ValueError(
-            f"--data_dir {source}: {count:,} images of {image_size}x{image_size} pixels take {gigabytes:,.0f} GB of "
-            f"memory, and this machine has {available:,.0f}; give a smaller --image_size"
+            f"{source}: {count:,} images of {image_size}x{image_size} pixels take {gigabytes:,.0f} GB of "
+            f"memory, and this machine has {available:,.0f}; give a smaller image size"
         )
 
 
@@ -228,9 +228,9 @@ def _find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
 
 def _checked_labels(labels: np.ndarray, count: int, path: str) -> np.ndarray:
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"the labels in --data_dir {path} must be {count} whole numbers, one for each image")
+        raise ValueError(f"{path}: its labels must be {count} whole numbers, one for each image")
     if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        raise ValueError(f"the labels in --data_dir {path} must be from 0 to {MAX_CLASSES - 1}")
+        raise ValueError(f"{path}: its labels must be from 0 to {MAX_CLASSES - 1}")
     return labels.astype(np.int64)
 
 

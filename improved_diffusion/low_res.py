@@ -6,8 +6,6 @@ import torch as th
 import torch.nn.functional as F
 
 from improved_diffusion.data.batch_stream import BatchStream
-from improved_diffusion.data.image_set import ImageSet
-from improved_diffusion.image_datasets import read_images
 
 
 def shrink(images: th.Tensor, size: int) -> th.Tensor:
@@ -16,17 +14,6 @@ def shrink(images: th.Tensor, size: int) -> th.Tensor:
     Where the sizes do not divide, the areas that are averaged overlap by up to a pixel.
     """
     return F.interpolate(images, (size, size), mode="area")
-
-
-def read_base_samples(path: str, small_size: int) -> ImageSet:
-    """The images to enlarge, from an .npz file or a folder (see `read_images`), fitted to `small_size`.
-
-    :raises ValueError: nothing usable there; the message names --base_samples.
-    """
-    try:
-        return read_images(path, small_size)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--data_dir", "--base_samples")) from None
 
 
 class LowResStream:

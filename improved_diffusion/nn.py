@@ -97,7 +97,7 @@ def normalization(channels: int) -> nn.GroupNorm:
     """
     if channels % NUM_GROUPS:
         raise ValueError(
-            f"--num_channels / --channel_mult: a layer of {channels} channels cannot be normalised in "
+            f"channels {channels}: cannot be normalised in "
             f"{NUM_GROUPS} groups; every level needs a multiple of {NUM_GROUPS} channels"
         )
     return nn.GroupNorm(NUM_GROUPS, channels)

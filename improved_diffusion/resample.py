@@ -28,7 +28,7 @@ def create_named_schedule_sampler(
         return LogNormalSampler(diffusion, sigma_mean, sigma_std, uniform_share)
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
-        raise ValueError(f"--schedule_sampler {name!r} is unknown; use {', '.join(samplers)} or log-normal")
+        raise ValueError(f"schedule sampler {name!r}: use {', '.join(samplers)} or log-normal")
     return samplers[name](diffusion)
 
 
@@ -162,15 +162,15 @@ class LossSecondMomentResampler:
         """
         if not state:
             raise ValueError(
-                "the checkpoint holds no history of losses; resume with the --schedule_sampler it was trained with, "
-                "uniform or log-normal"
+                "schedule_sampler loss-second-moment: needs a history of losses, and this is the state of a uniform "
+                "or log-normal sampler"
             )
         losses = np.array(state["losses"], dtype=np.float64)
         counts = np.array(state["counts"], dtype=np.int64)
         if losses.shape != self._losses.shape or counts.shape != self._counts.shape:
             raise ValueError(
-                f"the checkpoint's history of losses is of shape {losses.shape} (timesteps, losses of each), "
-                f"this run's of shape {self._losses.shape}; resume with the checkpoint's --diffusion_steps"
+                f"diffusion_steps {len(self._losses)}: this history of losses is of shape {losses.shape} (timesteps, "
+                f"losses of each), and not {self._losses.shape}"
             )
         self._losses, self._counts = losses, counts
 
@@ -178,8 +178,8 @@ class LossSecondMomentResampler:
 def _refuse_history(state: dict) -> None:
     if state:
         raise ValueError(
-            "the checkpoint was trained with another schedule sampler; "
-            "resume with --schedule_sampler loss-second-moment"
+            "schedule_sampler uniform or log-normal: has no history, and this is the state of a loss-second-moment "
+            "sampler"
         )
 
 

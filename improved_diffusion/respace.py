@@ -26,7 +26,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         count = counts[0]
         if count > num_timesteps:
             raise ValueError(
-                f"--timestep_respacing {text}: there are {num_timesteps} timesteps to choose from; "
+                f"section_counts {text}: there are {num_timesteps} timesteps to choose from; "
                 f"use ddim{num_timesteps} at most"
             )
         stride = -(-num_timesteps // count)
@@ -41,7 +41,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         section = size + (i < remainder)
         if count > section:
             raise ValueError(
-                f"--timestep_respacing {text}: section {i + 1} of {len(counts)} covers {section} of the "
+                f"section_counts {text}: section {i + 1} of {len(counts)} covers {section} of the "
                 f"{num_timesteps} timesteps and cannot give {count}; ask for less or use fewer sections"
             )
         kept.update(start + offset for offset in _spread(count, section))
@@ -54,7 +54,7 @@ def _parse_counts(text: str) -> list[int]:
     counts = [int(number) for number in re.findall("[0-9]{1,9}", text)]
     if not re.fullmatch("ddim[0-9]{1,9}|[0-9]{1,9}( *, *[0-9]{1,9})*", text) or 0 in counts:
         raise ValueError(
-            f"--timestep_respacing {text!r} is not understood; use a number of timesteps (250), one number "
+            f"section_counts {text!r}: use a number of timesteps (250), one number "
             "per section (10,15,20), or ddim and a number (ddim50); none may be 0"
         )
     return counts

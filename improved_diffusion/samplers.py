@@ -289,11 +289,11 @@ def sample_progressive(
     :raises ValueError: the sampler or spacing is unknown, or steps or eta out of range.
     """
     if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta}: use a value from 0 (deterministic) to 1 (ancestral sampling)")
+        raise ValueError(f"eta {eta}: use a value from 0 (deterministic) to 1 (ancestral sampling)")
     if eta and sampler != "ddim":
-        raise ValueError(f"--eta {eta} is for --sampler ddim; leave it away with {sampler}")
+        raise ValueError(f"eta {eta}: is for ddim, not for {sampler}")
     path = Path(
         model,
         diffusion,
@@ -323,9 +323,9 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     """
     last = diffusion.num_timesteps - 1
     if not 1 <= steps <= last + 1:
-        raise ValueError(f"--sample_steps {steps}: use 1 to {last + 1}, the number of timesteps")
+        raise ValueError(f"steps {steps}: use 1 to {last + 1}, the number of timesteps")
     if spacing not in SPACINGS:
-        raise ValueError(f"--timestep_spacing {spacing!r} is unknown; use one of {', '.join(SPACINGS)}")
+        raise ValueError(f"spacing {spacing!r}: use one of {', '.join(SPACINGS)}")
     if steps == 1:
         return np.array([float(last)])
     if spacing == "uniform":

@@ -160,7 +160,8 @@ def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
             timestep_respacing=getattr(config, "timestep_respacing", ""),
         )
     except ValueError as error:
-        raise named(error, {"timestep_respacing": "timestep_respacing"}) from None
+        arguments = {"section_counts": "timestep_respacing", "loss_weighting": "loss_weighting"}
+        raise named(error, arguments) from None
 
 
 def create_gaussian_diffusion(
@@ -344,17 +345,23 @@ def join_processes(config: Flags) -> None:
     dist_util.check_alike(shared, "start all processes with the same flags")
 
 
-def read_images_alike(data_dir: str, image_size: int, cache_limit_gb: float = 2.0) -> ImageSet:
-    """The images of `data_dir` (see `read_images`), in all processes of the job.
+def read_images_alike(
+    place: str, image_size: int, cache_limit_gb: float = 2.0, flag_name: str = "data_dir"
+) -> ImageSet:
+    """The images at `place` (see `read_images`), in all processes of the job.
 
     Rank 0 reads first, so that the others on its machine find its cache.
 
-    :raises ValueError: they are unusable, or not the same in all processes.
+    :param flag_name: of the flag that names the place.
+    :raises ValueError: they are unusable, or not the same in all processes; the message names the flag.
     """
     with dist_util.rank_0_first():
-        images = read_images(
-            data_dir, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
-        )
+        try:
+            images = read_images(
+                place, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
+            )
+        except ValueError as error:
+            raise ValueError(f"--{flag_name} {error}") from None
     contents = f"{len(images):,} images (fingerprint {images.fingerprint[:12]})"
-    dist_util.check_alike({"data_dir": contents}, "all processes need the same images")
+    dist_util.check_alike({flag_name: contents}, "all processes need the same images")
     return images

@@ -3,27 +3,26 @@
 import datetime
 import math
 import os
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from signal import Signals
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import torch as th
 from tqdm import tqdm
 
 from improved_diffusion import dist_util, logger, seeding
+from improved_diffusion.config import ema_rates
 from improved_diffusion.cpu.gradients import Gradients
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.cpu.machine import release_memory
 from improved_diffusion.cpu.optimizer import Optimizer
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.logger import CsvTable
-from improved_diffusion.nn import Dropout
+from improved_diffusion.nn import Dropout, dropout_seeds
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.results.export import export
 from improved_diffusion.run import checkpoint
@@ -39,6 +38,27 @@ CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "mega
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is no longer a finite number; nothing was updated with it."""
+
+
+class Draws(NamedTuple):
+    """A batch of B images and all that is random in a step, which then is a function of it.
+
+    :ivar images: of this process, [B, C, H, W]; so are the next five.
+    :ivar cond: arguments of the model; some classes are withheld.
+    :ivar t: timesteps, [B]; `weights`: of their losses, [B].
+    :ivar noise: as the images.
+    :ivar masks: seeds of the images' dropout masks.
+    :ivar all_t: the timesteps of all R processes, [R * B]; `all_weights` likewise.
+    """
+
+    images: th.Tensor
+    cond: dict[str, th.Tensor]
+    t: th.Tensor
+    weights: th.Tensor
+    noise: th.Tensor
+    masks: list[int]
+    all_t: th.Tensor
+    all_weights: th.Tensor
 
 
 class TrainLoop:
@@ -278,10 +298,12 @@ class TrainLoop:
         return next((reason for reason, count in zip(STOP_REASONS, stops) if count), None), save > 0
 
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
-        """One optimizer update: gradient of the mean loss over `batch`, clipping, AdamW, moving averages."""
+        """One optimizer update: draw timesteps and noise, add up the gradient, clip, AdamW, averages, metrics."""
         if th.get_num_threads() != self.num_workers:  # setting them takes time even when nothing changes
             th.set_num_threads(self.num_workers)
-        t, weights, losses = self._forward_backward(batch, cond)
+        drawn = self.draw(batch, cond)
+        losses = self.compute_gradient(drawn)
+        t, weights = drawn.all_t, drawn.all_weights
         grad_norm = self.gradients.norm()
         self.samples += len(t)
         if not (math.isfinite(grad_norm) and th.isfinite(losses["loss"]).all()):
@@ -300,54 +322,55 @@ class TrainLoop:
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv("lr", self.opt.lr)
 
-    def _forward_backward(
-        self, batch: th.Tensor, cond: dict[str, th.Tensor]
-    ) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        """Compute the gradient: `self.gradients`.
+    def compute_gradient(self, drawn: "Draws") -> dict[str, th.Tensor]:
+        """Set `self.gradients` to the gradient of the weighted mean loss over the batch of all processes.
 
-        :return: timesteps, their weights and the loss terms, each [B], B the batch of all processes together.
+        :return: the loss terms of all images, each [R * B].
         """
+        self.gradients.clear()
+        terms = []
+        size = self.microbatch * self.num_workers  # a pass for each core would read the weights once for each
+        for start in range(0, len(drawn.images), size):
+            part = slice(start, start + size)
+            # Gradient checkpointing evaluates layers again on the way back, with the same dropout masks.
+            with dropout_seeds(drawn.masks[part]):
+                losses = self.diffusion.training_losses(
+                    self.gradients.model,
+                    drawn.images[part],
+                    drawn.t[part],
+                    model_kwargs={key: value[part] for key, value in drawn.cond.items()},
+                    noise=drawn.noise[part],
+                )
+                # The sum over all passes and processes is the mean over the batch, whatever the sizes of passes.
+                share = (losses["loss"] * drawn.weights[part]).sum() / len(drawn.all_t)
+                self.gradients.add(share)
+            terms.append({key: value.detach() for key, value in losses.items()})
+        return self._exchange({key: th.cat([some[key] for some in terms]) for key in terms[0]})
+
+    def draw(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> "Draws":
+        """Draw what is random in a step: timesteps, noise, withheld classes, dropout masks."""
         # The position in the data, not the step, numbers the draws, so that a skipped step is not drawn again.
         position = self.samples
-        size, offset = len(batch), len(batch) * dist_util.get_rank()
-        total = size * dist_util.get_world_size()
+        total = len(batch) * dist_util.get_world_size()
+        offset = len(batch) * dist_util.get_rank()
+        mine = slice(offset, offset + len(batch))
         rng = seeding.generator(self.seed, Purpose.TIMESTEPS, position)
         t, weights = self.schedule_sampler.sample(total, batch.device, rng)
         shape = (total, *batch.shape[1:])
         noise = seeding.normal(seeding.generator(self.seed, Purpose.NOISE, position), shape).to(batch.device)
         if self.class_dropout:
-            draws = seeding.generator(self.seed, Purpose.CLASS_DROPOUT, position).random(total)
-            withheld = th.from_numpy(draws[offset : offset + size] < self.class_dropout)
+            chances = seeding.generator(self.seed, Purpose.CLASS_DROPOUT, position).random(total)
+            withheld = th.from_numpy(chances[mine] < self.class_dropout)
             cond = {**cond, "y": cond["y"].masked_fill(withheld, self.model.num_classes - 1)}
         # Image by image, so that neither the microbatch nor the number of workers changes a mask.
-        masks = [0] * size
+        masks = [0] * len(batch)
         if self.has_dropout:
             streams = (
-                seeding.generator(self.seed, Purpose.DROPOUT, position + offset + i) for i in range(size)
+                seeding.generator(self.seed, Purpose.DROPOUT, position + offset + i)
+                for i in range(len(batch))
             )
             masks = list(map(seeding.integer, streams))
-
-        def loss_of(part: slice, model: th.nn.Module) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-            drawn = slice(offset + part.start, offset + part.stop)
-            terms = self.diffusion.training_losses(
-                model,
-                batch[part],
-                t[drawn],
-                model_kwargs={key: value[part] for key, value in cond.items()},
-                noise=noise[drawn],
-            )
-            # The sum over all parts is the mean over the batch, also when the last part is smaller.
-            share = (terms["loss"] * weights[drawn]).sum() / total
-            return share, {key: value.detach() for key, value in terms.items()}
-
-        # One pass for all cores is faster than one pass for each: it reads the weights only once.
-        length = self.microbatch * self.num_workers
-        parts = [slice(start, min(start + length, size)) for start in range(0, size, length)]
-        terms = self.gradients.compute(
-            [partial(loss_of, part) for part in parts], [masks[part] for part in parts]
-        )
-        losses = {key: th.cat([some[key] for some in terms]) for key in terms[0]}
-        return t, weights, self._exchange(losses)
+        return Draws(batch, cond, t[mine], weights[mine], noise[mine], masks, t, weights)
 
     def _exchange(self, losses: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
         """Add up the gradients of all processes, and collect their losses, in a single message.
@@ -553,7 +576,12 @@ class TrainLoop:
             for target, name in zip(ema, dict(self.model.named_parameters())):
                 target.copy_(content[name])
         self.opt.load_state_dict(source.load("opt"))
-        self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        try:
+            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        except ValueError as error:
+            raise ValueError(
+                f"{source.path('state')}: {error}; resume with the flags it was trained with"
+            ) from None
         self.step = source.step
         self.samples = state["samples"]
         self.elapsed = state["elapsed"]
@@ -606,18 +634,10 @@ def parse_ema_rates(text: str | float) -> list[str]:
 
     :raises ValueError: one is not a number in [0, 1).
     """
-    rates = [part.strip() for part in str(text).split(",")]
-    for rate in rates:
-        try:
-            # Short and plain, because it becomes a part of file names.
-            valid = re.fullmatch(r"[0-9.e-]{1,20}", rate) and 0 <= float(rate) < 1
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ValueError(f"--ema_rate {text}: expected numbers from 0 to below 1, separated by commas")
-    if len(set(rates)) != len(rates):
-        raise ValueError(f"--ema_rate {text}: a rate is named twice")
-    return rates
+    try:
+        return ema_rates(text)
+    except ValueError as error:
+        raise ValueError(f"ema_rate {text}: {error}") from None
 
 
 def ema_decay(rate: float, step: int) -> float:

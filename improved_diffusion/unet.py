@@ -223,7 +223,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         if channels % num_heads:
             raise ValueError(
-                f"--num_heads {num_heads}: attention on {channels} channels needs a number of heads that "
+                f"num_heads {num_heads}: attention on {channels} channels needs a number of heads that "
                 "divides them"
             )
         self.use_checkpoint = use_checkpoint

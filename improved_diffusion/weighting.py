@@ -31,9 +31,9 @@ def log_normal_shares(
     :raises ValueError: a number is impossible, or the normal distribution misses all timesteps.
     """
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"--sigma_mean {mean}, --sigma_std {std}: expected numbers, the second one above 0")
+        raise ValueError(f"mean {mean}, std {std}: expected numbers, the second one above 0")
     if not 0 <= uniform_share <= 1:
-        raise ValueError(f"--uniform_share {uniform_share}: must lie in [0, 1]")
+        raise ValueError(f"uniform_share {uniform_share}: must lie in [0, 1]")
     if len(sigma) == 1:
         return np.ones(1)
     logs = np.log(sigma)
@@ -43,7 +43,7 @@ def log_normal_shares(
     inside = below[-1] - below[0]
     if not inside > 0:
         raise ValueError(
-            f"--sigma_mean {mean}, --sigma_std {std}: no timestep has such noise; here ln sigma runs from "
+            f"mean {mean}, std {std}: no timestep has such noise; here ln sigma runs from "
             f"{logs[0]:.1f} to {logs[-1]:.1f}"
         )
     return (1 - uniform_share) * np.diff(below) / inside + uniform_share / len(sigma)

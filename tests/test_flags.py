@@ -104,7 +104,10 @@ def test_an_error_about_an_argument_names_the_flag():
     assert (
         str(named(ValueError("steps 3: too few"), {"steps": "sample_steps"})) == "--sample_steps 3: too few"
     )
+    two = named(ValueError("mean 1, std 0: no steps"), {"mean": "sigma_mean", "std": "sigma_std", "no": "x"})
+    assert str(two) == "--sigma_mean 1, --sigma_std 0: no steps"
     assert str(named(ValueError("steps 3: too few"), {"step": "x"})) == "steps 3: too few"
+    assert str(named(ValueError("steps 3"), {"steps": "x"})) == "steps 3"
 
 
 PROGRAMS = sorted(

@@ -47,7 +47,7 @@ def test_names():
     sampler = create_named_schedule_sampler("loss-second-moment", diffusion())
     assert isinstance(sampler, LossSecondMomentResampler)
     with pytest.raises(
-        ValueError, match="--schedule_sampler 'loss' .* uniform, loss-second-moment or log-normal"
+        ValueError, match="schedule sampler 'loss': .*uniform, loss-second-moment or log-normal"
     ):
         create_named_schedule_sampler("loss", diffusion())
 
@@ -127,13 +127,13 @@ def test_half_a_history_is_restored_too():
 
 def test_states_that_do_not_fit_are_refused():
     state = warm_resampler().state_dict()
-    with pytest.raises(ValueError, match=r"shape \(8, 3\) .* --diffusion_steps"):
+    with pytest.raises(ValueError, match=r"diffusion_steps 9: .* shape \(8, 3\)"):
         LossSecondMomentResampler(diffusion(9), history_per_term=3).load_state_dict(state)
     for sampler in (UniformSampler(diffusion()), LogNormalSampler(diffusion())):
         sampler.load_state_dict({})
-        with pytest.raises(ValueError, match="--schedule_sampler loss-second-moment"):
+        with pytest.raises(ValueError, match="schedule_sampler uniform or log-normal: has no history"):
             sampler.load_state_dict(state)
-    with pytest.raises(ValueError, match="--schedule_sampler .* uniform or log-normal"):
+    with pytest.raises(ValueError, match="schedule_sampler loss-second-moment: needs a history"):
         warm_resampler().load_state_dict({})
 
 
@@ -218,11 +218,11 @@ def test_log_normal_of_short_schedules():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sigma_std": 0.0}, "--sigma_std 0.0"),
-        ({"sigma_mean": float("nan")}, "--sigma_mean nan"),
-        ({"uniform_share": 1.5}, "--uniform_share 1.5"),
-        ({"sigma_mean": -50.0}, "--sigma_mean -50.0.*no timestep has such noise.*from -"),
-        ({"sigma_mean": 80.0}, "--sigma_mean 80.0.*no timestep has such noise"),
+        ({"sigma_std": 0.0}, "std 0.0"),
+        ({"sigma_mean": float("nan")}, "mean nan"),
+        ({"uniform_share": 1.5}, "uniform_share 1.5"),
+        ({"sigma_mean": -50.0}, "mean -50.0.*no timestep has such noise.*from -"),
+        ({"sigma_mean": 80.0}, "mean 80.0.*no timestep has such noise"),
     ],
 )
 def test_log_normal_names_mistakes(options, words):

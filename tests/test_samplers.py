@@ -490,15 +490,15 @@ def test_the_model_is_told_timesteps_of_the_whole_diffusion():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sampler": "euler"}, "--sampler 'euler'.*dpmpp_2m"),
-        ({"spacing": "cubic"}, "--timestep_spacing 'cubic'.*logsnr"),
-        ({"steps": 0}, "--sample_steps 0.*1 to 40"),
-        ({"steps": 41}, "--sample_steps 41.*1 to 40"),
-        ({"eta": 1.5}, "--eta 1.5"),
-        ({"eta": -0.1}, "--eta -0.1"),
-        ({"eta": math.nan}, "--eta nan"),
-        ({"eta": 0.5, "sampler": "unipc"}, "--eta 0.5.*unipc"),
-        ({"eta": 1.0, "sampler": "ddpm"}, "--eta 1.0.*ddpm"),
+        ({"sampler": "euler"}, "sampler 'euler'.*dpmpp_2m"),
+        ({"spacing": "cubic"}, "spacing 'cubic'.*logsnr"),
+        ({"steps": 0}, "steps 0.*1 to 40"),
+        ({"steps": 41}, "steps 41.*1 to 40"),
+        ({"eta": 1.5}, "eta 1.5"),
+        ({"eta": -0.1}, "eta -0.1"),
+        ({"eta": math.nan}, "eta nan"),
+        ({"eta": 0.5, "sampler": "unipc"}, "eta 0.5.*unipc"),
+        ({"eta": 1.0, "sampler": "ddpm"}, "eta 1.0.*ddpm"),
     ],
 )
 def test_mistakes_are_named_at_once(options, words):

@@ -11,7 +11,7 @@ from improved_diffusion.benchmark.settings import NAMES, Settings, random_images
 from improved_diffusion.benchmark.timing import ratios, seconds_of, spread
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.data.batch_stream import BatchStream
-from improved_diffusion.image_datasets import read_images
+from improved_diffusion.script_util import read_images_alike
 from improved_diffusion.train_util import TrainLoop
 
 # The parts that operations belong to. The first of these texts that occurs in an operation's name decides.
@@ -41,7 +41,7 @@ BACKWARD = "autograd::engine::evaluate_function: "
 def measure_parts(settings: Settings) -> dict[str, Any]:
     """The parts of a step on the fast path in the precision of `settings`, on one core."""
     precision = settings.compute.precision
-    images = read_images(settings.data_dir, settings.model["image_size"])
+    images = read_images_alike(settings.data_dir, settings.model["image_size"])
     stream = BatchStream(images, settings.batch_size)
     loop = training_loop(settings, precision, workers=1)
     keep_memory()
@@ -69,7 +69,7 @@ def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dic
     microbatches = settings.batch_size / settings.microbatch
     step = seconds_of(lambda: loop.run_step(batch, {}))
     seconds = {part: microbatches * value for part, value in _profile(settings, loop).items()}
-    loop.gradients.values = [th.full_like(p, 1e-3) for p in loop.gradients.copies.models[0].parameters()]
+    loop.gradients.values = [th.full_like(p, 1e-3) for p in loop.gradients.model.parameters()]
     averages = [(average, 0.9999) for average in loop.ema_params.values()]
     seconds["gradient norm"] = seconds_of(loop.gradients.norm)
     seconds["AdamW and moving average"] = seconds_of(
@@ -88,7 +88,7 @@ def _profile(settings: Settings, loop: TrainLoop) -> dict[str, float]:
     """The seconds that each of `PARTS` takes in the passes of a microbatch."""
     images = random_images(settings, settings.microbatch)
     timesteps = th.arange(settings.microbatch) % loop.diffusion.num_timesteps
-    model = loop.gradients.copies.models[0]
+    model = loop.gradients.model
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would print every start and end
     threads = th.get_num_threads()
     th.set_num_threads(1)

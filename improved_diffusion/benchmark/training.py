@@ -25,7 +25,7 @@ from improved_diffusion.benchmark.timing import Contender, interleave, ratios, s
 from improved_diffusion.config import RunFlags
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.data.batch_stream import BatchStream
-from improved_diffusion.image_datasets import read_images
+from improved_diffusion.script_util import read_images_alike
 from improved_diffusion.train_util import TrainLoop
 
 LOG_INTERVAL = RunFlags().log_interval
@@ -103,7 +103,7 @@ def measure_command(settings: Settings) -> dict[str, Any]:
 
 def _time_command(settings: Settings) -> tuple[list[float], list[float]]:
     """The seconds of bare steps and of those of a training loop that runs in turns with them."""
-    images = read_images(settings.data_dir, settings.model["image_size"])
+    images = read_images_alike(settings.data_dir, settings.model["image_size"])
     timed = WARM_UP + MEASURED_INTERVAL * settings.rounds
     turns = _Turns(BatchStream(images, settings.batch_size))
     loop = training_loop(
@@ -132,11 +132,11 @@ def _time_command(settings: Settings) -> tuple[list[float], list[float]]:
 def _bare_step(loop: TrainLoop) -> Callable[[], None]:
     """A step that computes the gradient of the last step of `loop` again, with the same draws, and updates the
     weights and averages by it."""
-    compute, latest = loop.gradients.compute, []
+    compute, latest = loop.compute_gradient, []
 
-    def remember(*arguments):
-        latest[:] = arguments
-        return compute(*arguments)
+    def remember(drawn):
+        latest[:] = [drawn]
+        return compute(drawn)
 
     def step() -> None:
         compute(*latest)
@@ -144,7 +144,7 @@ def _bare_step(loop: TrainLoop) -> Callable[[], None]:
         loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits)
         loop.gradients.clear()
 
-    loop.gradients.compute = remember
+    loop.compute_gradient = remember
     return step
 
 

@@ -29,10 +29,10 @@ class BatchStream:
     :param class_cond: give the classes as "y".
     :param deterministic: keep the order of the set instead of shuffling it.
     :param random_flip: mirror each image, left to right, with probability 1/2.
-    :param num_workers: processes that decode ahead where the set is not held in memory.
+    :param data_workers: processes that decode ahead where the set is not held in memory.
     :param shard: which contiguous slice of every global batch this stream gives, out of `num_shards`; where
         the batch does not divide, sizes differ by one.
-    :raises ValueError: a bad argument; the message names the flag.
+    :raises ValueError: a bad argument; the message begins with its name.
     """
 
     def __init__(
@@ -44,30 +44,30 @@ class BatchStream:
         deterministic: bool = False,
         random_flip: bool = False,
         seed: int = 0,
-        num_workers: int = 0,
+        data_workers: int = 0,
         shard: int = 0,
         num_shards: int = 1,
     ):
         assert 0 <= shard < num_shards
         if batch_size < num_shards:
             raise ValueError(
-                f"--batch_size {batch_size} is too small: it is shared by {num_shards} process(es), "
+                f"batch_size {batch_size}: is shared by {num_shards} process(es), "
                 "each of which needs at least one image"
             )
         if class_cond and images.labels is None:
             raise ValueError(
-                f"--class_cond needs classes, and --data_dir {images.summary['source']} tells none: "
+                f"class_cond True: needs classes, and {images.summary['source']} tells none; "
                 "name the files <class>_<anything>.png or put each class into a folder of its own"
             )
-        if num_workers < 0:
-            raise ValueError(f"--data_workers {num_workers} must not be negative")
+        if data_workers < 0:
+            raise ValueError(f"data_workers {data_workers}: must not be negative")
         self._images = images
         self._order = SampleOrder(len(images), seed, deterministic, random_flip)
         self._batch_size = batch_size
         self._offset = batch_size * shard // num_shards
         self._share = batch_size * (shard + 1) // num_shards - self._offset
         self._class_cond = class_cond
-        self._num_workers = num_workers
+        self._data_workers = data_workers
         self._samples = 0
         self._loader: Iterator[th.Tensor] | None = None
 
@@ -106,7 +106,7 @@ class BatchStream:
                     batches,
                     batch_size=None,
                     sampler=itertools.count(first, self._batch_size),
-                    num_workers=self._num_workers,
+                    num_workers=self._data_workers,
                     worker_init_fn=_leave_signals_to_the_main_process,
                     generator=th.Generator(),  # or it would draw from, and so change, the global generator
                 )

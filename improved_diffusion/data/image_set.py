@@ -80,6 +80,4 @@ class ImageSet:
             if candidate != index:
                 warnings.warn(f"{self._files[index].path} is {reason}: used the next image", stacklevel=2)
             return pixels
-        raise ValueError(
-            f"cannot read the images of --data_dir any more: {self._files[index].path}: {reason}"
-        )
+        raise ValueError(f"cannot read an image any more: {self._files[index].path}: {reason}")

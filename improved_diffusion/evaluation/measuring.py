@@ -14,7 +14,7 @@ def read_flag(flag: str, path: str, image_size: int) -> ImageSet:
     try:
         images = read_images(path, image_size)
     except ValueError as error:
-        raise ValueError(str(error).replace("--data_dir", f"--{flag}")) from None
+        raise ValueError(f"--{flag} {error}") from None
     if len(images) < 4:
         raise ValueError(f"--{flag} {path}: holds {len(images)} images, too few to measure; give more")
     return images

@@ -13,7 +13,7 @@ from improved_diffusion.data.class_labels import labels_of
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.jobs.runs import choose_out_dir, open_model
 from improved_diffusion.jobs.sample import choose_labels, choose_plan, draw_into
-from improved_diffusion.low_res import read_base_samples, shrink
+from improved_diffusion.low_res import shrink
 from improved_diffusion.pictures import image_grid
 from improved_diffusion.sample_util import Subject, from_uint8, to_uint8
 from improved_diffusion.script_util import check_images_fit, count_classes, join_processes, read_images_alike
@@ -30,7 +30,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     labels = choose_labels(config, opened.class_names)
     small_size, batch_size = config.small_size, config.batch_size
     if config.base_samples:
-        images = read_base_samples(config.base_samples, small_size)
+        images = read_images_alike(config.base_samples, small_size, flag_name="base_samples")
     else:
         images = read_images_alike(config.data_dir, config.large_size)
     print(describe(images))

@@ -16,7 +16,7 @@ from improved_diffusion import dist_util, kernels, logger
 from improved_diffusion.config import SuperResTrainConfig, TrainConfig
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
-from improved_diffusion.flags import with_defaults
+from improved_diffusion.flags import named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
 from improved_diffusion.jobs.runs import (
@@ -123,16 +123,19 @@ def _train(
     if config.class_cond and images.num_classes > config.num_classes:
         raise ValueError(f"--num_classes {config.num_classes}: the data have {images.num_classes} classes")
     processes = dist_util.get_world_size()
-    data = BatchStream(
-        images,
-        config.batch_size * processes,
-        class_cond=config.class_cond,
-        random_flip=config.random_flip,
-        seed=config.seed,
-        num_workers=config.data_workers,
-        shard=dist_util.get_rank(),
-        num_shards=processes,
-    )
+    try:
+        data = BatchStream(
+            images,
+            config.batch_size * processes,
+            class_cond=config.class_cond,
+            random_flip=config.random_flip,
+            seed=config.seed,
+            data_workers=config.data_workers,
+            shard=dist_util.get_rank(),
+            num_shards=processes,
+        )
+    except ValueError as error:
+        raise named(error, {"class_cond": "class_cond"}) from None
     if is_super_resolution(config):
         data = LowResStream(data, config.small_size)
     th.manual_seed(config.seed)

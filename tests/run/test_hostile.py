@@ -515,14 +515,14 @@ def npy(shape, descr="|u1", data=b"") -> bytes:
 def test_objects_in_an_npz_are_not_unpickled(tmp_path):
     marker = tmp_path / "executed"
     np.savez(tmp_path / "evil.npz", arr_0=np.array([Exploit(marker)], dtype=object))
-    with pytest.raises(ValueError, match=r"--data_dir .*evil\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"evil\.npz cannot be read"):
         read_images(str(tmp_path / "evil.npz"), 8)
     images = np.zeros((1, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "labels.npz", arr_0=images, arr_1=np.array([Exploit(marker)], dtype=object))
-    with pytest.raises(ValueError, match=r"--data_dir .*labels\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"labels\.npz cannot be read"):
         read_images(str(tmp_path / "labels.npz"), 8)
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Exploit(marker)))
-    with pytest.raises(ValueError, match=r"--data_dir .*pickle\.npz cannot be read.*it is no \.npz archive"):
+    with pytest.raises(ValueError, match=r"pickle\.npz cannot be read.*it is no \.npz archive"):
         read_images(str(tmp_path / "pickle.npz"), 8)
     assert not marker.exists()
 
@@ -532,7 +532,7 @@ def test_objects_in_an_npz_are_not_unpickled(tmp_path):
 )
 def test_an_npz_that_claims_absurdly_many_images(tmp_path, shape):
     path = npz_with(tmp_path / "bomb.npz", arr_0=npy(shape, data=bytes(100)))
-    with pytest.raises(ValueError, match=r"--data_dir .*bomb\.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"bomb\.npz cannot be read"):
         read_images(str(path), 8)
 
 
@@ -549,7 +549,7 @@ def test_an_npz_that_unpacks_to_absurdly_many_images(tmp_path):
 
 def test_few_bytes_that_would_become_large_pictures(tmp_path):
     np.savez_compressed(tmp_path / "specks.npz", np.zeros((10**7, 1, 1, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"--data_dir .*10,000,000 images of 1024x1024 pixels take .* GB"):
+    with pytest.raises(ValueError, match=r"10,000,000 images of 1024x1024 pixels take .* GB"):
         read_images(str(tmp_path / "specks.npz"), 1024)
     np.savez_compressed(tmp_path / "long.npz", np.zeros((1, 1, 10**6, 3), np.uint8))
     with pytest.raises(ValueError, match=r"long\.npz.*times as long as wide"):
@@ -630,5 +630,5 @@ def test_looking_before_building_leaves_the_random_numbers_alone():
     "text", ["0." + "9" * 300, "0_0.5", "../0.5", "0.5/x", "0.5\n0.6", "nan", "\u0660.5"]
 )
 def test_rates_that_would_be_odd_file_names(text):
-    with pytest.raises(ValueError, match="--ema_rate"):
+    with pytest.raises(ValueError, match="ema_rate"):
         parse_ema_rates(text)
