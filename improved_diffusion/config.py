@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from improved_diffusion.flags import Flags, Role, flag
+from improved_diffusion.flags import Flags, Role, flag, named
+from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers
 
 NOISE_SCHEDULES = ("linear", "cosine")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 PRECISIONS = ("auto", "fp32", "bf16")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm")
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
-DEFAULT_ATTENTION = "16,8"
 AUTO = "auto"
 MOST_IMAGES = 10_000_000
 MOST_STEPS = 10**9
@@ -48,17 +48,6 @@ def ema_rates(text: str | float) -> list[str]:
     if len(set(rates)) != len(rates):
         raise ValueError("a rate is named twice")
     return rates
-
-
-def positive_integers(text: str) -> list[int]:
-    """The numbers in a comma-separated list. :raises ValueError: one is not a whole number from 1 on."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ValueError("expected positive whole numbers separated by commas")
-    return numbers
 
 
 def _check_cores(text: str) -> str | None:
@@ -396,12 +385,29 @@ class TrainingFlags(
         if self.use_fp16 and self.precision == "fp32":
             raise ValueError("--use_fp16 True and --precision fp32 contradict each other; leave one out")
         check_classes(self)
+        levels_of(self)
 
 
 def check_classes(config: ClassFlags) -> None:
     """:raises ValueError: classes are to be withheld from a model that is told none."""
     if config.class_dropout and not config.class_cond:
         raise ValueError(f"--class_dropout {config.class_dropout}: needs --class_cond True")
+
+
+def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The channel multipliers of all levels, and the downsampling factors at which there is attention.
+
+    :param config: with the sizes of its images.
+    :raises ValueError: they do not fit the size; the message names the flag.
+    """
+    size = config.output_size
+    try:
+        multipliers = channel_multipliers(config.channel_mult, size)
+        return multipliers, attention_factors(config.attention_resolutions, size, len(multipliers))
+    except ValueError as error:
+        image_size = "large_size" if isinstance(config, SuperResSizes) else "image_size"
+        same = {name: name for name in ("channel_mult", "attention_resolutions")}
+        raise named(error, {**same, "image_size": image_size}) from None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The names of improved-diffusion for defaults, models and diffusions; from flags to what they describe."""
 
 import argparse
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch as th
 from improved_diffusion import dist_util, weighting
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.config import (
-    DEFAULT_ATTENTION,
     ClassFlags,
     DiffusionFlags,
     ModelAndDiffusion,
@@ -21,7 +19,7 @@ from improved_diffusion.config import (
     SuperResSizes,
     TrainConfig,
     check_classes,
-    positive_integers,
+    levels_of,
 )
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import Flags, declared, defaults, named, pick, str2bool
@@ -30,14 +28,6 @@ from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 DEFAULT_NUM_CLASSES = 1000
-# Channel multipliers of improved-diffusion (32, 64, 256) and, for other sizes, of the same taste.
-CHANNEL_MULT = {
-    32: (1, 2, 2, 2),
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (1, 1, 1, 2, 2, 4, 4),
-}
 # What a model can predict, by the names of --prediction.
 PREDICTIONS = {
     "epsilon": gd.ModelMeanType.EPSILON,
@@ -47,9 +37,6 @@ PREDICTIONS = {
 }
 LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
 SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as in Karras et al. 2022
-MAX_LEVELS = 10  # of --channel_mult
-MAX_MULTIPLIER = 64
-MAX_ATTENTION_SIDE = 128  # pixels; attention there holds 2^28 numbers per head and image
 MAX_PARAMETERS = 2_000_000_000
 MAX_IMAGES_GB = 16
 
@@ -234,13 +221,12 @@ def create_gaussian_diffusion(
 
 def _unet_arguments(config: ModelFlags | SuperResModelFlags) -> dict[str, Any]:
     """The arguments of `UNetModel` that the flags stand for."""
-    side, side_flag = config.output_size, "large_size" if is_super_resolution(config) else "image_size"
-    channel_mult = _channel_mult(config.channel_mult, side, side_flag)
+    channel_mult, attention_factors = levels_of(config)
     return {
         "model_channels": config.num_channels,
         "out_channels": 6 if config.learn_sigma else 3,
         "num_res_blocks": config.num_res_blocks,
-        "attention_resolutions": _attention_factors(config.attention_resolutions, side, len(channel_mult)),
+        "attention_resolutions": attention_factors,
         "dropout": config.dropout,
         "channel_mult": channel_mult,
         "num_classes": _embedded_classes(config),
@@ -261,63 +247,6 @@ def _embedded_classes(config: ClassFlags) -> int | None:
 def count_classes(config: ClassFlags) -> int:
     """The classes that a class-conditional model can be asked for, "no class" not among them."""
     return config.num_classes or DEFAULT_NUM_CLASSES
-
-
-def _channel_mult(text: str, image_size: int, size_flag: str) -> tuple[int, ...]:
-    if text:
-        multipliers = _integers(text, "channel_mult")
-        if len(multipliers) > MAX_LEVELS or max(multipliers) > MAX_MULTIPLIER:
-            raise ValueError(
-                f"--channel_mult: at most {MAX_LEVELS} levels and multipliers up to {MAX_MULTIPLIER}, please"
-            )
-        divisor = 2 ** (len(multipliers) - 1)
-        if image_size % divisor:
-            raise ValueError(
-                f"--{size_flag} {image_size}: the {len(multipliers)} levels of --channel_mult need a multiple "
-                f"of {divisor}; try {image_size // divisor * divisor or divisor}, or fewer levels"
-            )
-        return multipliers
-    if image_size in CHANNEL_MULT:
-        return CHANNEL_MULT[image_size]
-    nearest = min(CHANNEL_MULT, key=lambda size: abs(math.log(size / image_size)))
-    halvings = (image_size & -image_size).bit_length() - 1
-    if halvings == 0:
-        raise ValueError(
-            f"--{size_flag} {image_size}: an odd size cannot be halved; try {image_size + 1}, or --channel_mult 1"
-        )
-    # Levels below 4 pixels have nothing left to see.
-    while halvings > 1 and image_size >> halvings < 4:
-        halvings -= 1
-    return CHANNEL_MULT[nearest][: halvings + 1]
-
-
-def _attention_factors(text: str, image_size: int, levels: int) -> tuple[int, ...]:
-    """The downsampling factors at which there is attention, from resolutions in pixels."""
-    sizes = [image_size >> level for level in range(levels)]
-    resolutions = _integers(text, "attention_resolutions") if text else ()
-    if text == DEFAULT_ATTENTION and any(image_size % r for r in resolutions if r <= image_size):
-        resolutions = tuple(size for size in sizes if size <= 16)
-    for resolution in resolutions:
-        if resolution <= image_size and image_size % resolution:
-            raise ValueError(
-                f"--attention_resolutions {resolution}: does not divide the image size {image_size}; this model "
-                f"has the resolutions {', '.join(map(str, sizes))}"
-            )
-    # The middle of the model, at its lowest resolution, always has attention.
-    largest = max([sizes[-1], *(resolution for resolution in resolutions if resolution in sizes)])
-    if largest > MAX_ATTENTION_SIDE:
-        raise ValueError(
-            f"--attention_resolutions, --channel_mult: attention at {largest}x{largest} pixels needs more memory "
-            f"than there is; at most {MAX_ATTENTION_SIDE}x{MAX_ATTENTION_SIDE}"
-        )
-    return tuple(image_size // resolution for resolution in resolutions if resolution <= image_size)
-
-
-def _integers(text: str, flag_name: str) -> tuple[int, ...]:
-    try:
-        return tuple(positive_integers(text))
-    except ValueError as error:
-        raise ValueError(f"--{flag_name} {text!r}: {error}") from None
 
 
 def check_images_fit(config: Flags, name: str, bytes_per_number: int) -> None:

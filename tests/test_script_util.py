@@ -12,6 +12,7 @@ from improved_diffusion import script_util as su
 from improved_diffusion.config import SampleConfig, TrainConfig
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from improved_diffusion.jobs import runs
+from improved_diffusion.levels import attention_factors, channel_multipliers
 from improved_diffusion.resample import create_named_schedule_sampler
 
 
@@ -52,14 +53,14 @@ def test_channel_mult_decides_which_sizes_divide(mult, size, ok):
 
 @pytest.mark.parametrize("size, mult", [(32, (1, 2, 2, 2)), (64, (1, 2, 3, 4)), (256, (1, 1, 2, 2, 4, 4))])
 def test_channel_mult_of_upstream_sizes(size, mult):
-    assert su._channel_mult("", size, "image_size") == mult
+    assert channel_multipliers("", size) == mult
 
 
 def test_attention_where_asked():
-    assert su._attention_factors("16,8", 32, 4) == (2, 4)
-    assert su._attention_factors("16,8", 8, 2) == (1,)
-    assert su._attention_factors("16,8", 28, 3) == (2, 4)  # the default, on a size without levels of 16 and 8
-    assert su._attention_factors("", 32, 4) == ()
+    assert attention_factors("16,8", 32, 4) == (2, 4)
+    assert attention_factors("16,8", 8, 2) == (1,)
+    assert attention_factors("16,8", 28, 3) == (2, 4)  # the default, on a size without levels of 16 and 8
+    assert attention_factors("", 32, 4) == ()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ FILES = {
 }
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
-    {"kernels", "losses", "weighting", "nn", "flags", "config", "progress", "seeding", "storage"},
+    {"kernels", "losses", "weighting", "nn", "flags", "config", "levels", "progress", "seeding", "storage"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"benchmark"},
 ]
 MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}
-WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config"}
+WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "levels"}
 
 
 def room(module: str) -> str:
