@@ -49,6 +49,7 @@ setup(
         "blobfile>=2.0.2",
         "filelock>=3.12",
         "mpi4py>=4.1",  # 4.0 has no wheels for new Pythons
+        "platformdirs>=3",
         "tqdm>=4.60",
         "openpyxl>=3.1",
         "Pillow>=10.1",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.optim.adamw import adamw
 
 from improved_diffusion.kernels import update
 from improved_diffusion.nn import update_ema
@@ -59,20 +60,21 @@ class Optimizer:
         :param copies: in the order of the parameters, what is to be a copy of them in 16 bits, or None.
         :param factor: what the gradient is multiplied by.
         """
-        self.counts += 1
         copies = copies or [None] * len(self.params)
         moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
         settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
-        if update.adamw(self.params, gradient, moments, self.counts, settings, averages, copies):
+        if update.adamw(self.params, gradient, moments, self.counts + 1, settings, averages, copies):
+            self.counts += 1
             return
         for block in self.blocks:
             params = [self.params[i] for i in block]
-            th._fused_adamw_(
+            adamw(
                 params,
                 [gradient[i].float() * factor for i in block],
                 *([tensors[i] for i in block] for tensors in moments),
                 [],
-                [self.steps[i] for i in block],
+                [self.steps[i] for i in block],  # it counts them
+                fused=True,
                 lr=self.lr,
                 beta1=BETAS[0],
                 beta2=BETAS[1],

@@ -1,6 +1,8 @@
 """Decoded image sets on disk, so that the second start with the same folder decodes nothing.
 
-A cache file is a line with the CRC-32 of everything after it, a line of JSON, and the pixels as raw bytes.
+A cache file is a line with the CRC-32 of everything after it, a line of JSON, and the pixels as raw bytes. Everything
+that the package keeps for later lies in the same folder: ``python -m improved_diffusion.data.cache`` lists it, and with
+``--delete`` deletes it.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import sys
 import zlib
 
 import numpy as np
+from platformdirs import user_cache_dir
 
 from improved_diffusion.storage import open_atomic
 
@@ -22,17 +25,7 @@ class UnusableCache(ValueError):
 
 def default_cache_dir() -> str:
     """``$IMPROVED_DIFFUSION_CACHE``, or this user's cache folder in the place the platform has for it."""
-    chosen = os.environ.get("IMPROVED_DIFFUSION_CACHE")
-    if chosen:
-        return chosen
-    home = os.path.expanduser("~")
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    elif sys.platform == "darwin":
-        base = os.path.join(home, "Library", "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
-    return os.path.join(base, "improved_diffusion")
+    return os.environ.get("IMPROVED_DIFFUSION_CACHE") or user_cache_dir("improved_diffusion", appauthor=False)
 
 
 def cache_path(cache_dir: str, source: str, image_size: int, streamed: bool) -> str:
@@ -76,3 +69,37 @@ def read_cache(path: str, listing: str) -> tuple[dict, np.ndarray]:
     if stored["listing"] != listing:
         raise UnusableCache("its files have changed")
     return stored["info"], pixels.reshape(stored["shape"])
+
+
+def list_cache(cache_dir: str) -> list[tuple[str, int, str]]:
+    """The files of the package in `cache_dir`: path, size in bytes, and what each is."""
+    kinds = {
+        ".images": "decoded images of a folder",
+        ".statistics.npz": "statistics of reference images",
+        ".pt": "network for image_eval.py",
+    }
+    found = []
+    for name in sorted(os.listdir(cache_dir)) if os.path.isdir(cache_dir) else []:
+        path = os.path.join(cache_dir, name)
+        what = next((what for end, what in kinds.items() if name.endswith(end)), "")
+        if what:
+            found.append((path, os.path.getsize(path), what))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """List what lies in the cache, or delete it. Whatever is deleted is computed or downloaded again when needed."""
+    if arguments not in ([], ["--delete"]):
+        sys.exit("usage: python -m improved_diffusion.data.cache [--delete]")
+    cache_dir = default_cache_dir()
+    files = list_cache(cache_dir)
+    for path, size, what in files:
+        print(f"{size / 1e6:10,.1f} MB  {os.path.basename(path)}  {what}")
+        if arguments:
+            os.remove(path)
+    done = "deleted from" if arguments else "in"
+    print(f"{sum(size for _, size, _ in files) / 1e6:10,.1f} MB {done} {cache_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
