@@ -23,6 +23,7 @@ from improved_diffusion.cpu.optimizer import Optimizer
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.logger import CsvTable
 from improved_diffusion.nn import Dropout, dropout_seeds
+from improved_diffusion.progress import SECONDS_PER_LINE
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.results.export import export
 from improved_diffusion.run import checkpoint
@@ -174,6 +175,7 @@ class TrainLoop:
         self.elapsed = 0.0  # seconds of wall-clock over all sessions
         self.previewed_step = 0
         self.interrupts = Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0)
+        self.next_line = 0.0  # when to say next how far training is, where there is no bar
         self.export_seconds = 0.0  # what the last export took
         self.logged_step = 0  # the last step with a row for its whole interval
         self.saved_step: int | None = None
@@ -440,7 +442,8 @@ class TrainLoop:
             left = datetime.timedelta(seconds=round(left))
         if bar is not None:
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
-        else:
+        elif self.step == self.total_steps or time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + SECONDS_PER_LINE
             logger.log(
                 f"step {self.step}/{self.total_steps}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  "
                 f"{pace}  {left} left"

@@ -12,7 +12,7 @@ from improved_diffusion.config import SuperResSampleConfig
 from improved_diffusion.data.class_labels import labels_of
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.jobs.runs import choose_out_dir, open_model
-from improved_diffusion.jobs.sample import choose_labels, choose_plan, draw_into
+from improved_diffusion.jobs.sample import choose_labels, choose_plan, draw_into, warn_of_youth
 from improved_diffusion.low_res import shrink
 from improved_diffusion.pictures import image_grid
 from improved_diffusion.sample_util import Subject, from_uint8, to_uint8
@@ -27,6 +27,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     config = opened.config
     check_images_fit(config, "batch_size", bytes_per_number=4)
     plan = choose_plan(config, given, opened.diffusion)
+    warn_of_youth(opened.step)
     labels = choose_labels(config, opened.class_names)
     small_size, batch_size = config.small_size, config.batch_size
     if config.base_samples:

@@ -29,7 +29,7 @@ from improved_diffusion.script_util import (
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
-from improved_diffusion.storage import absolute, new_directory, write_json
+from improved_diffusion.storage import absolute, is_remote, new_directory, write_json
 
 Config = TypeVar("Config", bound=Flags)
 
@@ -115,6 +115,35 @@ def choose_log_dir(config: FirstFlags, runs_dir: str) -> str:
     return absolute(log_dir or new_directory(runs_dir))
 
 
+def find_unfinished(config: FirstFlags, runs_dir: str) -> tuple[str, int] | None:
+    """The newest run in `runs_dir` that has the same flags and is not at its end. :return: its folder and step."""
+    known = declared(type(config))
+    same = {name: value for name, value in config.to_dict().items() if known[name].role is not Role.SESSION}
+    # A run has put what it found in the place of these.
+    same["data_dir"] = (
+        absolute(same["data_dir"]) if same["data_dir"] not in ("", BUILTIN) else same["data_dir"]
+    )
+    same = {
+        name: value
+        for name, value in same.items()
+        if (name, value) not in (("data_dir", ""), ("num_classes", 0))
+    }
+    for folder in _newest_runs(runs_dir):
+        step = checkpoint.steps(folder)[-1]
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
+                stored = {**defaults(type(config)), **json.load(file)}
+            if step < config.total_steps and same.items() <= stored.items():
+                return folder, step
+    return None
+
+
+def _newest_runs(folder: str) -> list[str]:
+    """The runs in `folder` that have a checkpoint, the one that was changed last first."""
+    found = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+    return sorted((run for run in found if checkpoint.steps(run)), key=os.path.getmtime, reverse=True)
+
+
 def choose_out_dir(log_dir: str, parent: str) -> str:
     """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
     out_dir = absolute(log_dir or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
@@ -123,6 +152,23 @@ def choose_out_dir(log_dir: str, parent: str) -> str:
     return out_dir
 
 
+# What people take for a model, by the ends of file names.
+OTHER_FILES = {
+    ".xlsx": "an Excel workbook",
+    ".csv": "a table",
+    ".json": "a record of a run or checkpoint",
+    ".jsonl": "a table",
+    ".npz": "an archive of images or numbers",
+    ".npy": "an array of numbers",
+    ".png": "a picture",
+    ".jpg": "a picture",
+    ".webp": "a picture",
+    ".txt": "a text file",
+    ".md": "a text file",
+    ".py": "a program",
+    ".zip": "an archive",
+    ".safetensors": "a file of diffusers (convert_checkpoint.py --from_diffusers takes its folder)",
+}
 SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
 
 
@@ -133,10 +179,8 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
     """
     if config.model_path:
         return config.model_path
-    runs_dir, shipped = os.path.join(project, "runs"), os.path.join(project, *SHIPPED)
-    found = [os.path.join(runs_dir, name) for name in os.listdir(runs_dir)] if os.path.isdir(runs_dir) else []
-    found = [run for run in found if checkpoint.steps(run)]
-    newest = max(found, key=os.path.getmtime) if found else ""
+    newest = next(iter(_newest_runs(os.path.join(project, "runs"))), "")
+    shipped = os.path.join(project, *SHIPPED)
     if checkpoint.steps(shipped) and not is_super_resolution(config):
         hint = f"; for your newest run, give --model_path {newest}" if newest else ""
         print(f"no --model_path is given: taking the model that comes with the code{hint}")
@@ -245,6 +289,7 @@ class Trained:
     :ivar config: the flags of the command, with those that the checkpoint stores in the place of defaults.
     :ivar path: the weights file.
     :ivar class_names: empty where they are not known.
+    :ivar step: how many steps it was trained for; 0 where that is not known.
     :ivar compute: what `open_model` computes with.
     """
 
@@ -253,6 +298,7 @@ class Trained:
     config: Any
     path: str
     class_names: list[str]
+    step: int
     compute: Compute | None = None
 
 
@@ -269,12 +315,20 @@ def load_trained(
     if not bf.exists(path):
         raise ValueError(f"--model_path {model_path}: there is no such file or directory")
     if bf.isdir(path):
+        inside = [] if is_remote(path) or checkpoint.steps(path) else _newest_runs(path)
+        if inside:
+            raise ValueError(
+                f"--model_path {model_path}: is a folder of runs; the newest of them is {inside[0]}"
+            )
         source = checkpoint.find(path, log=log)
         rates = sorted(source.ema_rates, key=float)
         kind = rates[-1] if rates else "model"
         path, weights = source.path(kind), source.load(kind)
     else:
         kind = checkpoint.kind_of(path)
+        what = OTHER_FILES.get(os.path.splitext(path)[1].lower())
+        if what and kind is None:
+            raise ValueError(f"--model_path {model_path}: is {what}; give a run directory or a .pt file")
         if kind in ("opt", "state"):
             raise ValueError(
                 f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
@@ -302,7 +356,7 @@ def load_trained(
         + (f" ({source.step:,} steps of {source.state.get('samples', 0):,} images)" if source else "")
     )
     class_names = source.state.get("data", {}).get("class_names", []) if source else []
-    return Trained(model.eval(), diffusion, config, path, class_names)
+    return Trained(model.eval(), diffusion, config, path, class_names, source.step if source else 0)
 
 
 def open_model(config: Flags, given: set[str], project: str) -> Trained:

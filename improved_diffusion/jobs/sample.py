@@ -28,6 +28,7 @@ from improved_diffusion.script_util import check_images_fit, count_classes, join
 MAX_FRAMES = 60  # of an animation
 INTERPOLATED = 10  # images from one latent to the other, unless --num_samples says otherwise
 MAX_ROWS = 10
+YOUNG = 1000  # steps; the model of the README begins to draw shapes after some thousands
 
 
 def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
@@ -46,6 +47,7 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
         config = replace(config, num_samples=INTERPOLATED)
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
+    warn_of_youth(opened.step)
     labels = choose_labels(config, opened.class_names)
     if config.guidance_scale != 1:
         if not config.class_dropout:
@@ -138,6 +140,15 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
         eta=eta,
         clip_denoised=config.clip_denoised,
     )
+
+
+def warn_of_youth(step: int) -> None:
+    """Say so if a model was trained for a known number of steps that is too small to draw anything."""
+    if 0 < step < YOUNG:
+        print(
+            f"note: this model was trained for {step} step{'s' if step > 1 else ''} only, which is too young to draw "
+            "more than noise or blurs; train it on"
+        )
 
 
 def choose_labels(config: Flags, class_names: list[str]) -> list[int] | None:

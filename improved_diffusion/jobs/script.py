@@ -29,10 +29,26 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
     except Exception as error:
         import blobfile as bf
 
-        if not isinstance(error, ValueError | OSError | bf.Error):
+        message = one_line(str(error))
+        if is_out_of_memory(error):
+            message = f"{OUT_OF_MEMORY}, or fewer images at a time (--batch_size)"
+        elif not isinstance(error, ValueError | OSError | bf.Error):
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(error))}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+OUT_OF_MEMORY = (
+    "there is not enough memory; in training, give a smaller --microbatch or --use_checkpoint True"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy or PyTorch could not get the memory they asked the system for."""
+    words = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+    )
 
 
 def _limit_threads() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,9 +25,11 @@ from improved_diffusion.jobs.runs import (
     choose_log_dir,
     choose_source,
     find_data,
+    find_unfinished,
     merge_for_resume,
     record_run,
 )
+from improved_diffusion.jobs.script import OUT_OF_MEMORY, is_out_of_memory
 from improved_diffusion.low_res import LowResStream, shrink
 from improved_diffusion.resample import create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion
@@ -58,6 +61,12 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
     join_processes(config)
     first = dist_util.get_rank() == 0
     log_dir = dist_util.broadcast(choose_log_dir(config, os.path.join(project, "runs")))
+    if first and not (config.log_dir or config.resume_checkpoint or os.environ.get("OPENAI_LOGDIR")):
+        unfinished = find_unfinished(config, os.path.join(project, "runs"))
+        if unfinished is not None:
+            folder, step = unfinished
+            print(f"note: {folder} holds an unfinished run with the same flags, of {step:,} steps.")
+            print(f"To continue it instead: python {sys.argv[0]} --log_dir {shlex.quote(folder)}")
     with contextlib.ExitStack() as stack:
         source, folder, publish, check_folder = None, log_dir, None, None
         if first:
@@ -181,6 +190,12 @@ def _train(
         stopped_by = loop.run_loop()
     except NonFiniteError as error:
         logger.log(f"error: {error}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        saved = "nothing is saved" if loop.saved_step is None else f"checkpoint {loop.saved_step} is saved"
+        logger.log(f"error: step {loop.step + 1}: {OUT_OF_MEMORY} ({saved})")
         return 1
     if stopped_by is not None:
         command = f"python {sys.argv[0]} --log_dir {log_dir}"

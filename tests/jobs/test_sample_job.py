@@ -47,6 +47,7 @@ def plan_of(command, steps=T):
         ("--sampler ddpm --sample_steps 5", Plan("ddpm", 5)),
         ("--use_ddim True --sample_steps 5", Plan("ddim", 5)),
         ("--use_ddim False --sampler heun --sample_steps 5", Plan("heun", 5)),
+        ("--use_ddim True --sampler ddim", Plan("ddim", None)),  # they agree
     ],
 )
 def test_flags_to_plan(command, plan):
