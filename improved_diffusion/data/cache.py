@@ -2,7 +2,7 @@
 
 A cache file is a line with the CRC-32 of everything after it, a line of JSON, and the pixels as raw bytes. Everything
 that the package keeps for later lies in the same folder: ``python -m improved_diffusion.data.cache`` lists it, and with
-``--delete`` deletes it.
+``delete`` deletes it.
 """
 
 import hashlib
@@ -89,8 +89,8 @@ def list_cache(cache_dir: str) -> list[tuple[str, int, str]]:
 
 def main(arguments: list[str]) -> None:
     """List what lies in the cache, or delete it. Whatever is deleted is computed or downloaded again when needed."""
-    if arguments not in ([], ["--delete"]):
-        sys.exit("usage: python -m improved_diffusion.data.cache [--delete]")
+    if arguments not in ([], ["delete"]):
+        sys.exit("usage: python -m improved_diffusion.data.cache [delete]")
     cache_dir = default_cache_dir()
     files = list_cache(cache_dir)
     for path, size, what in files:

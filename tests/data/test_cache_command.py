@@ -13,7 +13,7 @@ def test_the_cache_is_listed_and_deleted(tmp_path, monkeypatch, capsys):
     cache.main([])
     text = capsys.readouterr().out
     assert "3.0 MB  a.images  decoded images" in text and f"4.0 MB in {tmp_path}" in text
-    cache.main(["--delete"])
+    cache.main(["delete"])
     assert "4.0 MB deleted" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(SystemExit, match="usage"):
