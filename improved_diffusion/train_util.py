@@ -26,11 +26,12 @@ from improved_diffusion.nn import Dropout, dropout_seeds
 from improved_diffusion.progress import SECONDS_PER_LINE
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.results.export import export
-from improved_diffusion.run import checkpoint
-from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.run import averages, checkpoint
+from improved_diffusion.run.checkpoint import Checkpoint, member_name, power_kind
 from improved_diffusion.run.interrupts import Interrupts, Stopped
 from improved_diffusion.seeding import Purpose
 
+LR_DECAYS = ("none", "linear", "cosine")
 STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
 EXPORT_SECONDS = 3.0  # longer exports of the workbook are left out when a signal has asked to stop
@@ -79,9 +80,12 @@ class TrainLoop:
     :param microbatch: images per forward and backward pass, -1 for the whole batch. Each pass is weighted by
         its share of the batch, so this changes neither the gradient nor `grad_norm`.
     :param ema_rate: a rate, or several separated by commas, for the moving averages (see `ema_decay`).
+    :param ema_lengths: widths, separated by commas, of the power-function averages that are kept beside them (see
+        `averages`); none by default.
     :param resume_checkpoint: a checkpoint, a run directory or any file of a checkpoint; empty: start afresh.
     :param schedule_sampler: draws the timesteps; uniformly by default.
     :param lr_anneal_steps: anneal the learning rate linearly to zero over so many steps; 0: do not.
+    :param lr_warmup_steps, lr_decay, lr_decay_share: the rise and fall of the learning rate (see `learning_rate`).
     :param grad_clip: largest norm of the gradient; 0: unlimited.
     :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
     :param class_dropout: share of the images whose class is withheld (Ho & Salimans 2022, algorithm 1): their
@@ -115,6 +119,7 @@ class TrainLoop:
         microbatch: int = -1,
         lr: float = 1e-4,
         ema_rate: str | float = "0.9999",
+        ema_lengths: str = "",
         log_interval: int = 10,
         save_interval: int = 1000,
         resume_checkpoint: str | Checkpoint = "",
@@ -122,6 +127,8 @@ class TrainLoop:
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
         lr_warmup_steps: int = 0,
+        lr_decay: str = "none",
+        lr_decay_share: float = 1.0,
         grad_clip: float = 0.0,
         total_steps: int = 30000,
         seed: int = 0,
@@ -153,6 +160,9 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.lr_anneal_steps = lr_anneal_steps
         self.lr_warmup_steps = lr_warmup_steps
+        check_lr_schedule(lr_warmup_steps, lr_anneal_steps, lr_decay, lr_decay_share, total_steps)
+        self.lr_decay = lr_decay
+        self.lr_decay_share = lr_decay_share
         self.grad_clip = grad_clip
         self.total_steps = total_steps
         self.seed = seed
@@ -191,8 +201,12 @@ class TrainLoop:
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
+        self.power_params = {
+            length: [p.detach().clone() for p in self.params]
+            for length in averages.parse_lengths(ema_lengths)
+        }
         if not self.writes:
-            self.ema_params = {}
+            self.ema_params, self.power_params = {}, {}
         elif resume_checkpoint:
             if not isinstance(resume_checkpoint, Checkpoint):
                 resume_checkpoint = checkpoint.find(resume_checkpoint, log=logger.log)
@@ -315,10 +329,21 @@ class TrainLoop:
         if isinstance(self.schedule_sampler, LossSecondMomentResampler):
             self.schedule_sampler.update_with_all_losses(t, losses["loss"])
         factor = min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip > 0 else 1.0
-        self.opt.lr = learning_rate(self.step, self.lr, self.lr_warmup_steps, self.lr_anneal_steps)
+        self.opt.lr = learning_rate(
+            self.step,
+            self.lr,
+            self.lr_warmup_steps,
+            self.lr_anneal_steps,
+            self.lr_decay,
+            self.lr_decay_share,
+            self.total_steps,
+        )
         self.step += 1
-        averages = [(ema, ema_decay(float(rate), self.step)) for rate, ema in self.ema_params.items()]
-        self.opt.step(self.gradients.values, averages, self.gradients.copies.in_16_bits, factor)
+        means = [(mean, ema_decay(float(rate), self.step)) for rate, mean in self.ema_params.items()]
+        means += [
+            (mean, averages.decay(float(length), self.step)) for length, mean in self.power_params.items()
+        ]
+        self.opt.step(self.gradients.values, means, self.gradients.copies.in_16_bits, factor)
         self.gradients.clear()
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)
@@ -501,7 +526,8 @@ class TrainLoop:
         self.elapsed = before - self.started
         tensors = {
             "model": self.model.state_dict(),
-            **{rate: self._named(ema) for rate, ema in self.ema_params.items()},
+            **{rate: self._named(mean) for rate, mean in self.ema_params.items()},
+            **{power_kind(length): self._named(mean) for length, mean in self.power_params.items()},
             "opt": self.opt.state_dict(),
         }
         state = {
@@ -570,13 +596,17 @@ class TrainLoop:
         """Continue from `source`: weights, averages, optimizer, sampler history, metrics, data position."""
         state = source.state
         self.model.load_state_dict(source.load("model"))
-        for rate, ema in self.ema_params.items():
-            if rate not in source.ema_rates:
-                logger.log(f"WARNING: --ema_rate {rate} is new; its average starts at step {source.step}")
-                content = source.load("model")
-            else:
-                content = source.load(rate)
-            for target, name in zip(ema, dict(self.model.named_parameters())):
+        means = [("ema_rate", rate, rate, mean) for rate, mean in self.ema_params.items()]
+        # Where it starts, such an average takes the weights to have been as they are since the first step.
+        means += [
+            ("ema_lengths", length, power_kind(length), mean) for length, mean in self.power_params.items()
+        ]
+        for flag, value, kind, mean in means:
+            if member_name(kind, source.step) not in source.state["files"]:
+                logger.log(f"WARNING: --{flag} {value} is new; its average starts at step {source.step}")
+                kind = "model"
+            content = source.load(kind)
+            for target, name in zip(mean, dict(self.model.named_parameters())):
                 target.copy_(content[name])
         self.opt.load_state_dict(source.load("opt"))
         try:
@@ -652,14 +682,52 @@ def ema_decay(rate: float, step: int) -> float:
     return min(rate, (1 + step) / (10 + step))
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int = 0, anneal_steps: int = 0) -> float:
-    """The learning rate after `step` updates: a linear rise over `warmup_steps`, a linear fall to zero over
-    `anneal_steps` (0: none of either)."""
+def learning_rate(
+    step: int,
+    lr: float,
+    warmup_steps: int = 0,
+    anneal_steps: int = 0,
+    decay: str = "none",
+    decay_share: float = 1.0,
+    total_steps: int = 0,
+) -> float:
+    """The learning rate after `step` updates: a linear rise over `warmup_steps`, then `lr`, then a fall to zero.
+
+    :param anneal_steps: fall linearly from the first step on, over so many (improved-diffusion's way); 0: do not.
+    :param decay: "none", "linear", or "cosine" (half a period: slow at first and at last).
+    :param decay_share: the last share of `total_steps` over which it falls; 1: from the end of the rise on. With
+        less than 1, a run can be prolonged from a checkpoint before its fall.
+    """
+    if decay != "none":
+        start = max(warmup_steps, (1 - decay_share) * total_steps)
+        left = min(max((total_steps - step) / (total_steps - start), 0.0), 1.0)
+        lr *= left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
     if warmup_steps:
         lr *= min(1.0, (step + 1) / warmup_steps)
     if anneal_steps:
         lr *= max(0.0, 1 - step / anneal_steps)
     return lr
+
+
+def check_lr_schedule(
+    warmup_steps: int, anneal_steps: int, decay: str, decay_share: float, total_steps: int
+) -> None:
+    """:raises ValueError: these arguments of `learning_rate` are impossible, or contradict each other."""
+    if decay not in LR_DECAYS:
+        raise ValueError(f"--lr_decay {decay!r} is unknown; use one of {', '.join(LR_DECAYS)}")
+    if not 0 < decay_share <= 1:
+        raise ValueError(f"--lr_decay_share {decay_share}: must lie above 0 and not above 1")
+    if decay == "none":
+        if decay_share != 1:
+            raise ValueError(f"--lr_decay_share {decay_share}: needs --lr_decay linear or cosine")
+    elif anneal_steps:
+        raise ValueError(
+            f"--lr_decay {decay}: contradicts --lr_anneal_steps {anneal_steps}; leave one of them out"
+        )
+    elif warmup_steps >= total_steps:
+        raise ValueError(
+            f"--lr_warmup_steps {warmup_steps}: leaves nothing of --total_steps {total_steps} for --lr_decay {decay}"
+        )
 
 
 class _Stopwatch:

@@ -15,7 +15,8 @@ from openpyxl import load_workbook
 from improved_diffusion import logger, train_util
 from improved_diffusion.image_datasets import BatchStream, read_images
 from improved_diffusion.resample import create_named_schedule_sampler
-from improved_diffusion.run import checkpoint
+from improved_diffusion.run import averages, checkpoint
+from improved_diffusion.run.checkpoint import power_kind
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
 )
@@ -114,6 +115,8 @@ CASES = {
         "model_flags": {"diffusion_steps": 4, "use_kl": True},
     },
     "checkpointing": {"model_flags": {"use_checkpoint": True, "dropout": 0.2}},
+    "power_averages": {"ema_lengths": "0.05,0.1"},
+    "log_normal": {"sampler": "log-normal", "model_flags": {"diffusion_steps": 20}},
     "16_bits": {"precision": "bf16", "num_workers": 2, "model_flags": {"dropout": 0.2}},
 }
 
@@ -136,7 +139,8 @@ def test_resume_is_exact(tmp_path, case, microbatch):
     assert second.step == total // 2 + 1
     second.run_loop()
     a, b = (checkpoint.read(str(tmp_path / name), total) for name in ("whole", "parts"))
-    for kind in ("model", "0.9", "0.99", "opt"):
+    powers = map(power_kind, CASES[case].get("ema_lengths", "").split(","))
+    for kind in ("model", "0.9", "0.99", "opt", *(powers if "ema_lengths" in settings else ())):
         assert_same_tensors(a.load(kind), b.load(kind))
     assert a.state["schedule_sampler"] == b.state["schedule_sampler"]
     assert a.state["samples"] == b.state["samples"] == 6 * total
@@ -296,6 +300,80 @@ def test_ema_warm_up_forgets_the_initial_weights(tmp_path):
 def test_learning_rate_schedule():
     assert [learning_rate(s, 1.0, warmup_steps=4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert [learning_rate(s, 1.0, anneal_steps=4) for s in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+
+
+def test_learning_rate_decays_to_zero_at_the_end():
+    def rates(decay, share, warmup=0):
+        return [learning_rate(s, 1.0, warmup, 0, decay, share, 10) for s in range(12)]
+
+    assert rates("linear", 1) == pytest.approx([*np.linspace(1, 0, 11), 0])
+    assert rates("linear", 0.4) == pytest.approx([1] * 7 + [0.75, 0.5, 0.25, 0, 0])
+    assert rates("linear", 1, warmup=2) == pytest.approx([0.5, 1, *np.linspace(1, 0, 9), 0])
+    assert rates("linear", 0.9, warmup=2) == rates("linear", 1, warmup=2)
+    half = (1 + np.cos(np.pi * np.linspace(0, 1, 6))) / 2
+    assert rates("cosine", 0.5) == pytest.approx([1] * 5 + [*half, 0])
+    assert rates("none", 1) == [1] * 12
+    # Whoever prolongs a run from before its fall goes on as if it had been longer from the start.
+    assert [learning_rate(s, 1.0, 0, 0, "linear", 0.2, 100) for s in range(80)] == [1] * 80
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"lr_decay": "exponential"}, "--lr_decay 'exponential'.*none, linear, cosine"),
+        ({"lr_decay": "linear", "lr_decay_share": 0.0}, "--lr_decay_share 0.0"),
+        ({"lr_decay": "linear", "lr_decay_share": 1.1}, "--lr_decay_share 1.1"),
+        ({"lr_decay_share": 0.5}, "--lr_decay_share 0.5: needs --lr_decay"),
+        ({"lr_decay": "cosine", "lr_anneal_steps": 50}, "--lr_decay cosine.*--lr_anneal_steps 50"),
+        (
+            {"lr_decay": "linear", "lr_warmup_steps": 30, "total_steps": 30},
+            "--lr_warmup_steps 30.*--total_steps 30",
+        ),
+        ({"ema_lengths": "0.5"}, "--ema_lengths 0.5"),
+    ],
+)
+def test_impossible_schedules_and_averages(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        make_loop(tmp_path, **options)
+
+
+def test_power_averages_are_averages_of_the_weights_after_each_update(tmp_path):
+    loop = make_loop(tmp_path, total_steps=9, ema_lengths="0.05,0.2", lr_decay="linear", save_interval=3)
+    recorded, step = [], loop.opt.step
+
+    def spy(*arguments):
+        step(*arguments)
+        recorded.append([p.detach().double().clone() for p in loop.params])
+
+    loop.opt.step = spy
+    loop.run_loop()
+    assert [float(row["lr"]) for row in rows(tmp_path)][-1] == pytest.approx(1e-3 / 9)
+    names = list(dict(loop.model.named_parameters()))
+    checkpoints = averages.with_averages(str(tmp_path))
+    assert [source.step for source in checkpoints] == [3, 6, 9]
+    for length in ("0.05", "0.2"):
+        for source in checkpoints:
+            kept = source.load(power_kind(length))
+            shares = averages.profile(float(length), source.step)
+            for i, name in enumerate(names):
+                expected = sum(share * weights[i] for share, weights in zip(shares, recorded))
+                th.testing.assert_close(kept[name].double(), expected, rtol=1e-5, atol=1e-6)
+        again, distance = averages.reconstruct(checkpoints, float(length))
+        assert distance < 1e-3
+        for name in names:
+            th.testing.assert_close(again[name], kept[name], rtol=1e-3, atol=1e-5)
+
+
+def test_power_averages_can_be_added_to_a_run(tmp_path):
+    make_loop(tmp_path, total_steps=2).run_loop()
+    loop = make_loop(tmp_path, total_steps=4, ema_lengths="0.1", resume_checkpoint=str(tmp_path))
+    assert "--ema_lengths 0.1 is new; its average starts at step 2" in (tmp_path / "log.txt").read_text()
+    assert_same_tensors(loop.power_params["0.1"], [p.detach() for p in loop.params])
+    loop.run_loop()
+    assert checkpoint.find(str(tmp_path)).power_lengths == ["0.1"]
+    # And left out again.
+    make_loop(tmp_path, total_steps=5, resume_checkpoint=str(tmp_path)).run_loop()
+    assert checkpoint.find(str(tmp_path)).power_lengths == []
 
 
 @pytest.mark.parametrize("text", ["1.0", "-0.1", "x", "0.9,0.9", "", "nan", "0.9,"])

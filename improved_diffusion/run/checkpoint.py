@@ -1,8 +1,9 @@
 """Checkpoints on disk: complete or absent, verified by checksums, found again by directory or by any file.
 
-A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt`` and ``optN.pt`` (N with six digits or
-more, the number of completed optimizer updates) and, written last, ``stateN.json`` with everything else, the
-sizes and checksums of the others and a checksum of itself. Without its state file a checkpoint does not exist.
+A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt``, ``power_<length>_N.pt`` (see `averages`) and
+``optN.pt`` (N with six digits or more, the number of completed optimizer updates) and, written last,
+``stateN.json`` with everything else, the sizes and checksums of the others and a checksum of itself. Without its
+state file a checkpoint does not exist.
 """
 
 import hashlib
@@ -20,7 +21,11 @@ from improved_diffusion.run.tensor_file import RefusedContent, parse_tensors
 from improved_diffusion.storage import absolute, is_remote, open_atomic
 
 FORMAT = 2  # 1 had no checksum of the state file
-_MEMBER = re.compile(r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_)(?P<step>\d{6,})\.(?:pt|json)")
+POWER_LENGTH = re.compile(r"0\.[0-9]{1,8}")
+_MEMBER = re.compile(
+    r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_|power_(?P<length>" + POWER_LENGTH.pattern + ")_)"
+    r"(?P<step>\d{6,})\.(?:pt|json)"
+)
 _STATE_TYPES = {
     "samples": int,
     "elapsed": int | float,
@@ -47,7 +52,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def path(self, kind: str) -> str:
-        """The file of `kind`: "model", "opt" or an EMA rate such as "0.9999"."""
+        """The file of `kind`: "model", "opt", an EMA rate such as "0.9999", or a `power_kind`."""
         return bf.join(self.folder, member_name(kind, self.step))
 
     def load(self, kind: str) -> dict[str, Any]:
@@ -65,21 +70,36 @@ class Checkpoint:
     @property
     def ema_rates(self) -> list[str]:
         """The rates of the moving averages it holds, as they stand in the file names."""
+        return self._named_in_files("rate")
+
+    @property
+    def power_lengths(self) -> list[str]:
+        """The lengths of the power-function averages it holds, as they stand in the file names."""
+        return self._named_in_files("length")
+
+    def _named_in_files(self, part: str) -> list[str]:
         matches = (_MEMBER.fullmatch(name) for name in self.state["files"])
-        return [match["rate"] for match in matches if match and match["rate"]]
+        return [match[part] for match in matches if match and match[part]]
+
+
+def power_kind(length: str) -> str:
+    """What the power-function average of `length`, such as "0.05", is called among the kinds of files."""
+    return f"power_{length}"
 
 
 def member_name(kind: str, step: int) -> str:
-    """The file name of `kind` ("model", "opt", "state" or an EMA rate) at `step`."""
+    """The file name of `kind` ("model", "opt", "state", an EMA rate or a `power_kind`) at `step`."""
     if kind == "state":
         return f"state{step:06d}.json"
-    return f"{kind}{step:06d}.pt" if kind in ("model", "opt") else f"ema_{kind}_{step:06d}.pt"
+    if kind in ("model", "opt"):
+        return f"{kind}{step:06d}.pt"
+    return f"{kind}_{step:06d}.pt" if kind.startswith("power_") else f"ema_{kind}_{step:06d}.pt"
 
 
 def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]) -> Checkpoint:
     """Write a checkpoint; it exists once this returns, and not before the last byte is on the disk.
 
-    :param tensors: by kind ("model", "opt", EMA rates), what `torch.save` shall write.
+    :param tensors: by kind ("model", "opt", EMA rates, `power_kind`), what `torch.save` shall write.
     :param state: what else belongs to it, JSON-able.
     :raises OSError: it could not be written; earlier checkpoints are untouched. The message names `folder`.
     """
@@ -209,7 +229,7 @@ def find(path: str, log=print) -> Checkpoint:
     match = _MEMBER.fullmatch(bf.basename(path))
     if match is None:
         raise ValueError(
-            f"{path}: not a file of a checkpoint (modelN.pt, ema_RATE_N.pt, optN.pt, stateN.json)"
+            f"{path}: not a file of a checkpoint (modelN.pt, ema_RATE_N.pt, power_LENGTH_N.pt, optN.pt, stateN.json)"
         )
     checkpoint = read(bf.dirname(path), int(match["step"]))
     verify(checkpoint)
@@ -217,9 +237,9 @@ def find(path: str, log=print) -> Checkpoint:
 
 
 def kind_of(path: str) -> str | None:
-    """What a file's name says it holds: "model", "opt", "state", an EMA rate, or None for another name."""
+    """What a file's name says it holds: "model", "opt", "state", an EMA rate, a `power_kind`, or None for another."""
     match = _MEMBER.fullmatch(bf.basename(path))
-    return match and (match["rate"] or match["kind"])
+    return match and (match["rate"] or match["kind"].rstrip("_"))
 
 
 def state_beside(path: str) -> Checkpoint | None:
@@ -300,7 +320,7 @@ def _check_state(state: dict[str, Any], step: int) -> None:
         if kind in (None, "state") or name != member_name(kind, step):
             raise ValueError(f"it lists {name!r}, which is no file of checkpoint {step}")
         if kind not in ("model", "opt"):
-            float(kind)
+            float(kind.removeprefix("power_"))
         if not isinstance(entry["sha256"], str):
             raise TypeError(f"it has no checksum of {name}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from improved_diffusion.run import checkpoint
-from improved_diffusion.run.checkpoint import DamagedCheckpoint, member_name
+from improved_diffusion.run.checkpoint import DamagedCheckpoint, member_name, power_kind
 
 
 def save(folder, step, **state):
@@ -17,6 +17,10 @@ def save(folder, step, **state):
 def test_names():
     assert member_name("model", 30000) == "model030000.pt"
     assert member_name("0.9999", 30000) == "ema_0.9999_030000.pt"
+    assert member_name(power_kind("0.05"), 30000) == "power_0.05_030000.pt"
+    for kind in ("model", "0.9999", "opt", "state", "power_0.05"):
+        assert checkpoint.kind_of(member_name(kind, 7)) == kind
+    assert checkpoint.kind_of("power_best_000007.pt") is None
     assert member_name("opt", 1) == "opt000001.pt"
     assert member_name("state", 12345678) == "state12345678.json"
 

@@ -269,6 +269,8 @@ ABSURD_STATES = {
     "no name": {"files": {"": {"bytes": 1, "sha256": "0"}}},
     "a zero byte": {"files": {"model\0.pt": {"bytes": 1, "sha256": "0"}}},
     "an average without a rate": {"files": {"ema_best_000004.pt": {"bytes": 1, "sha256": "0"}}},
+    "an average without a length": {"files": {"power_best_000004.pt": {"bytes": 1, "sha256": "0"}}},
+    "an average elsewhere": {"files": {"power_0.05/../x_000004.pt": {"bytes": 1, "sha256": "0"}}},
     "infinite size": {"files": {"model000004.pt": {"bytes": float("inf"), "sha256": "0"}}},
     "no checksum": {"files": {"model000004.pt": {"bytes": 1}}},
     "files as a list": {"files": [1]},
