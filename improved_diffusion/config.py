@@ -9,9 +9,10 @@ from improved_diffusion.flags import Flags, Role, flag, named
 from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers
 
 NOISE_SCHEDULES = ("linear", "cosine")
+PREDICTIONS = ("epsilon", "x_start", "v", "edm")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 PRECISIONS = ("auto", "fp32", "bf16")
-SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "ipndm")
+SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m", "unipc", "deis", "ipndm")
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 AUTO = "auto"
 MOST_IMAGES = 10_000_000
@@ -178,6 +179,12 @@ class ProcessFlags(Flags):
     )
     predict_xstart: bool = flag(
         False, "the model predicts the clean image instead of the noise", role=Role.PROCESS
+    )
+    prediction: str = flag(
+        "epsilon",
+        "what the model predicts: the noise, the clean image, v (Salimans & Ho 2022) or EDM's F (Karras et al. 2022)",
+        choices=PREDICTIONS,
+        role=Role.PROCESS,
     )
     rescale_timesteps: bool = flag(True, "tell the model timesteps scaled to 0..1000", role=Role.PROCESS)
     sigma_small: bool = flag(False, "draw with the smaller of the two fixed variances")
@@ -488,11 +495,14 @@ class SamplerFlags(Flags):
         20, "steps from noise to image; each evaluates the model once (heun: twice)", low=1, high=100_000
     )
     timestep_spacing: str = flag(
-        "quadratic", "how the steps are spread; logsnr where --sampler is given", choices=SPACINGS
+        "quadratic",
+        "how the steps are spread; where --sampler, --use_ddim or --eta is given, as suits it (docs/sampling.md)",
+        choices=SPACINGS,
     )
     eta: float = flag(
         1.0,
-        "with --sampler ddim, how random it is: 0 not at all, 1 like ddpm; 0 where --sampler or --use_ddim is given",
+        "with --sampler ddim or sde_dpmpp_2m, how random it is: 0 not at all, 1 like ddpm; where --sampler or "
+        "--use_ddim is given, 0, and 1 for sde_dpmpp_2m",
         low=0,
         high=1,
     )

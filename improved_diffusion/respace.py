@@ -100,7 +100,7 @@ class InterpolatedDiffusion(GaussianDiffusion):
     There, lambda and the timestep that the model is told, a float, are interpolated linearly.
 
     :param diffusion: the other one.
-    :param timesteps: rising, from 0 to its last timestep.
+    :param timesteps: rising, between its first and its last.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, timesteps: np.ndarray):

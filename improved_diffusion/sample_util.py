@@ -9,8 +9,22 @@ import torch as th
 from improved_diffusion import dist_util, seeding
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.progress import Progress
+from improved_diffusion.respace import log_signal_to_noise
 from improved_diffusion.samplers import sample_progressive
 from improved_diffusion.seeding import Purpose
+
+# For each sampler the spacing that was measured to be best (docs/sampling.md); with noise, that of RANDOM.
+SPACING = "logsnr"
+SPACING_OF = {"ipndm": "quadratic"}
+SPACING_OF_RANDOM = "quadratic"
+ETA_OF = {"sde_dpmpp_2m": 1.0}  # of the others: 0
+
+
+def suitable_spacing(sampler: str, eta: float = 0.0) -> str:
+    """The spacing that suits a sampler best, one of `samplers.SPACINGS`."""
+    if eta or sampler == "ddpm":
+        return SPACING_OF_RANDOM
+    return SPACING_OF.get(sampler, SPACING)
 
 
 @dataclass(frozen=True)
@@ -20,16 +34,22 @@ class Plan:
     :ivar sampler: one of `samplers.SAMPLERS`.
     :ivar steps: how many; None, with ddpm and ddim: one at every timestep of the diffusion, as improved-diffusion
         does it.
-    :ivar spacing: one of `samplers.SPACINGS`: how the steps are spread.
-    :ivar eta: with ddim, how random a step is: 0 not at all, 1 like ddpm.
+    :ivar spacing: one of `samplers.SPACINGS`: how the steps are spread; when not given, what suits the sampler.
+    :ivar eta: with ddim and sde_dpmpp_2m, how random a step is, from 0, not at all, to 1; when not given,
+        that of `ETA_OF`.
     :ivar clip_denoised: whether the predicted image is clipped to [-1, 1] in every step.
     """
 
     sampler: str
     steps: int | None = 20
-    spacing: str = "logsnr"
-    eta: float = 0.0
+    spacing: str = ""
+    eta: float | None = None
     clip_denoised: bool = True
+
+    def __post_init__(self):
+        if self.eta is None:
+            object.__setattr__(self, "eta", ETA_OF.get(self.sampler, 0.0))
+        object.__setattr__(self, "spacing", self.spacing or suitable_spacing(self.sampler, self.eta))
 
     def count_steps(self, diffusion: GaussianDiffusion) -> int:
         """The steps that an image takes."""
@@ -42,8 +62,8 @@ class Plan:
 
 
 # What was measured to be best at 20 steps (docs/sampling.md), and what is best where the noise alone is to decide.
-DEFAULT_PLAN = Plan("ddim", 20, "quadratic", eta=1.0)
-DETERMINISTIC_PLAN = Plan("unipc", 20, "logsnr")
+DEFAULT_PLAN = Plan("ddim", 20, eta=1.0)
+DETERMINISTIC_PLAN = Plan("unipc", 20)
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,12 @@ def interpolate(first: th.Tensor, last: th.Tensor, count: int) -> th.Tensor:
     return ((th.sin((1 - t) * angle) * a + th.sin(t * angle) * b) / th.sin(angle)).to(first)
 
 
-def guide(model: Callable[..., th.Tensor], scale: float, null_label: int) -> Callable[..., th.Tensor]:
+def guide(
+    model: Callable[..., th.Tensor],
+    scale: float,
+    null_label: int,
+    within: Callable[[th.Tensor], th.Tensor] | None = None,
+) -> Callable[..., th.Tensor]:
     """`model` with classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
 
     Its prediction is moved from that without a class towards, and for `scale` > 1 beyond, that for the class
@@ -178,16 +203,84 @@ def guide(model: Callable[..., th.Tensor], scale: float, null_label: int) -> Cal
 
     :param model: a class-conditional model that was trained with class dropout.
     :param null_label: the label that stands for "no class".
+    :param within: tells for timesteps, as the model is told them, where to guide (see `guidance_interval`);
+        elsewhere `model` is called for the class alone, which costs half. None: everywhere.
     """
 
     def guided(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor) -> th.Tensor:
+        inside = None if within is None else within(timesteps)
+        if inside is not None and not inside.any():
+            return model(x, timesteps, y=y)
         both = th.cat([y, th.full_like(y, null_label)])
         given, free = model(th.cat([x, x]), th.cat([timesteps, timesteps]), y=both).float().chunk(2)
-        channels = x.shape[1]
-        prediction = th.lerp(free[:, :channels], given[:, :channels], scale)
-        return th.cat([prediction, given[:, channels:]], dim=1)
+        return _extrapolate(free, given, scale, x.shape[1], inside)
 
     return guided
+
+
+def autoguide(
+    model: Callable[..., th.Tensor],
+    worse: Callable[..., th.Tensor],
+    scale: float,
+    within: Callable[[th.Tensor], th.Tensor] | None = None,
+) -> Callable[..., th.Tensor]:
+    """`model` guided by a `worse` one, such as an earlier checkpoint of its run (Karras et al. 2024, arXiv 2406.02507).
+
+    Its prediction is moved away from that of the worse model: D + (`scale` - 1) (D - D_worse). To guide by the class
+    as well, give the result to `guide`: then both the prediction for the class and that without are improved first,
+    and each scale means what it means alone.
+
+    :param worse: told the same as `model`; it must predict the same, on the same schedule. A learned variance is that
+        of `model`.
+    :param within: as in `guide`; elsewhere `worse` is not called.
+    """
+
+    def guided(x: th.Tensor, timesteps: th.Tensor, **told: th.Tensor) -> th.Tensor:
+        inside = None if within is None else within(timesteps)
+        prediction = model(x, timesteps, **told)
+        if inside is not None and not inside.any():
+            return prediction
+        return _extrapolate(
+            worse(x, timesteps, **told).float(), prediction.float(), scale, x.shape[1], inside
+        )
+
+    return guided
+
+
+def guidance_interval(
+    diffusion: GaussianDiffusion, low: float, high: float
+) -> Callable[[th.Tensor], th.Tensor]:
+    """Where `guide` is to guide: where the noise lies in an interval (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+
+    :return: tells for timesteps [N], as the model is told them, whether theirs does: bool [N].
+    :param diffusion: that of the model, which is told timesteps as it tells them.
+    :param low, high: of sigma = sqrt((1 - alpha_bar) / alpha_bar), noise relative to an undiminished image.
+    :raises ValueError: there is no number between them.
+    """
+    if not 0 <= low < high:
+        raise ValueError(f"--guidance_interval {low},{high}: expected two numbers, the first one smaller")
+    told = diffusion.model_timesteps(th.arange(diffusion.num_timesteps)).double().numpy()
+    # The samplers interpolate lambda = -log sigma linearly between timesteps.
+    known = -log_signal_to_noise(diffusion)
+
+    def within(timesteps: th.Tensor) -> th.Tensor:
+        sigma = np.exp(np.interp(timesteps.double().cpu().numpy(), told, known))
+        return th.from_numpy((low <= sigma) & (sigma <= high)).to(timesteps.device)
+
+    return within
+
+
+def _extrapolate(
+    start: th.Tensor, end: th.Tensor, scale: float, channels: int, inside: th.Tensor | None
+) -> th.Tensor:
+    """From `start` towards, or beyond, `end` in the first channels, the prediction, and `end` in those of the variance.
+
+    :param inside: bool [N], for which images; for the others it is `end`.
+    """
+    prediction = th.lerp(start[:, :channels], end[:, :channels], scale)
+    if inside is not None:
+        prediction = th.where(inside.view(-1, *[1] * (end.dim() - 1)), prediction, end[:, :channels])
+    return th.cat([prediction, end[:, channels:]], dim=1)
 
 
 def per_image_noise(seed: int, numbers: Sequence[int]) -> Callable[[th.Tensor], th.Tensor]:
@@ -201,8 +294,8 @@ def per_image_noise(seed: int, numbers: Sequence[int]) -> Callable[[th.Tensor], 
 
 
 def to_uint8(x: th.Tensor) -> np.ndarray:
-    """Images [N, 3, H, W] in [-1, 1] as uint8 [N, H, W, 3], clipped."""
-    scaled = ((x.float() + 1) * 127.5).clamp(0, 255).to(th.uint8)
+    """Images [N, 3, H, W] in [-1, 1] as uint8 [N, H, W, 3], rounded and clipped."""
+    scaled = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

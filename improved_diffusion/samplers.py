@@ -39,7 +39,8 @@ Moves = Iterator[tuple[Tensor, Tensor]]  # x at the next level, and the x_0 befo
 Known = list[tuple[int, Tensor]]  # levels and the values found there, the newest first
 
 # Below this lambda nothing is left of the image (Lu et al. 2022), and steps spent there are lost: the cosine
-# schedule has a third of its range of lambda there, in its last timesteps of a thousand.
+# schedule has a third of its range of lambda there, in its last timesteps of a thousand. At the very last, 1 / alpha
+# is 20,000, and so is the factor of whatever error a model of eps makes.
 NOISIEST_LAMBDA = -5.1
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -151,6 +152,26 @@ def dpmpp_3m(path: Path, x: Tensor) -> Moves:
     return _dpmpp(path, x, order=3)
 
 
+def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
+    """SDE-DPM-Solver++(2M): DPM-Solver++(2M) with noise that is replaced (Lu et al. 2022).
+
+    In a step of length h in lambda, all noise but e^(-2 eta h) of its variance is replaced by fresh noise. With eta 1
+    this solves the diffusion SDE; with eta 0, the ODE, as DPM-Solver++(2M) does.
+    """
+    known: Known = []
+    for i in range(path.steps - 1):
+        x0 = path.denoise(x, i)
+        known = [(i, x0), *known[:1]]
+        foreseen = _foresee_x0(path, i, known[: path.order(2, i)])
+        h = path.lam[i + 1] - path.lam[i]
+        kept = path.sigma[i + 1] / path.sigma[i] * math.exp(-path.eta * h)
+        x = kept * x + (path.alpha[i + 1] - kept * path.alpha[i]) * foreseen
+        if path.eta:
+            fresh = path.sigma[i + 1] * math.sqrt(-math.expm1(-2 * path.eta * h))
+            x = x + fresh * path.randn_like(x)
+        yield x, x0
+
+
 def _dpmpp(path: Path, x: Tensor, order: int) -> Moves:
     known: Known = []
     for i in range(path.steps - 1):
@@ -253,10 +274,12 @@ SAMPLERS: dict[str, Callable[[Path, Tensor], Moves]] = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_3m": dpmpp_3m,
+    "sde_dpmpp_2m": sde_dpmpp_2m,
     "unipc": unipc,
     "deis": deis,
     "ipndm": ipndm,
 }
+WITH_ETA = ("ddim", "sde_dpmpp_2m")  # that can be more or less random
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 
 
@@ -280,10 +303,11 @@ def sample_progressive(
     :param sampler: a name in `SAMPLERS`.
     :param steps: from 1 to the number of timesteps of `diffusion`.
     :param spacing: a name in `SPACINGS`; see `space_levels`.
-    :param eta: how random "ddim" is: 0 not at all; 1 is ancestral sampling with FIXED_SMALL.
+    :param eta: how random the samplers `WITH_ETA` are: 0 not at all; with 1, "ddim" is ancestral sampling with
+        FIXED_SMALL, and "sde_dpmpp_2m" solves the diffusion SDE.
     :param clip_denoised: whether every predicted image is clipped to [-1, 1].
     :param model_kwargs: further arguments of the model, such as the labels `y`.
-    :param randn_like: draws the noise of "ddpm" and "ddim", given a tensor of the shape wanted.
+    :param randn_like: draws the noise that a sampler adds, given a tensor of the shape wanted.
     :return: `steps` results: `sample`, x after the step, the last one being the images; and `pred_xstart`, the
         image that the model saw in x before it.
     :raises ValueError: the sampler or spacing is unknown, or steps or eta out of range.
@@ -292,8 +316,8 @@ def sample_progressive(
         raise ValueError(f"sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta}: use a value from 0 (deterministic) to 1 (ancestral sampling)")
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta {eta}: is for ddim, not for {sampler}")
+    if eta and sampler not in WITH_ETA:
+        raise ValueError(f"eta {eta}: is for {' or '.join(WITH_ETA)}, not for {sampler}")
     path = Path(
         model,
         diffusion,
@@ -312,12 +336,12 @@ def evaluations(sampler: str, steps: int) -> int:
 
 
 def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.ndarray:
-    """The timesteps of a path, float64 [steps], falling from T - 1 to 0; of a single step, T - 1.
+    """The timesteps of a path, float64 [steps], falling from the first one below to 0.
 
     ``"uniform"``: even, in whole timesteps, those of `space_timesteps`. The others also stop in between:
-    ``"quadratic"``: even in the square root of the timestep (Song et al. 2020, appendix D.2). ``"logsnr"``: even
-    in lambda (Lu et al. 2022). ``"karras"``: even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5); these two
-    cross in their first step what lies below `NOISIEST_LAMBDA`.
+    ``"quadratic"``: even in the square root of the timestep (Song et al. 2020, appendix D.2). These two begin at
+    T - 1. ``"logsnr"``: even in lambda (Lu et al. 2022). ``"karras"``: even in (sigma / alpha)^(1/7) (Karras et al.
+    2022, eq. 5). These two leave out what lies below `NOISIEST_LAMBDA`.
 
     :raises ValueError: the spacing is unknown; there are fewer timesteps than `steps`, or no step.
     """
@@ -326,10 +350,9 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
         raise ValueError(f"steps {steps}: use 1 to {last + 1}, the number of timesteps")
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r}: use one of {', '.join(SPACINGS)}")
-    if steps == 1:
-        return np.array([float(last)])
     if spacing == "uniform":
-        return np.array(sorted(space_timesteps(last + 1, [steps]), reverse=True), dtype=np.float64)
+        levels = space_timesteps(last + 1, [steps]) if steps > 1 else [last]
+        return np.array(sorted(levels, reverse=True), dtype=np.float64)
     if spacing == "quadratic":
         return last * np.linspace(1, 0, steps) ** 2
 
@@ -340,7 +363,10 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     else:
         lam = -7 * np.log(np.linspace(math.exp(-lowest / 7), math.exp(-highest / 7), steps))
     timesteps = np.interp(-lam, -known, np.arange(last + 1))
-    timesteps[0], timesteps[-1] = last, 0
+    if lowest == known[last]:
+        timesteps[0] = last  # up to rounding, it is
+    if steps > 1:
+        timesteps[-1] = 0
     return timesteps
 
 

@@ -28,8 +28,8 @@ from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 DEFAULT_NUM_CLASSES = 1000
-# What a model can predict, by the names of --prediction.
-PREDICTIONS = {
+# By the names of --prediction.
+MEAN_TYPES = {
     "epsilon": gd.ModelMeanType.EPSILON,
     "x_start": gd.ModelMeanType.START_X,
     "v": gd.ModelMeanType.VELOCITY,
@@ -145,6 +145,7 @@ def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
             rescale_learned_sigmas=config.rescale_learned_sigmas,
             # A command that takes no steps, such as a conversion, has no such flag.
             timestep_respacing=getattr(config, "timestep_respacing", ""),
+            prediction=config.prediction,
         )
     except ValueError as error:
         arguments = {"section_counts": "timestep_respacing", "loss_weighting": "loss_weighting"}
@@ -170,13 +171,13 @@ def create_gaussian_diffusion(
 ) -> SpacedDiffusion:
     """Build the diffusion process; the arguments are the flags of `config.DiffusionFlags`.
 
-    :param prediction: what the model predicts, a name in `PREDICTIONS`; `predict_xstart` stands for "x_start".
+    :param prediction: what the model predicts, a name in `MEAN_TYPES`; `predict_xstart` stands for "x_start".
     :param loss_weighting: "none", "min_snr" or "edm"; see `weighting`.
     :param sigma_mean, sigma_std, uniform_share: how often "edm" looks at which noise; see `log_normal_shares`.
     :raises ValueError: a value is unknown, or two contradict each other.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"--prediction {prediction!r} is unknown; use one of {', '.join(PREDICTIONS)}")
+    if prediction not in MEAN_TYPES:
+        raise ValueError(f"--prediction {prediction!r} is unknown; use one of {', '.join(MEAN_TYPES)}")
     if predict_xstart and prediction not in ("epsilon", "x_start"):
         raise ValueError(
             f"--predict_xstart True: contradicts --prediction {prediction}; leave one of them out"
@@ -210,7 +211,7 @@ def create_gaussian_diffusion(
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=betas,
-        model_mean_type=PREDICTIONS["x_start" if predict_xstart else prediction],
+        model_mean_type=MEAN_TYPES["x_start" if predict_xstart else prediction],
         model_var_type=variance,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,

@@ -14,6 +14,8 @@ OBJECTIVES = {
     "hybrid": "--learn_sigma True",
     "vlb": "--learn_sigma True --use_kl True --schedule_sampler loss-second-moment",
     "xstart": "--predict_xstart True",
+    "v": "--prediction v",
+    "edm": "--prediction edm --learn_sigma True",
 }
 
 

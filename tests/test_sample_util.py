@@ -10,7 +10,10 @@ from improved_diffusion.sample_util import (
     DEFAULT_PLAN,
     Plan,
     Subject,
+    autoguide,
     draw,
+    from_uint8,
+    guidance_interval,
     guide,
     interpolate,
     per_image_noise,
@@ -115,7 +118,15 @@ def test_noise_streams_go_on():
 
 def test_to_uint8_covers_the_range():
     values = th.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
-    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 127, 255, 255]
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_to_uint8_is_the_nearest_level():
+    levels = np.arange(256, dtype=np.uint8)
+    pixels = np.tile(levels.reshape(16, 16, 1), (1, 1, 1, 3))
+    exact = from_uint8(pixels.reshape(1, 16, 16, 3))
+    for error in (-0.49, 0.0, 0.49):
+        assert np.array_equal(to_uint8(exact + error / 127.5), pixels)
 
 
 def test_guidance_extrapolates_from_the_prediction_without_a_class():
@@ -128,6 +139,89 @@ def test_guidance_extrapolates_from_the_prediction_without_a_class():
     assert guided[:, :3, 0, 0].tolist() == [[5 + 3 * (1 - 5)] * 3, [5 + 3 * (2 - 5)] * 3]
     assert guided[:, 3:, 0, 0].tolist() == [[10.0] * 3, [20.0] * 3]  # the variance is the class's own
     assert th.equal(guide(model, 1.0, null_label=5)(x, t, y), model(x, t, y))
+
+
+def noise_at(diffusion, t):
+    share = diffusion.alphas_cumprod[t]
+    return ((1 - share) / share) ** 0.5
+
+
+@pytest.mark.parametrize("arguments", [{}, {"timestep_respacing": "7"}, {"rescale_timesteps": False}])
+def test_guidance_within_an_interval(arguments):
+    diffusion = create_model_and_diffusion(**{**TINY, "diffusion_steps": 100, **arguments})[1]
+    images = []
+
+    def model(x, t, y):
+        images.append(len(x))
+        return y.float()[:, None, None, None] * th.ones_like(x)
+
+    last = diffusion.num_timesteps - 1
+    low, high = noise_at(diffusion, 1), noise_at(diffusion, last - 1)
+    within = guidance_interval(diffusion, low * 0.999, high * 1.001)
+    guided, x, y = guide(model, 3.0, null_label=5, within=within), th.zeros(2, 3, 4, 4), th.tensor([1, 2])
+    for t, inside in ((0, False), (1, True), (last // 2, True), (last - 1, True), (last, False)):
+        images.clear()
+        found = guided(x, diffusion.model_timesteps(th.full((2,), t)), y)[:, 0, 0, 0]
+        assert found.tolist() == ([5 + 3 * (1 - 5), 5 + 3 * (2 - 5)] if inside else [1, 2])
+        assert images == [4 if inside else 2]  # outside, it costs nothing
+    # Half of a batch inside.
+    found = guided(x, diffusion.model_timesteps(th.tensor([0, 1])), y)[:, 0, 0, 0]
+    assert found.tolist() == [1, 5 + 3 * (2 - 5)]
+
+
+def test_guidance_interval_between_timesteps():
+    diffusion = create_model_and_diffusion(**TINY, diffusion_steps=100)[1]
+    sigma = (noise_at(diffusion, 40) * noise_at(diffusion, 41)) ** 0.5  # at 40.5, lambda being linear
+    told = diffusion.model_timesteps(th.tensor([40, 41])).double()
+    for t, inside in ((told.mean(), True), (told.mean() - 0.2, False), (told.mean() + 0.2, False)):
+        assert guidance_interval(diffusion, sigma * 0.9999, sigma * 1.0001)(t.view(1)).item() == inside
+    for low, high in ((1, 1), (2, 1), (-1, 1), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="--guidance_interval"):
+            guidance_interval(diffusion, low, high)
+
+
+def test_autoguidance_extrapolates_from_the_worse_model():
+    def better(x, t, y):
+        return th.cat([x + y.float()[:, None, None, None], x + 7], dim=1)
+
+    def worse(x, t, y):
+        calls.append(len(x))
+        return th.cat([x - y.float()[:, None, None, None], x - 7], dim=1)
+
+    calls = []
+    x, t, y = th.randn(2, 3, 4, 4), th.tensor([3.0, 3.0]), th.tensor([1, 2])
+    found = autoguide(better, worse, 1.5)(x, t, y=y)
+    shift = y.float()[:, None, None, None]
+    th.testing.assert_close(found[:, :3], x + shift + 0.5 * 2 * shift)
+    assert th.equal(found[:, 3:], x + 7)  # the variance is the better model's own
+    assert calls == [2]
+    outside = autoguide(better, worse, 1.5, within=lambda timesteps: timesteps > 5)(x, t, y=y)
+    assert th.equal(outside, better(x, t, y)) and calls == [2]
+
+
+def test_both_kinds_of_guidance_together():
+    """Each prediction, for the class and without, is improved by itself, then guided."""
+
+    def better(x, t, y):
+        return th.sin(x + y[:, None, None, None])
+
+    def worse(x, t, y):
+        return th.cos(x * (1 + y[:, None, None, None]))
+
+    x, t, y, none = th.randn(2, 3, 4, 4), th.zeros(2), th.tensor([1, 2]), th.tensor([5, 5])
+    found = guide(autoguide(better, worse, 1.5), 3.0, null_label=5)(x, t, y)
+    given, free = (
+        better(x, t, label) + 0.5 * (better(x, t, label) - worse(x, t, label)) for label in (y, none)
+    )
+    th.testing.assert_close(found, free + 3 * (given - free))
+
+
+def test_the_spacing_and_eta_that_suit_a_sampler():
+    assert DEFAULT_PLAN.spacing == Plan("ddim", eta=0.3).spacing == Plan("ipndm").spacing == "quadratic"
+    for sampler in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"):
+        assert Plan(sampler).spacing == "logsnr" and Plan(sampler).eta == 0
+    assert Plan("sde_dpmpp_2m").eta == 1 and Plan("sde_dpmpp_2m").is_random
+    assert Plan("ddim", eta=1.0, spacing="karras").spacing == "karras"
 
 
 def test_class_labels():

@@ -140,6 +140,30 @@ def test_error_falls_at_the_order_of_the_solver(sampler):
     assert order == pytest.approx(ORDERS[sampler], abs=0.15)
 
 
+def test_second_order_pays_in_random_samplers_too():
+    """What few steps make of a Gaussian: the variance, exactly, from what each step does to it."""
+    diffusion = build()
+
+    def variance(sampler, steps):
+        # Linear in x and the noise: the mean square over unit inputs, one for x and one for each draw.
+        total, model = 0.0, perfect_model(diffusion, [(1.0, 0.0, 0.5)])
+        for source in range(steps):
+            calls = []
+
+            def draw(x, calls=calls, source=source):
+                calls.append(0)
+                return th.full_like(x, float(len(calls) == source))
+
+            x = th.full((1, 1, 1, 1), float(source == 0), dtype=th.float64)
+            options = {"spacing": "logsnr", "eta": 1.0, "clip_denoised": False, "randn_like": draw}
+            total += run(model, diffusion, x, sampler, steps, **options)[-1].item() ** 2
+        return total
+
+    errors = {name: [abs(variance(name, n) - 0.25) for n in (20, 40)] for name in ("ddim", "sde_dpmpp_2m")}
+    assert errors["sde_dpmpp_2m"][0] < errors["ddim"][0] / 3
+    assert errors["sde_dpmpp_2m"][1] < errors["sde_dpmpp_2m"][0] / 3
+
+
 @pytest.mark.parametrize("sampler", ORDERS)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_deterministic_samplers_reach_mean_and_variance(sampler, schedule):
@@ -154,7 +178,10 @@ def test_deterministic_samplers_reach_mean_and_variance(sampler, schedule):
     assert images.std().item() == pytest.approx(0.5, abs=tolerance)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5)])
+@pytest.mark.parametrize(
+    "sampler, eta",
+    [("ddpm", 0.0), ("ddim", 1.0), ("ddim", 0.5), ("sde_dpmpp_2m", 1.0), ("sde_dpmpp_2m", 0.5)],
+)
 def test_random_samplers_reach_mean_and_variance(sampler, eta):
     diffusion = build(500)
     x = noise(40, 12)
@@ -301,6 +328,22 @@ def test_dpmpp_2m_in_diffusers():
     assert_same(ours("dpmpp_2m"), in_diffusers(scheduler, noise()), 10)
 
 
+def test_sde_dpmpp_2m_in_diffusers():
+    scheduler = at_levels(
+        "DPMSolverMultistepScheduler",
+        solver_order=2,
+        final_sigmas_type="zero",
+        algorithm_type="sde-dpmsolver++",
+    )
+    draw, x, samples = stream(), noise(), []
+    for t in scheduler.timesteps:
+        eps = MODEL(x, th.full((len(x),), t))
+        x = scheduler.step(eps, t, x, variance_noise=draw(x)).prev_sample
+        samples.append(x)
+    assert_same(ours("sde_dpmpp_2m", eta=1.0, randn_like=stream()), samples, 10)
+    assert_same(ours("sde_dpmpp_2m"), ours("dpmpp_2m"), 10)
+
+
 def test_dpmpp_3m_in_diffusers():
     # Not DPMSolverMultistepScheduler: it takes half of the parabola's curvature, and its order is 2 then.
     # UniPC's predictor alone is the same as DPM-Solver++.
@@ -392,7 +435,7 @@ def test_deterministic_samplers_draw_no_noise_and_need_no_variance(sampler):
     th.testing.assert_close(run(toy_model(learned=True), learned, noise(), sampler, 8), fixed, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 1.0)])
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 1.0), ("sde_dpmpp_2m", 0.5)])
 def test_noise_comes_from_randn_like_alone(sampler, eta):
     runs = []
     for seed in (1, 1, 2):
@@ -443,8 +486,15 @@ def test_few_steps_survive_the_noisy_end_of_the_cosine_schedule(sampler, spacing
 def test_levels_fall_from_the_last_timestep_to_the_first(spacing, schedule):
     for timesteps in (1, 2, 4, 10, 1000):
         for steps in {1, 2, 3, 10, timesteps} & set(range(timesteps + 1)):
-            levels = space_levels(build(timesteps, schedule=schedule), steps, spacing)
-            assert len(levels) == steps and levels[0] == timesteps - 1
+            diffusion = build(timesteps, schedule=schedule)
+            levels = space_levels(diffusion, steps, spacing)
+            noisiest = log_snr(diffusion, timesteps - 1)
+            if spacing in ("logsnr", "karras") and noisiest < -5.1:
+                assert levels[0] < timesteps - 1
+                assert log_snr(diffusion, levels[0]) == pytest.approx(-5.1)
+            else:
+                assert levels[0] == timesteps - 1
+            assert len(levels) == steps
             assert (np.diff(levels) < 0).all() and (steps == 1 or levels[-1] == 0)
 
 
@@ -464,7 +514,7 @@ def test_levels_are_even_in_what_the_spacing_says():
 def test_no_steps_are_lost_where_there_is_only_noise(spacing):
     diffusion = build(schedule="cosine")
     lam = log_snr(diffusion, space_levels(diffusion, 20, spacing))
-    assert lam[0] < -9 and lam[1] > -5.1
+    assert log_snr(diffusion, 999) < -9 and lam.min() == lam[0] == pytest.approx(-5.1)
 
 
 def test_the_model_is_told_timesteps_of_the_whole_diffusion():
@@ -481,7 +531,7 @@ def test_the_model_is_told_timesteps_of_the_whole_diffusion():
         expected = scale * np.interp(levels, np.arange(50), diffusion.timestep_map)
         assert all(t.dtype == th.float32 and t.shape == (4,) for t in told)
         assert [t[0].item() for t in told] == pytest.approx(expected, rel=1e-6)
-        assert told[0][0] == scale * 399 and told[2][0] % 1 != 0
+        assert told[-1][0] == 0 and told[2][0] % 1 != 0
 
 
 # The user's mistakes

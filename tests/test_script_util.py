@@ -9,7 +9,7 @@ import torch as th
 from conftest import TINY
 
 from improved_diffusion import script_util as su
-from improved_diffusion.config import SampleConfig, TrainConfig
+from improved_diffusion.config import PREDICTIONS, SampleConfig, TrainConfig
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from improved_diffusion.jobs import runs
 from improved_diffusion.levels import attention_factors, channel_multipliers
@@ -188,6 +188,7 @@ def test_what_the_model_predicts():
         ("edm", ModelMeanType.EDM),
     ):
         assert su.create_gaussian_diffusion(prediction=prediction).model_mean_type is mean
+    assert tuple(su.MEAN_TYPES) == PREDICTIONS
     for prediction in ("epsilon", "x_start"):
         diffusion = su.create_gaussian_diffusion(prediction=prediction, predict_xstart=True)
         assert diffusion.model_mean_type is ModelMeanType.START_X

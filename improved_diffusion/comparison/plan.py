@@ -6,14 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from improved_diffusion.config import ComparingConfig
-from improved_diffusion.sample_util import Plan
-from improved_diffusion.samplers import SAMPLERS, SPACINGS
+from improved_diffusion.sample_util import Plan, suitable_spacing
+from improved_diffusion.samplers import SAMPLERS, SPACINGS, WITH_ETA
 
-# The spacing with which most samplers came closest to the exact solution in 10 steps, on a model of CIFAR-10. The
-# others have their own.
-SPACING = "logsnr"
-SPACING_OF = {"ddpm": "uniform", "ipndm": "quadratic"}
-SPACING_OF_RANDOM_DDIM = "quadratic"
 BASELINE = Plan("ddpm", None, "uniform")
 EXACT = Plan("unipc", 200, "logsnr")  # further steps change no image visibly
 EXACT_IMAGES = 64  # of each seed; drawing them exactly takes long
@@ -92,13 +87,14 @@ def _parse_samplers(text: str, spacing: str) -> list[Solver]:
         if sampler not in SAMPLERS:
             raise ValueError(f"--samplers {sampler!r}: expected some of {', '.join(SAMPLERS)}")
         try:
-            eta = float(eta_text or 0)
+            eta = float(eta_text) if eta_text else Plan(sampler).eta
         except ValueError:
             eta = -1.0
-        if not 0 <= eta <= (sampler == "ddim"):
-            raise ValueError(f"--samplers {part!r}: eta, for ddim only, is a number from 0 to 1")
-        suitable = SPACING_OF_RANDOM_DDIM if eta else SPACING_OF.get(sampler, SPACING)
-        chosen = own or spacing or suitable
+        if not 0 <= eta <= (sampler in WITH_ETA):
+            raise ValueError(
+                f"--samplers {part!r}: eta, for {' and '.join(WITH_ETA)} only, is a number from 0 to 1"
+            )
+        chosen = own or spacing or suitable_spacing(sampler, eta)
         if chosen not in SPACINGS:
             flag = "samplers" if own else "timestep_spacing"
             raise ValueError(f"--{flag} {chosen!r}: a spacing is one of {', '.join(SPACINGS)}")

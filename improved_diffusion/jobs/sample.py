@@ -22,7 +22,9 @@ from improved_diffusion.sample_util import (
     interpolate,
     per_image_noise,
     sample_images,
+    suitable_spacing,
 )
+from improved_diffusion.samplers import WITH_ETA
 from improved_diffusion.script_util import check_images_fit, count_classes, join_processes
 
 MAX_FRAMES = 60  # of an animation
@@ -113,14 +115,17 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
         sampler = default.sampler
     if "sampler" in given or "use_ddim" in given or respacing:
         default = Plan(sampler)  # what suits most
-    spacing = config.timestep_spacing if "timestep_spacing" in given else default.spacing
     eta = config.eta if "eta" in given else default.eta
+    # Not the default's spacing: that of the eta given.
+    spacing = config.timestep_spacing if "timestep_spacing" in given else suitable_spacing(sampler, eta)
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
             f"--timestep_respacing {respacing}: goes with --sampler ddpm or ddim; give --sample_steps to {sampler}"
         )
-    if eta and sampler != "ddim":
-        raise ValueError(f"--eta {eta}: only --sampler ddim has a choice; leave it out with {sampler}")
+    if eta and sampler not in WITH_ETA:
+        raise ValueError(
+            f"--eta {eta}: only --sampler {' and '.join(WITH_ETA)} have a choice; leave it out with {sampler}"
+        )
 
     every_timestep = bool(respacing) or (
         "sample_steps" not in given and (sampler == "ddpm" or "use_ddim" in given)

@@ -21,7 +21,7 @@ SAMPLERS = [
     Solver("ddim", "quadratic", 1.0),
     Solver("heun", "karras"),
     Solver("unipc", "logsnr"),
-    Solver("ddpm", "uniform"),
+    Solver("ddpm", "quadratic"),
 ]
 STEPS, SEEDS, COUNT, T = [2, 5], [0, 3], 4, 20
 COMMAND = [

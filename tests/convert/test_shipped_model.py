@@ -1,6 +1,7 @@
 """The model that comes with the code: it draws what it drew when it was published, and errs as its card says.
 
-When another is published, `python tests/test_shipped_model.py` writes what shall hold from then on.
+When another is published, `PYTHONPATH=tests python tests/convert/test_shipped_model.py` writes what shall hold from
+then on.
 """
 
 import json

@@ -71,7 +71,7 @@ def test_what_is_enlarged_is_shown_beside(tmp_path, diffusion):
     assert picture.shape[:2] == (2 * CELL + 16, 8 * CELL + 16)  # rows of four pairs
     places = [(row, 2 * column) for row in range(2) for column in range(4)][:6]
     shown = [int(picture[40 + CELL * row, 40 + CELL * column, 0]) for row, column in places]
-    assert shown == [0, 50, 102, 153, 204, 255]
+    assert shown == [0, 51, 102, 153, 204, 255]
 
 
 def test_a_picture_that_fails_is_reported(tmp_path, diffusion, capsys):
