@@ -77,7 +77,7 @@ SCHEDULER_ACCEPTED = {
     "beta_schedule": ["linear", "squaredcos_cap_v2"],
     "trained_betas": [None],
     "variance_type": ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"],
-    "prediction_type": ["epsilon", "sample"],
+    "prediction_type": ["epsilon", "sample", "v_prediction"],
     "thresholding": [False],
     "clip_sample_range": [1.0],
     "rescale_betas_zero_snr": [False],
@@ -87,6 +87,7 @@ DETAILS = {
     False: {"freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1},
     True: {"freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0},
 }
+PREDICTION_TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
@@ -155,6 +156,11 @@ def scheduler_config(flags: dict[str, Any]) -> dict[str, Any]:
             f"--diffusion_steps {steps}: the linear schedule of so few steps is cut off at {MAX_BETA}, which "
             "diffusers does not do"
         )
+    prediction = "x_start" if flags["predict_xstart"] else flags["prediction"]
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(
+            f"--prediction {prediction}: diffusers has no equivalent; its models are given x_t unscaled"
+        )
     if flags["learn_sigma"]:
         variance_type = "learned_range"
     else:
@@ -166,7 +172,7 @@ def scheduler_config(flags: dict[str, Any]) -> dict[str, Any]:
         "beta_end": beta_end,
         "beta_schedule": SCHEDULES[flags["noise_schedule"]],
         "variance_type": variance_type,
-        "prediction_type": "sample" if flags["predict_xstart"] else "epsilon",
+        "prediction_type": PREDICTION_TYPES[prediction],
         "clip_sample": True,
     }
 
@@ -249,6 +255,7 @@ def diffusion_flags(config: dict[str, Any], learn_sigma: bool) -> dict[str, Any]
         "noise_schedule": {theirs: ours for ours, theirs in SCHEDULES.items()}[config["beta_schedule"]],
         "sigma_small": variance_type.startswith("fixed_small"),
         "predict_xstart": config["prediction_type"] == "sample",
+        "prediction": "v" if config["prediction_type"] == "v_prediction" else "epsilon",
         "rescale_timesteps": False,
     }
 

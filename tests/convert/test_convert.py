@@ -111,6 +111,7 @@ VARIANTS = {
     "no attention but in the middle": {"attention_resolutions": ""},
     "details of DDPM": {"ddpm_details": True},
     "predicts the image": {"predict_xstart": True, "sigma_small": True},
+    "predicts v": {"prediction": "v"},
     "two hundred steps": {"diffusion_steps": 200, "rescale_timesteps": False},
 }
 
@@ -133,10 +134,19 @@ def test_there_and_back_is_bit_identical(changes):
     assert back.ddpm_details == model.ddpm_details
     assert back_flags["diffusion_steps"] == flags["diffusion_steps"]
     assert back_flags["predict_xstart"] == flags["predict_xstart"]
+    assert back_flags["prediction"] == flags["prediction"]
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"learn_sigma": True}, {"sigma_small": True}, {"predict_xstart": True}]
+    "changes",
+    [
+        {},
+        {"learn_sigma": True},
+        {"sigma_small": True},
+        {"predict_xstart": True},
+        {"prediction": "x_start"},
+        {"prediction": "v"},
+    ],
 )
 @pytest.mark.parametrize("t", [1, 500, 999])
 def test_exported_scheduler_takes_the_same_step(changes, t):
@@ -183,6 +193,7 @@ EXPORT_REFUSALS = {
     "--num_heads 2: .* 16 and 32 channels": {"num_heads": 2, "attention_resolutions": "8,4"},
     "--num_heads_upsample 2": {"num_heads_upsample": 2},
     "--rescale_timesteps True": {"diffusion_steps": 500},
+    "--prediction edm: diffusers has no equivalent": {"prediction": "edm"},
     "--diffusion_steps 10": {"diffusion_steps": 10, "rescale_timesteps": False},
 }
 
@@ -227,7 +238,7 @@ SCHEDULER_REFUSALS = {
     "beta_start 0.0001, beta_end 0.012": {"beta_end": 0.012},
     "beta_start wrong": {"beta_start": "wrong"},
     "num_train_timesteps 0": {"num_train_timesteps": 0},
-    "prediction_type 'v_prediction'": {"prediction_type": "v_prediction"},
+    "prediction_type 'flow'": {"prediction_type": "flow"},
     "rescale_betas_zero_snr True": {"rescale_betas_zero_snr": True},
     "trained_betas": {"trained_betas": [0.1, 0.2]},
     "variance_type 'learned'": {"variance_type": "learned"},
