@@ -334,7 +334,8 @@ class RunFlags(Flags):
     save_interval: int = flag(1000, "steps between checkpoints", low=1, high=MOST_STEPS)
     sample_interval: int = flag(
         1000,
-        "steps between pictures that show the progress, in samples/ and in the workbook; 0: none",
+        "steps between pictures that show the progress, in samples/ and in the workbook; the last step always has one; "
+        "0: none",
         low=0,
         high=MOST_STEPS,
     )

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from improved_diffusion.storage import absolute, is_remote, new_directory, open_atomic
+from improved_diffusion.storage import absolute, is_remote, new_directory, open_atomic, read_csv, read_lines
 
 Value = int | float | str | None
 
@@ -46,7 +46,9 @@ class CsvTable:
     def __init__(self, path: str, columns: Sequence[str]):
         self.path = path
         self.columns = list(columns)
-        header, rows = _read_csv(path)
+        header, rows = [], []
+        if os.path.exists(path):
+            header, rows, _ = read_csv(path)
         if header and not _is_header(header):
             os.replace(path, path + ".damaged")
             log(f"WARNING: {path}: its first line is damaged; kept as {path}.damaged, and begun anew")
@@ -55,7 +57,7 @@ class CsvTable:
         if header == self.columns:
             _drop_torn_line(path)
         else:
-            self._rewrite([dict(zip(header, row)) for row in rows])
+            self._rewrite([dict(zip(header, row)) for row in rows if row])
         self._open()
 
     def append(self, row: dict[str, Value]) -> None:
@@ -75,7 +77,7 @@ class CsvTable:
         :return: the step of the last row that stays, or None.
         :raises OSError: the file cannot be rewritten; it is then as it was.
         """
-        header, rows = _read_csv(self.path)
+        header, rows, _ = read_csv(self.path)
         table = [dict(zip(header, row)) for row in rows if len(row) == len(header)]
         kept = [row for row in table if _number(row.get("step")) <= step]
         self.close()
@@ -338,26 +340,6 @@ def _append_line(file: io.FileIO, line: str) -> None:
         raise
 
 
-def _whole_lines(path: str) -> list[str]:
-    """The complete lines of a file, without their ends; none when there is no file."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig", "replace")
-    except FileNotFoundError:
-        return []
-    # A power failure may leave NUL bytes where data should have been.
-    return [line.rstrip("\r") for line in text.replace("\0", "").split("\n")[:-1]]
-
-
-def _read_csv(path: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a CSV file, without a torn last line."""
-    table = []
-    for line in filter(str.strip, _whole_lines(path)):
-        with contextlib.suppress(csv.Error):
-            table += csv.reader([line])
-    return (table[0], table[1:]) if table else ([], [])
-
-
 def _drop_torn_line(path: str) -> None:
     """Cut off a last line without an end, to which the next one would otherwise be glued."""
     if not os.path.exists(path):
@@ -369,7 +351,7 @@ def _drop_torn_line(path: str) -> None:
 def _trim_json_lines(path: str, step: float) -> None:
     """Keep the JSON lines up to `step`."""
     kept = []
-    for line in _whole_lines(path):
+    for line in read_lines(path)[0] if os.path.exists(path) else ():
         with contextlib.suppress(ValueError, AttributeError):  # no JSON, or no object
             if _number(json.loads(line).get("step")) <= step:
                 kept.append(line + "\n")

@@ -1,6 +1,7 @@
 """Files that survive: atomic writes and paths, for local disks and blobfile URLs alike."""
 
 import contextlib
+import csv
 import datetime
 import json
 import os
@@ -76,6 +77,37 @@ def remove_temporaries(folder: str) -> None:
         if name.startswith(TEMPORARY_PREFIX) and os.path.isfile(path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def read_lines(path: str) -> tuple[list[str], bool]:
+    """The complete lines of a text file without their ends, and whether a torn one, without an end, follows.
+
+    :raises OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        text = file.read().decode("utf-8-sig", "replace")
+    # A power failure may leave NUL bytes where data should have been.
+    *lines, torn = text.replace("\0", "").split("\n")
+    return [line.rstrip("\r") for line in lines], bool(torn)
+
+
+def read_csv(path: str) -> tuple[list[str], list[list[str]], bool]:
+    """The header and the rows of a CSV file with one line per row, and whether a torn line follows them.
+
+    Empty lines are left out. A line that cannot be split into cells becomes a row without cells.
+
+    :raises OSError: the file cannot be read.
+    """
+    lines, torn = read_lines(path)
+    header, *rows = [_split(line) for line in lines if line.strip()] or [[]]
+    return header, rows, torn
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a cell of more than a hundred kilobytes
+        return []
 
 
 def _sync_folder(folder: str) -> None:

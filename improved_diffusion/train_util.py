@@ -98,7 +98,7 @@ class TrainLoop:
     :param arguments: the flags of the run; they are stored in every checkpoint.
     :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
         resumed on other data.
-    :param sample_interval: steps between calls of `preview`; 0: none.
+    :param sample_interval: steps between calls of `preview`, which is called at the last step as well; 0: none.
     :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
         the first moving average, and the step.
     :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
@@ -240,7 +240,10 @@ class TrainLoop:
                 f"nothing left to do: this run has reached step {self.step}; raise --total_steps to go on"
             )
             if self.writes:
-                self._export()  # the process that came to the end may have been killed before it could
+                # The process that came to the end may have been stopped before it could.
+                with self.interrupts:
+                    self._draw_preview()
+                self._export()
             return None
         bar = self._open_records() if self.writes else None
         self.interval = _Stopwatch()
@@ -477,7 +480,8 @@ class TrainLoop:
     def _draw_preview(self) -> None:
         if not self.writes or self.preview is None or not self.sample_interval:
             return
-        if self.step % self.sample_interval or self.step == self.previewed_step:
+        due = self.step % self.sample_interval == 0 or self.step == self.total_steps
+        if not due or self.step == self.previewed_step:
             return
         release_memory()
         averaged = next(iter(self.ema_params.values()))

@@ -3,6 +3,9 @@ recall.
 
 The features come from the Inception network that the papers use, which is downloaded once; those of any other network,
 and the pixels', are reported under their own names.
+
+With --run_dir, the workbook draws the results over the training step. Step and weights are read from the path of the
+samples, so name the file or its folder like the weights that drew it: ema_0.9999_030000.npz.
 """
 
 from collections.abc import Callable

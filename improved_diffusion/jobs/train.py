@@ -17,7 +17,7 @@ from improved_diffusion import dist_util, kernels, logger
 from improved_diffusion.config import SuperResTrainConfig, TrainConfig
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
-from improved_diffusion.flags import named, with_defaults
+from improved_diffusion.flags import defaults, named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
 from improved_diffusion.jobs.runs import (
@@ -184,6 +184,7 @@ def _train(
         **_loop_flags(config),
     )
     facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
+    facts["defaults"] = defaults(type(config))
     if first and loop.step < loop.total_steps:
         record_run(folder, config, facts, loop.step)
     try:

@@ -6,23 +6,33 @@ from typing import NamedTuple
 
 import numpy as np
 from openpyxl.chart import Reference, ScatterChart, Series
+from openpyxl.chart.axis import ChartLines
 from openpyxl.chart.shapes import GraphicalProperties
 from openpyxl.chart.text import RichText
 from openpyxl.drawing.line import LineProperties
 from openpyxl.drawing.text import CharacterProperties, Paragraph, ParagraphProperties
 from openpyxl.worksheet.worksheet import Worksheet
 
+from improved_diffusion.results.columns import GENERAL, title_of
 from improved_diffusion.results.read import Table
+from improved_diffusion.results.style import LONGEST_TITLE, clean
 
 MAX_POINTS = 1500  # a curve on a screen has no more pixels, and Excel becomes slow with many more
+WIDTH, HEIGHT = 775, 397  # of a chart, in pixels
+PIXELS_PER_CM = 96 / 2.54
+LATE_FROM = 0.2  # share of the run after which its late part begins
+LATE_ROWS = 25  # from so many rows on, the late part has a chart of its own
 
-DARK, LIGHT, GREY = "1F4E79", "A9CCEC", "D9D9D9"
+DARK, LIGHT, GREY, PALE = "1F4E79", "A9CCEC", "D9D9D9", "EFEFEF"
 QUARTILE_COLOURS = ("C00000", "ED7D31", "70AD47", "1F4E79")
+PALETTE = (*QUARTILE_COLOURS, "7030A0", "00B0F0", "BF9000", "7F7F7F")
 RAW_WIDTH, BOLD_WIDTH, GRID_WIDTH = 9525, 25400, 6350  # in EMU, of which a point has 12,700
+# How a y axis is scaled: "log" where the values span a factor of ten, or else from zero; from zero; to the values.
+AUTO, FROM_ZERO, FITTED = "auto", "from zero", "fitted"
 
 
 class Curve(NamedTuple):
-    """One series: a column of the metrics, smoothed or as it was logged."""
+    """A column of the metrics, smoothed or as it was logged."""
 
     column: str
     smoothed: bool
@@ -30,34 +40,62 @@ class Curve(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.column} (smoothed)" if self.smoothed else self.column
+        return title_of(self.column, *(["smoothed"] if self.smoothed else []))
 
 
 class Plot(NamedTuple):
-    """One chart: its title, the label of its y axis, the number format there, and its curves."""
+    """A chart of metrics: its title, the label and the scale of its y axis, its curves, and where it begins."""
 
     title: str
     y_title: str
-    number_format: str
+    scale: str
     curves: list[Curve]
+    first_step: float = 0.0
+
+
+class Line(NamedTuple):
+    """A series of a chart: the cells that hold it, and the numbers in them."""
+
+    title: str
+    colour: str
+    x_column: int
+    y_column: int
+    first_row: int
+    x: np.ndarray  # float64 [N]
+    y: np.ndarray  # float64 [N], NaN where there is none
+    bold: bool = True
+    markers: bool = False
 
 
 def plots_of(table: Table) -> list[Plot]:
     """The charts that the columns of `table` have numbers for, the loss first."""
+    steps = table.column("step")
+    late = _late_step(steps)
     plots = [
-        Plot("Loss", "loss", "0.000", _raw_and_smoothed("loss")),
-        Plot("MSE by timestep quartile (smoothed)", "mse", "0.000", _quartiles("mse")),
-        Plot("Gradient norm", "grad_norm", "0.000", _raw_and_smoothed("grad_norm")),
-        Plot("Training speed", "images per second", "#,##0.0", _raw_and_smoothed("images_per_sec")),
-        Plot("Variational bound", "vb, bits per dimension", "0.0000", _raw_and_smoothed("vb")),
-        Plot("Variational bound by timestep quartile (smoothed)", "vb", "0.0000", _quartiles("vb")),
+        Plot("Loss", "loss", AUTO, _raw_and_smoothed("loss")),
+        Plot("Loss, late part (smoothed)", "loss", FITTED, [Curve("loss", True, DARK)], late),
+        Plot("MSE by timestep quartile (smoothed)", "mse", AUTO, _quartiles("mse")),
+        Plot("Gradient norm", "grad_norm", AUTO, _raw_and_smoothed("grad_norm")),
+        Plot("Training speed", "images per second", FROM_ZERO, _raw_and_smoothed("images_per_sec")),
+        Plot("Variational bound", "vb, bits per dimension", AUTO, _raw_and_smoothed("vb")),
+        Plot("Variational bound by timestep quartile (smoothed)", "vb", AUTO, _quartiles("vb")),
     ]
     with_numbers = []
     for plot in plots:
-        curves = [curve for curve in plot.curves if np.isfinite(table.column(curve.column)).any()]
+        curves = [
+            curve
+            for curve in plot.curves
+            if np.isfinite(table.column(curve.column)[steps >= plot.first_step]).any()
+        ]
         if curves:
             with_numbers.append(plot._replace(curves=curves))
     return with_numbers
+
+
+def _late_step(steps: np.ndarray) -> float:
+    """The step from which on a run's late part is drawn; infinite where too few rows follow it."""
+    first = LATE_FROM * steps.max(initial=0.0)
+    return first if np.count_nonzero(steps >= first) >= LATE_ROWS else math.inf
 
 
 def half_window(rows: int) -> int:
@@ -92,26 +130,54 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
 def chart_data(table: Table, plots: Sequence[Plot]) -> tuple[list[str], np.ndarray]:
     """The points that the charts draw: all rows up to `MAX_POINTS`, evenly chosen ones beyond that.
 
-    :return: the titles of the columns (the step, then every curve) and float64 [points, columns].
+    :return: the titles of the columns (the step, then every curve once) and float64 [points, columns].
     """
-    curves = [curve for plot in plots for curve in plot.curves]
+    curves = {curve.title: curve for plot in plots for curve in plot.curves}
     half = half_window(len(table.rows))
     columns = [table.column("step")]
-    for curve in curves:
+    for curve in curves.values():
         values = table.column(curve.column)
         columns.append(smooth(values, half) if curve.smoothed else values)
     count = len(table.rows)
     chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(np.int64))
-    return ["step", *(curve.title for curve in curves)], np.stack(columns, axis=1)[chosen]
+    return ["step", *curves], np.stack(columns, axis=1)[chosen]
 
 
-def draw(plot: Plot, sheet: Worksheet, titles: Sequence[str], points: np.ndarray, header_row: int):
-    """The chart of `plot`, whose numbers (as `chart_data` gave them) stand in `sheet` below `header_row`.
+def lines_of(plot: Plot, titles: Sequence[str], points: np.ndarray, header_row: int) -> list[Line]:
+    """The series of `plot`, whose numbers (as `chart_data` gave them) stand below `header_row`."""
+    start = int(np.argmax(points[:, 0] >= plot.first_step))
+    return [
+        Line(
+            curve.title,
+            curve.colour,
+            1,
+            titles.index(curve.title) + 1,
+            header_row + 1 + start,
+            points[start:, 0],
+            points[start:, titles.index(curve.title)],
+            curve.smoothed,
+        )
+        for curve in plot.curves
+    ]
 
-    :return: a chart for `Worksheet.add_chart`.
+
+def draw(
+    sheet: Worksheet,
+    title: str,
+    y_title: str,
+    scale: str,
+    lines: Sequence[Line],
+    from_zero: bool = True,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> ScatterChart:
+    """A chart over the step, for `Worksheet.add_chart`.
+
+    :param sheet: where the numbers stand.
+    :param from_zero: whether the steps are shown from 0 on, or from where the lines begin.
+    :param size: width and height in pixels.
     """
     chart = ScatterChart(scatterStyle="lineMarker")
-    chart.title = plot.title
+    chart.title = title
     chart.title.overlay = False
     chart.title.tx.rich.p[0].pPr = ParagraphProperties(
         defRPr=CharacterProperties(sz=1300, b=True, solidFill="404040")
@@ -119,30 +185,36 @@ def draw(plot: Plot, sheet: Worksheet, titles: Sequence[str], points: np.ndarray
     chart.legend.position = "b"
     chart.legend.overlay = False
     chart.display_blanks = "span"
-    chart.width, chart.height = 20.5, 10.5  # cm
+    chart.width, chart.height = (side / PIXELS_PER_CM for side in size)
 
-    rows = {"min_row": header_row + 1, "max_row": header_row + len(points)}
-    steps = Reference(sheet, min_col=1, **rows)
     # The smoothed curve belongs in front: for Excel that is the last by `order`, for LibreOffice the first in
     # the file.
-    for position, curve in enumerate(sorted(plot.curves, key=lambda curve: not curve.smoothed)):
-        column = titles.index(curve.title) + 1
-        series = Series(Reference(sheet, min_col=column, **rows), steps, title=curve.title)
-        series.idx, series.order = position, plot.curves.index(curve)
+    for position, line in enumerate(sorted(lines, key=lambda line: not line.bold)):
+        rows = {"min_row": line.first_row, "max_row": line.first_row + len(line.x) - 1}
+        series = Series(
+            Reference(sheet, min_col=line.y_column, **rows),
+            Reference(sheet, min_col=line.x_column, **rows),
+            title=clean(line.title)[:LONGEST_TITLE],
+        )
+        series.idx, series.order = position, lines.index(line)
         series.marker.symbol = "none"
+        if line.markers:
+            series.marker.symbol, series.marker.size = "circle", 6
+            series.marker.graphicalProperties = GraphicalProperties(solidFill=line.colour)
+            series.marker.graphicalProperties.line.solidFill = line.colour
         series.smooth = False
-        width = BOLD_WIDTH if curve.smoothed else RAW_WIDTH
-        series.graphicalProperties = GraphicalProperties(ln=LineProperties(solidFill=curve.colour, w=width))
+        width = BOLD_WIDTH if line.bold else RAW_WIDTH
+        series.graphicalProperties = GraphicalProperties(ln=LineProperties(solidFill=line.colour, w=width))
         chart.series.append(series)
 
-    _style_axis(chart.x_axis, "step", "#,##0")
-    _style_axis(chart.y_axis, plot.y_title, plot.number_format)
+    _style_axis(chart.x_axis, "step")
+    _style_axis(chart.y_axis, y_title)
     chart.x_axis.majorGridlines = None
-    chart.x_axis.scaling.min = 0
-    chart.x_axis.scaling.max = max(float(points[:, 0].max()), 1.0)
-    chart.x_axis.majorUnit = _round_unit(chart.x_axis.scaling.max / 6)
-    values = points[:, [titles.index(curve.title) for curve in plot.curves]]
-    _scale(chart.y_axis, values[np.isfinite(values)])
+    _scale_steps(chart.x_axis, np.concatenate([line.x for line in lines]), from_zero)
+    values = np.concatenate([line.y for line in lines])
+    values = values[np.isfinite(values)]
+    if len(values):
+        _scale(chart.y_axis, values, scale)
     return chart
 
 
@@ -154,14 +226,13 @@ def _quartiles(base: str) -> list[Curve]:
     return [Curve(f"{base}_q{index}", True, colour) for index, colour in enumerate(QUARTILE_COLOURS)]
 
 
-def _style_axis(axis, title: str, number_format: str) -> None:
+def _style_axis(axis, title: str) -> None:
     axis.delete = False  # openpyxl's default hides the axis in recent versions of Excel
     axis.title = title
     axis.title.overlay = False
     axis.title.tx.rich.p[0].pPr = ParagraphProperties(
         defRPr=CharacterProperties(sz=1000, b=False, solidFill="404040")
     )
-    axis.number_format = number_format
     axis.tickLblPos = "low"
     axis.majorTickMark = "out"
     axis.graphicalProperties = GraphicalProperties(ln=LineProperties(solidFill="7F7F7F", w=GRID_WIDTH))
@@ -171,23 +242,54 @@ def _style_axis(axis, title: str, number_format: str) -> None:
         axis.majorGridlines.spPr = GraphicalProperties(ln=LineProperties(solidFill=GREY, w=GRID_WIDTH))
 
 
-def _scale(axis, values: np.ndarray) -> None:
-    """Make a y axis logarithmic where its values span a factor of eight or more, else start it at zero.
+def _scale_steps(axis, steps: np.ndarray, from_zero: bool) -> None:
+    """Label round steps, up to the last one exactly."""
+    last = max(float(steps.max()), 1.0)
+    first = 0.0 if from_zero else float(steps.min())
+    unit = max(_round_up(max(last - first, 1.0) / 6), 1.0)
+    axis.scaling.min = math.floor(first / unit) * unit
+    axis.scaling.max = last
+    axis.majorUnit = unit
+    axis.number_format = "#,##0"
 
-    The base is 2, because a logarithmic axis labels only the powers of its base: with base 10, nothing
-    between 0.01 and 0.1, where a diffusion model's loss spends its life.
-    """
+
+def _scale(axis, values: np.ndarray, scale: str) -> None:
+    """Give a y axis limits and labels that are round numbers, no two of them alike."""
     low, high = float(values.min()), float(values.max())
-    if low > 1e-100 and high < 1e100 and high / low >= 8:
-        base = 2 if high / low <= 2**12 else 10
-        axis.scaling.logBase = axis.majorUnit = base
-        axis.scaling.min = float(base) ** math.floor(math.log(low, base))
-        axis.scaling.max = float(base) ** math.ceil(math.log(high, base))
-    elif low >= 0:
-        axis.scaling.min = 0
+    axis.number_format = GENERAL
+    if max(abs(low), abs(high)) > 1e100:
+        return
+    if scale == AUTO and low > 1e-100 and high / low >= 10:
+        axis.scaling.logBase = axis.majorUnit = 10
+        axis.scaling.min, axis.scaling.max = _round_down(low), _round_up(high)
+        lines = GraphicalProperties(ln=LineProperties(solidFill=PALE, w=GRID_WIDTH))
+        axis.minorGridlines = ChartLines(spPr=lines)
+        return
+    if scale != FITTED:
+        low = min(low, 0.0)
+    if high - low < 1e-100:
+        return
+    unit = _round_up((high - low) / 6)
+    axis.majorUnit = unit
+    decimals = max(0, -math.floor(math.log10(unit) + 1e-9))
+    axis.scaling.min, axis.scaling.max = (
+        round(number * unit, decimals) for number in (math.floor(low / unit), math.ceil(high / unit))
+    )
+    if decimals <= 8 and high < 1e7:
+        axis.number_format = f"#,##0.{'0' * decimals}" if decimals else "#,##0"
 
 
-def _round_unit(distance: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not below `distance`."""
-    power = 10 ** max(math.floor(math.log10(distance)), 0) if distance > 1 else 1
-    return next(unit * power for unit in (1, 2, 5, 10) if unit * power >= distance)
+def _round_up(value: float) -> float:
+    """The smallest number of the form 1, 2 or 5 times a power of ten that is not below `value` > 0."""
+    return min(number for number in _round_numbers(value) if number >= value * (1 - 1e-9))
+
+
+def _round_down(value: float) -> float:
+    """The largest number of that form that is not above `value` > 0."""
+    return max(number for number in _round_numbers(value) if number <= value * (1 + 1e-9))
+
+
+def _round_numbers(value: float) -> list[float]:
+    exponent = math.floor(math.log10(value))
+    # From text, because 3 * 0.1 is not 0.3.
+    return [float(f"{unit}e{exponent + more}") for more in (-1, 0, 1) for unit in (1, 2, 5)]

@@ -13,6 +13,10 @@ DURATION = "[h]:mm:ss"
 TIME = "yyyy-mm-dd hh:mm"
 GENERAL = "General"
 
+HELD_OUT = "heldout_"  # what the columns of errors on held-out images begin with
+HELD_OUT_LOSS = "heldout_loss"
+BEST = "best"
+
 
 class Column(NamedTuple):
     """How the cells of a column are shown, and what they mean, in words."""
@@ -47,14 +51,14 @@ _METRICS = {
     "kernel_distance": _KERNEL,
     "precision": Column(
         REAL,
-        "share of the drawn images",
-        "Drawn images that are as close to a real one as that one's third neighbour among the real ones.",
+        "share",
+        "Share of the drawn images that are as close to a real one as that one's third neighbour among the real ones.",
         "More is better: the pictures look real. 1 at most.",
     ),
     "recall": Column(
         REAL,
-        "share of the real images",
-        "Real images that are as close to a drawn one as that one's third neighbour among the drawn ones.",
+        "share",
+        "Share of the real images that are as close to a drawn one as that one's third neighbour among the drawn ones.",
         "More is better: the pictures are as various as the real ones. 1 at most.",
     ),
     "inception_score": Column(
@@ -65,10 +69,12 @@ _METRICS = {
     ),
 }
 
+_UNKNOWN = Column(GENERAL, "", "Not a column of this program.", "")
+
 _COLUMNS = {
     "step": Column(
         COUNT,
-        "updates",
+        "",
         "Optimizer updates completed. Losses and grad_norm in the row are means over the interval: the updates "
         "since the row before.",
         "Rises by --log_interval from row to row.",
@@ -89,14 +95,14 @@ _COLUMNS = {
     ),
     "mse": Column(
         REAL,
-        "squared noise",
+        "",
         "Mean squared error of the network's prediction (of the added noise, unless --predict_xstart), "
-        "averaged over pixels, timesteps and all images of the interval.",
+        "averaged over pixels, timesteps and all images of the interval. The noise has variance 1.",
         "1.0 for a network that knows nothing. CIFAR-10 with the linear schedule settles at 0.03 to 0.04.",
     ),
     "vb": Column(
         REAL,
-        "bits per dimension",
+        "bits/dim",
         "Term of the variational bound that trains the learned variances; there with --learn_sigma and "
         "--use_kl.",
         "Noisy: a few timesteps carry most of it.",
@@ -123,21 +129,28 @@ _COLUMNS = {
     ),
     "images_per_sec": Column(
         SHORT_REAL,
-        "images per second",
+        "images/s",
         "Training speed over the interval.",
         "Steady. A dip means that the computer was busy with something else.",
     ),
     "elapsed": Column(
         DURATION,
-        "hours:minutes:seconds",
+        "h:mm:ss",
         "Time spent training until then, pauses between sessions left out.",
         "",
     ),
-    "saved_at": Column(TIME, "date and time", "When the checkpoint was complete.", ""),
+    "saved_at": Column(TIME, "local time", "When the checkpoint was complete.", ""),
     "seconds": Column(SHORT_REAL, "seconds", "Time that saving the checkpoint took.", ""),
-    "megabytes": Column(SHORT_REAL, "MB", "Size of the checkpoint's files together.", ""),
+    "megabytes": Column(SHORT_REAL, "megabytes", "Size of the checkpoint's files together.", ""),
     "files": Column(GENERAL, "", "The files of the checkpoint, in the run's directory.", ""),
-    "evaluated_at": Column(TIME, "date and time", "When image_eval.py had measured the images.", ""),
+    "evaluated_at": Column(TIME, "local time", "When image_eval.py had measured the images.", ""),
+    "weights": Column(
+        GENERAL,
+        "",
+        "The weights that drew the images: model, or ema with the rate of the moving average. Like the step, they are "
+        "read from the name of the images, such as ema_0.9999_030000.npz.",
+        "A moving average draws better than the model itself.",
+    ),
     "features": Column(
         GENERAL,
         "",
@@ -150,8 +163,32 @@ _COLUMNS = {
     ),
     "images_path": Column(GENERAL, "", "Where the drawn images were.", ""),
     "reference_path": Column(GENERAL, "", "Where the real images were.", ""),
-    "warnings": Column(GENERAL, "", "What to keep in mind with the numbers of the row.", "None."),
+    "notes": Column(
+        GENERAL,
+        "",
+        "What to keep in mind with the numbers of the row; the notes stand below the table.",
+        "None.",
+    ),
+    BEST: Column(
+        GENERAL,
+        "",
+        f"Marks the checkpoint with the lowest {HELD_OUT_LOSS}.",
+        "Late in the run, unless it overfits.",
+    ),
 }
+
+
+def is_known(name: str) -> bool:
+    """Whether the column `name` is one of this program's, whose cells are numbers in a run's CSV files."""
+    return describe(name) is not _UNKNOWN
+
+
+def title_of(name: str, *notes: str) -> str:
+    """What stands above the column `name`: its name and, unless the name says it, its unit; then `notes`."""
+    unit = describe(name).unit
+    said = unit in name.replace("_per_sec", "/s")
+    inside = ", ".join(notes if said else (unit, *notes))
+    return f"{name} ({inside})" if inside else name
 
 
 def describe(name: str, diffusion_steps: int | None = None) -> Column:
@@ -162,10 +199,26 @@ def describe(name: str, diffusion_steps: int | None = None) -> Column:
     quartile = re.fullmatch(r"(loss|mse|vb)_q([0-3])", name)
     if quartile:
         return _describe_quartile(quartile[1], int(quartile[2]), diffusion_steps)
+    if name.startswith(HELD_OUT):
+        return _describe_held_out(name)
     metric = name.removesuffix("_std")
     if metric in _METRICS and metric != name:
         return _METRICS[metric]._replace(meaning=f"Standard deviation of {metric}.", normal="")
-    return (_COLUMNS | _METRICS).get(name, Column(GENERAL, "", "Not a column of this program.", ""))
+    return (_COLUMNS | _METRICS).get(name, _UNKNOWN)
+
+
+def _describe_held_out(name: str) -> Column:
+    if name == HELD_OUT_LOSS:
+        meaning = (
+            "Error of the averaged weights' prediction of clean images that are held out from the training: the mean "
+            "over fixed noise levels, each weighted so that it is 1 for a network that knows only mean and variance."
+        )
+        normal = "Falls as long as the model improves. Rises when it begins to memorise the training images."
+    else:
+        level = name.removeprefix(HELD_OUT).removeprefix("sigma_")
+        meaning = f"The same at one level: noise with a standard deviation of {level}, for images in [-1, 1]."
+        normal = ""
+    return Column(REAL, "", meaning, normal)
 
 
 def _describe_quartile(base: str, quartile: int, diffusion_steps: int | None) -> Column:

@@ -1,42 +1,77 @@
 """Turn the directory of a run, finished or still being written, into an Excel workbook."""
 
-import io
+import itertools
 import math
 import os
 from collections.abc import Sequence
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import numpy as np
 from openpyxl import Workbook
-from openpyxl.drawing.image import Image
-from openpyxl.worksheet.pagebreak import Break
+from openpyxl.chart import ScatterChart
+from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.worksheet import Worksheet
 from openpyxl.writer.excel import ExcelWriter
-from PIL import Image as PillowImage
 
-from improved_diffusion.results.charts import MAX_POINTS, chart_data, draw, half_window, plots_of
-from improved_diffusion.results.columns import describe
-from improved_diffusion.results.overview import CHART_COLUMN, fill_overview
+from improved_diffusion.results.charts import (
+    AUTO,
+    DARK,
+    FITTED,
+    HEIGHT,
+    MAX_POINTS,
+    PALETTE,
+    WIDTH,
+    Line,
+    Plot,
+    chart_data,
+    draw,
+    half_window,
+    lines_of,
+    plots_of,
+)
+from improved_diffusion.results.columns import BEST, HELD_OUT, HELD_OUT_LOSS, describe, title_of
+from improved_diffusion.results.overview import (
+    RIGHT,
+    best_checkpoint,
+    fill_overview,
+    link_sheets,
+)
 from improved_diffusion.results.read import Run, Table, Value, read_run
+from improved_diffusion.results.samples import description_of, fill_samples, newest_picture
 from improved_diffusion.results.style import (
+    BOLD,
     INDENTED,
+    MARK_FILL,
+    NOTE,
     SECTION,
     SUBTLE,
     TITLE,
     WRAPPED,
+    clean,
+    make_table,
+    place_picture,
     put,
     put_header,
+    row_below,
     set_row_height,
     set_up_page,
     set_widths,
+    table_titles,
 )
 from improved_diffusion.storage import absolute, open_atomic
 
-MAX_PREVIEWS = 50
-PIXELS_PER_ROW, PIXELS_PER_CHARACTER = 20, 7  # of heights and widths
-PAGE_PIXELS = 1200  # so wide are the pictures on a printed page
-PAGE_ROWS = 38  # which is then so high
 ROWS_PER_CHART = 22
 CHARTS_PER_ROW, COLUMNS_PER_CHART = 2, 13
+PRINTED_ROWS = 60  # of tables with a row for every --log_interval
+HALF_CHART = (376, 376)  # the picture and the small chart of the first sheet, in pixels
+HALF_COLUMNS = 6  # so many columns are as wide
+WIDEST = 100  # characters of a column
+EVALUATION_CHARTS = (
+    ("Frechet distance", ("fid", "frechet_distance")),
+    ("Kernel distance", ("kid", "kernel_distance")),
+    ("Precision", ("precision",)),
+    ("Recall", ("recall",)),
+)
 
 
 def export(run_dir: str, output: str | None = None) -> str:
@@ -56,80 +91,142 @@ def export(run_dir: str, output: str | None = None) -> str:
         raise ValueError(f"--output {output}: the name of a workbook must end in .xlsx")
 
     book = Workbook()
+    book.properties.title = clean(f"Training run {os.path.basename(run.dir)}")
+    book.properties.creator = "improved_diffusion"
     overview = book.active
-    chart_row = fill_overview(overview, run)
-    _fill_table(book.create_sheet("Metrics"), run.metrics, "No rows have been logged yet.")
-    _add_charts(book, run.metrics, overview, chart_row)
-    _fill_table(book.create_sheet("Checkpoints"), run.checkpoints, "No checkpoint has been saved yet.")
+    free_row = fill_overview(overview, run)
+    _fill_metrics(book.create_sheet("Metrics"), run.metrics)
+    _add_charts(book, run, overview, free_row)
+    _fill_checkpoints(book.create_sheet("Checkpoints"), run.checkpoints)
     if run.evaluations.rows:
-        _fill_table(book.create_sheet("Evaluation"), run.evaluations, "")
+        _fill_evaluations(book.create_sheet("Evaluation"), run.evaluations, run.evaluation_notes)
     if run.previews:
-        _fill_samples(book.create_sheet("Samples"), run.previews)
-    _fill_arguments(book.create_sheet("Arguments"), run.arguments)
+        fill_samples(book.create_sheet("Samples"), run.previews)
+    _fill_arguments(book.create_sheet("Arguments"), run.arguments, run.defaults)
     _fill_explained(book.create_sheet("Explained"), run)
     if "Smoothed" in book.sheetnames:  # last, as the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
+    link_sheets(overview, book.sheetnames[1:])
     # As `book.save`, except that the archive is closed before the file when a signal ends this in the middle.
     with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
         ExcelWriter(book, archive).save()
     return output
 
 
-def _fill_table(sheet: Worksheet, table: Table, if_empty: str) -> None:
-    """Every row of `table` under a header with filters."""
-    set_up_page(sheet)
-    if not table.rows:
-        put(sheet, 1, 1, if_empty).font = SUBTLE
-        return
-    _put_rows(sheet, 1, table.columns, table.rows)
-    sheet.auto_filter.ref = sheet.dimensions
+def _put_rows(
+    sheet: Worksheet,
+    header_row: int,
+    titles: Sequence[str],
+    names: Sequence[str],
+    rows: Sequence[Sequence[Value]],
+) -> None:
+    """An Excel table, each column as wide and in the number format that it needs.
 
-
-def _put_rows(sheet: Worksheet, header_row: int, titles: list[str], rows: Sequence[Sequence[Value]]) -> None:
-    """A header and the rows below it, each column as wide and in the number format that it needs."""
+    :param titles: what stands above the columns.
+    :param names: of the columns whose number formats they take.
+    """
+    titles = table_titles(titles)
     put_header(sheet, header_row, titles)
-    formats = [describe(title.removesuffix(" (smoothed)")).number_format for title in titles]
+    formats = [describe(name).number_format for name in names]
+    widths = [_width(title, [row[column] for row in rows]) for column, title in enumerate(titles)]
     for row_number, row in enumerate(rows, start=header_row + 1):
         for column, (value, number_format) in enumerate(zip(row, formats), start=1):
             if value is not None:
                 cell = put(sheet, row_number, column, value, number_format)
                 if isinstance(value, str):
                     cell.alignment = INDENTED
-    set_widths(sheet, [_width(title, [row[column] for row in rows]) for column, title in enumerate(titles)])
+                    if len(value) > WIDEST:
+                        cell.alignment = WRAPPED
+                        set_row_height(sheet, row_number, [(value, WIDEST)])
+    set_widths(sheet, widths)
+    if rows:
+        make_table(sheet, header_row, titles, len(rows))
 
 
 def _width(title: str, values: Sequence[Value]) -> float:
-    """The width that shows `title`, beside it the button of its filter, and `values`, within limits."""
+    """The width that shows `title`, on two lines and beside it the button of its filter, and `values`."""
+    words = title.split()
+    line = min(
+        (max(len(" ".join(words[:n])), len(" ".join(words[n:]))) for n in range(len(words) + 1)), default=0
+    )
     longest_text = max((len(str(value)) for value in values if not isinstance(value, int | float)), default=0)
-    return min(max(12, len(title) + 5, longest_text + 2), 80)
+    return min(max(10, line + 4, longest_text + 2), WIDEST)
 
 
-def _add_charts(book: Workbook, metrics: Table, overview: Worksheet, overview_row: int) -> None:
-    """The sheets `Charts` and `Smoothed`, whose numbers the charts draw, and the loss on the first sheet."""
+def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:
+    """Every logged row; columns that only repeat others are hidden."""
+    set_up_page(sheet, pages_high=1)
+    if not metrics.rows:
+        put(sheet, 1, 1, "No rows have been logged yet.").font = SUBTLE
+        return
+    _put_rows(sheet, 1, [title_of(name) for name in metrics.columns], metrics.columns, metrics.rows)
+    for name in metrics.repeated:
+        sheet.column_dimensions[get_column_letter(metrics.columns.index(name) + 1)].hidden = True
+    _print_last_rows(sheet, 1, len(metrics.rows), len(metrics.columns))
+
+
+def _print_last_rows(sheet: Worksheet, header_row: int, rows: int, columns: int) -> None:
+    """Print the last `PRINTED_ROWS` rows only: who wants to see hundreds of them looks at the charts."""
+    if rows > PRINTED_ROWS:
+        last = header_row + rows
+        sheet.print_area = f"A{last - PRINTED_ROWS + 1}:{get_column_letter(columns)}{last}"
+        remark = f"the last {PRINTED_ROWS} of {rows:,} rows; to print all, clear the print area"
+        set_up_page(sheet, pages_high=1, remark=remark)
+
+
+def _add_charts(book: Workbook, run: Run, overview: Worksheet, free_row: int) -> None:
+    """The sheets `Charts` and `Smoothed`, whose numbers the charts draw; the loss and the newest picture on the
+    first sheet, from `free_row` on."""
     sheet = book.create_sheet("Charts")
     sheet.sheet_view.showGridLines = False
     set_up_page(sheet, pages_high=1)
     put(sheet, 1, 1, "Charts").font = TITLE
+    metrics = run.metrics
     plots = plots_of(metrics)
     if not plots:
         put(sheet, 2, 1, "No numbers have been logged yet.").font = SUBTLE
+        _add_newest_picture(overview, run, free_row)
         return
 
     titles, points = chart_data(metrics, plots)
+    curves = {curve.title: curve.column for plot in plots for curve in plot.curves}
     numbers = book.create_sheet("Smoothed")
     explanation = _explain_points(len(metrics.rows), len(points))
     put(sheet, 2, 1, explanation).font = SUBTLE
     put(numbers, 1, 1, f"What the charts draw. {explanation}").font = SUBTLE
     header_row = 2
     cells = [[None if math.isnan(value) else value for value in row] for row in points.tolist()]
-    _put_rows(numbers, header_row, titles, cells)
-    set_up_page(numbers)
+    set_up_page(numbers, pages_high=1)
+    _put_rows(numbers, header_row, titles, ["step", *curves.values()], cells)
+    _print_last_rows(numbers, header_row, len(cells), len(titles))
+
+    def chart(plot: Plot, size: tuple[int, int] = (WIDTH, HEIGHT)):
+        lines = lines_of(plot, titles, points, header_row)
+        return draw(numbers, plot.title, plot.y_title, plot.scale, lines, not plot.first_step, size)
 
     for number, plot in enumerate(plots):
         row, column = divmod(number, CHARTS_PER_ROW)
         anchor = sheet.cell(4 + ROWS_PER_CHART * row, 1 + COLUMNS_PER_CHART * column).coordinate
-        sheet.add_chart(draw(plot, numbers, titles, points, header_row), anchor)
-    overview.add_chart(draw(plots[0], numbers, titles, points, header_row), f"{CHART_COLUMN}{overview_row}")
+        sheet.add_chart(chart(plot), anchor)
+    overview.add_chart(chart(plots[0]), overview.cell(free_row, RIGHT).coordinate)
+    below = row_below(overview, free_row, HEIGHT) + 1
+    has_picture = _add_newest_picture(overview, run, below)
+    late = next((plot for plot in plots if plot.first_step), None)
+    if late is not None:
+        column = RIGHT + HALF_COLUMNS if has_picture else RIGHT
+        size = HALF_CHART if has_picture else (WIDTH, HEIGHT)
+        overview.add_chart(chart(late, size), overview.cell(below + has_picture, column).coordinate)
+
+
+def _add_newest_picture(sheet: Worksheet, run: Run, row: int) -> bool:
+    """The newest picture below its step. :return: whether there is one."""
+    newest = newest_picture(run.previews)
+    if newest is None:
+        return False
+    step, picture = newest
+    put(sheet, row, RIGHT, f"Samples at step {step:,}").font = SECTION
+    place_picture(sheet, row + 1, RIGHT, picture, description_of(step), HALF_CHART)
+    return True
 
 
 def _explain_points(rows: int, points: int) -> str:
@@ -142,68 +239,171 @@ def _explain_points(rows: int, points: int) -> str:
     return text
 
 
-def _fill_samples(sheet: Worksheet, previews: list[tuple[int, str]]) -> None:
-    """The pictures, the newest first, each below its step; as many beside each other as a page is wide."""
-    sheet.sheet_view.showGridLines = False
-    set_up_page(sheet)
-    put(sheet, 1, 1, "Samples").font = TITLE
-    if len(previews) > MAX_PREVIEWS:
-        put(sheet, 2, 1, f"The newest {MAX_PREVIEWS} of {len(previews)}.").font = SUBTLE
-    shown = [(step, path, _read_picture(path)) for step, path in previews[:MAX_PREVIEWS]]
-    sizes = [(picture.width, picture.height) for *_, picture in shown if picture] or [(PAGE_PIXELS, 0)]
-    columns = max(1, PAGE_PIXELS // (max(width for width, _ in sizes) + PIXELS_PER_ROW))
-    set_widths(sheet, [PAGE_PIXELS / columns / PIXELS_PER_CHARACTER] * columns)
-    rows = math.ceil(max(height for _, height in sizes) / PIXELS_PER_ROW) + 3
-    first, page = 4, 1
-    for number, (step, path, picture) in enumerate(shown):
-        row, column = first + number // columns * rows, 1 + number % columns
-        if row + rows > page + PAGE_ROWS and column == 1 and number:
-            sheet.row_breaks.append(Break(row - 1))
-            page = row
-        put(sheet, row, column, f"Step {step:,}").font = SECTION
-        if picture is None:
-            put(sheet, row + 1, column, f"{os.path.basename(path)} cannot be read.").font = SUBTLE
-        else:
-            sheet.add_image(picture, sheet.cell(row + 1, column).coordinate)
+def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
+    """Every checkpoint; where there is a held-out loss, its charts, and a mark at its lowest value."""
+    set_up_page(sheet, pages_high=1 if len(checkpoints.rows) <= PRINTED_ROWS else 0)
+    if not checkpoints.rows:
+        put(sheet, 1, 1, "No checkpoint has been saved yet.").font = SUBTLE
+        return
+    # The files last: their names are long.
+    names = sorted(checkpoints.columns, key="files".__eq__)
+    rows = [[dict(zip(checkpoints.columns, row))[name] for name in names] for row in checkpoints.rows]
+    best = best_checkpoint(checkpoints)
+    if best is not None and BEST not in names:
+        place = names.index(HELD_OUT_LOSS) + 1
+        names.insert(place, BEST)
+        for number, row in enumerate(rows):
+            row.insert(place, BEST if number == best else None)
+    _put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
+    if best is not None:
+        for column in range(1, len(names) + 1):
+            cell = sheet.cell(2 + best, column)
+            cell.fill, cell.font = MARK_FILL, BOLD
+
+    steps = checkpoints.column("step")
+    found = {
+        name: values
+        for name in names
+        if name.startswith(HELD_OUT) and np.isfinite(values := checkpoints.column(name)).any()
+    }
+    step_column, first_row = 1 + names.index("step"), 2
+    means, levels = [], []
+    for name, values in found.items():
+        group, colour = (
+            (means, DARK) if name == HELD_OUT_LOSS else (levels, PALETTE[len(levels) % len(PALETTE)])
+        )
+        column = 1 + names.index(name)
+        group.append(Line(name, colour, step_column, column, first_row, steps, values, markers=True))
+    charts = [
+        draw(sheet, title, "held-out loss", scale, shown)
+        for title, scale, shown in (
+            ("Held-out loss", FITTED, means),
+            ("Held-out loss by noise level", AUTO, levels),
+        )
+        if shown
+    ]
+    _place_charts(sheet, charts, len(rows) + 3)
 
 
-def _read_picture(path: str) -> Image | None:
-    """The picture for the workbook; None when it cannot be decoded, or is still being written."""
-    try:
-        with open(path, "rb") as file:
-            content = io.BytesIO(file.read())
-        with PillowImage.open(content) as picture:
-            picture.load()
-        return Image(content)
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError):
-        return None
+def _place_charts(sheet: Worksheet, charts: Sequence[ScatterChart], row: int) -> None:
+    """Put charts beside and below each other, from `row` on."""
+    for number, chart in enumerate(charts):
+        column = _column_at(sheet, number % CHARTS_PER_ROW * (WIDTH + 20))
+        sheet.add_chart(chart, f"{column}{row + number // CHARTS_PER_ROW * ROWS_PER_CHART}")
 
 
-def _fill_arguments(sheet: Worksheet, arguments: dict) -> None:
-    """Every flag and its value, in alphabetical order."""
-    set_up_page(sheet)
+def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) -> None:
+    """A row for each evaluation, the notes on them, and the metrics over the step of the weights."""
+    set_up_page(sheet, pages_high=1)
+    names, rows = evaluations.columns, evaluations.rows
+    _put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
+    row = len(rows) + 3
+    if notes:
+        put(sheet, row, 1, "Notes").font = SECTION
+        for number, note in enumerate(notes, start=1):
+            row += 1
+            put(sheet, row, 1, f"{number}: {note}").font = NOTE
+        row += 2
+    charts = [
+        draw(sheet, title, title.lower(), FITTED, lines)
+        for title, metrics in EVALUATION_CHARTS
+        for metric in metrics
+        if (lines := _evaluation_lines(evaluations, metric))
+    ]
+    _place_charts(sheet, charts, row)
+
+
+def _evaluation_lines(evaluations: Table, metric: str) -> list[Line]:
+    """A line for each kind of weights, features and number of images: only such numbers can be compared."""
+    names = evaluations.columns
+    if metric not in names:
+        return []
+    told_apart = {"weights": "{}", "images": "{} images", "reference_images": "against {}", "features": "{}"}
+    places = [names.index(name) for name in told_apart]
+    steps, values = evaluations.column("step"), evaluations.column(metric)
+    keys = [
+        tuple(text.format(row[place]) for place, text in zip(places, told_apart.values()))
+        if math.isfinite(step) and math.isfinite(value)
+        else None
+        for row, step, value in zip(evaluations.rows, steps, values)
+    ]
+    lines = []
+    several = [len({key[part] for key in keys if key}) > 1 for part in range(len(told_apart))]
+    several[0] = True  # the weights are always named
+    for key, group in itertools.groupby(range(len(keys)), key=keys.__getitem__):
+        if key is not None:
+            members = list(group)
+            part = slice(members[0], members[-1] + 1)
+            title = ", ".join(itertools.compress(key, several))
+            x_column, y_column = 1 + names.index("step"), 1 + names.index(metric)
+            colour = PALETTE[len(lines) % len(PALETTE)]
+            lines.append(
+                Line(
+                    title, colour, x_column, y_column, 2 + part.start, steps[part], values[part], markers=True
+                )
+            )
+    return lines
+
+
+def _column_at(sheet: Worksheet, pixels: float) -> str:
+    """The first column that begins `pixels` or more right of the sheet's edge."""
+    column = 1
+    while pixels > 0:
+        letter = get_column_letter(column)
+        width = sheet.column_dimensions[letter].width if letter in sheet.column_dimensions else 8.43
+        pixels -= 7 * width + 5
+        column += 1
+    return get_column_letter(column)
+
+
+def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
+    """Every flag and its value, in alphabetical order; those that differ from their default are marked."""
+    set_up_page(sheet, pages_high=1, landscape=False)
     if not arguments:
         put(sheet, 1, 1, "The arguments of this run are not known.").font = SUBTLE
         return
-    put_header(sheet, 1, ["Flag", "Value"])
-    set_widths(sheet, [30, 80])
+    titles, widths = ["flag", "value", "default", "changed"], [28, 60, 30, 12]
+    if not defaults:  # a run of an earlier version, which did not record them
+        titles, widths = titles[:2], widths[:2]
+    put_header(sheet, 1, titles)
+    set_widths(sheet, widths)
     for row, (flag, value) in enumerate(sorted(arguments.items()), start=2):
-        put(sheet, row, 1, f"--{flag}").alignment = WRAPPED
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        put(sheet, row, 2, value if is_number else str(value)).alignment = WRAPPED
-    sheet.auto_filter.ref = sheet.dimensions
+        changed = flag in defaults and value != defaults[flag]
+        cells = [f"--{flag}", _as_cell(value), _as_cell(defaults.get(flag)), "changed" if changed else None]
+        for column, content in enumerate(cells[: len(titles)], start=1):
+            cell = put(sheet, row, column, content)
+            cell.alignment = WRAPPED
+            if changed:
+                cell.font, cell.fill = BOLD, MARK_FILL
+        set_row_height(sheet, row, [(str(text), width) for text, width in zip(cells, widths)])
+    make_table(sheet, 1, titles, len(arguments))
+
+
+def _as_cell(value) -> Value:
+    """The value of a flag: a number as it is, anything else as text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number or value is None else str(value)
 
 
 def _fill_explained(sheet: Worksheet, run: Run) -> None:
     """Every column in words: what it is, its unit, what is normal."""
     set_up_page(sheet)
-    put_header(sheet, 1, ["Column", "Unit", "What it is", "What is normal"])
-    widths = [18, 22, 70, 70]
+    titles, widths = ["column", "unit", "what it is", "what is normal"], [22, 14, 75, 70]
+    put_header(sheet, 1, titles)
     set_widths(sheet, widths)
-    names = dict.fromkeys(run.metrics.columns + run.checkpoints.columns + run.evaluations.columns)
+    repeated = run.metrics.repeated
+    names = list(dict.fromkeys(run.metrics.columns + run.checkpoints.columns + run.evaluations.columns))
+    if best_checkpoint(run.checkpoints) is not None and BEST not in names:
+        names.insert(names.index(HELD_OUT_LOSS) + 1, BEST)
     for row, name in enumerate(names, start=2):
         column = describe(name, run.diffusion_steps)
-        texts = [name, column.unit, column.meaning, column.normal]
+        meaning = column.meaning
+        if name in repeated:
+            meaning += (
+                f" In this run it equals {repeated[name]} in every row, and is hidden on the sheet Metrics."
+            )
+        texts = [name, column.unit, meaning, column.normal]
         for number, text in enumerate(texts, start=1):
-            put(sheet, row, number, text).alignment = WRAPPED
+            put(sheet, row, number, text or None).alignment = WRAPPED
         set_row_height(sheet, row, list(zip(texts, widths)))
+    make_table(sheet, 1, titles, len(names))

@@ -2,12 +2,22 @@
 
 import datetime
 import os
+import shlex
 
 import numpy as np
 from openpyxl.worksheet.worksheet import Worksheet
 
 from improved_diffusion.results.charts import half_window, smooth
-from improved_diffusion.results.columns import COUNT, DURATION, GENERAL, REAL, SCIENTIFIC, SHORT_REAL, TIME
+from improved_diffusion.results.columns import (
+    COUNT,
+    DURATION,
+    GENERAL,
+    HELD_OUT_LOSS,
+    REAL,
+    SCIENTIFIC,
+    SHORT_REAL,
+    TIME,
+)
 from improved_diffusion.results.read import Run, Table
 from improved_diffusion.results.style import (
     NOTE,
@@ -20,20 +30,21 @@ from improved_diffusion.results.style import (
     WARNING_FILL,
     WRAPPED,
     put,
+    put_link,
     set_row_height,
     set_up_page,
     set_widths,
 )
 
-CHART_COLUMN = "E"
-LABEL, VALUE, LAST = 2, 3, 16  # columns; the banners reach across the chart, to the last
-WIDTHS = [2, 24, 50, 3]
+LABEL, VALUE, RIGHT, LAST = 2, 3, 5, 16  # columns; charts and picture fill those from RIGHT on
+LINES_OF_COMMAND = 20
+WIDTHS = [2, 26, 50, 3]
 
 Fact = tuple[str, object, str]  # label, value, number format
 
 
 def fill_overview(sheet: Worksheet, run: Run) -> int:
-    """Write the sheet, and return the row where there is room for a chart, from `CHART_COLUMN` on."""
+    """Write the sheet, and return the row from which on there is room for charts, from column `RIGHT` on."""
     sheet.title = "Run"
     sheet.sheet_view.showGridLines = False
     set_widths(sheet, WIDTHS)
@@ -71,6 +82,14 @@ def fill_overview(sheet: Worksheet, run: Run) -> int:
     return first
 
 
+def link_sheets(sheet: Worksheet, names: list[str]) -> None:
+    """Links to the sheets `names`, above the charts."""
+    column = RIGHT
+    for name in names:
+        put_link(sheet, 2, column, name)
+        column += 1 if len(name) < 9 else 2
+
+
 def _coverage(metrics: Table) -> str:
     if not metrics.rows:
         return "No rows have been logged yet."
@@ -87,7 +106,7 @@ def _put_banner(sheet: Worksheet, row: int, text: str, font, fill) -> None:
 def _sections(run: Run) -> list[tuple[str, list[Fact]]]:
     return [
         ("Progress", _progress(run)),
-        ("Loss", _loss(run.metrics)),
+        ("Loss", _loss(run)),
         ("Data", _data(run)),
         ("Model and training", _training(run)),
         ("Machine and session", _machine(run)),
@@ -105,19 +124,22 @@ def _progress(run: Run) -> list[Fact]:
         *facts,
         ("Images seen", _last(run.metrics.column("samples")), COUNT),
         ("Training time", _last(run.metrics.column("elapsed")), DURATION),
-        ("Images per second", _median(run.metrics.column("images_per_sec")), "0.00"),
+        ("Images per second (median)", _median(run.metrics.column("images_per_sec")), "0.00"),
         ("Checkpoints", len(run.checkpoints.rows), COUNT),
     ]
 
 
-def _loss(metrics: Table) -> list[Fact]:
+def _loss(run: Run) -> list[Fact]:
+    metrics = run.metrics
     count = len(metrics.rows)
     tail = max(1, count // 10)
     steps, loss = metrics.column("step"), metrics.column("loss")
-    facts = [(f"Final {name}", _mean(metrics.column(name)[-tail:]), REAL) for name in ("loss", "mse")]
-    if np.isfinite(metrics.column("vb")).any():
-        facts.append(("Final vb", _mean(metrics.column("vb")[-tail:]), REAL))
-    facts.append(("Final grad_norm", _mean(metrics.column("grad_norm")[-tail:]), REAL))
+    repeated = metrics.repeated
+    facts = [
+        (f"Final {name}", _mean(metrics.column(name)[-tail:]), REAL)
+        for name in ("loss", "mse", "vb", "grad_norm")
+        if name not in repeated and (name != "vb" or np.isfinite(metrics.column(name)).any())
+    ]
     if count:
         which = f"means of the last {tail:,} rows, steps {int(steps[-tail]):,} to {int(steps[-1]):,}"
         facts.append(("Final values are", which, GENERAL))
@@ -126,7 +148,18 @@ def _loss(metrics: Table) -> list[Fact]:
         best = int(np.nanargmin(smoothed))
         facts.append(("Best smoothed loss", float(smoothed[best]), REAL))
         facts.append(("reached at step", int(steps[best]), COUNT))
+    best = best_checkpoint(run.checkpoints)
+    if best is not None:
+        facts.append(("Best held-out loss", run.checkpoints.column(HELD_OUT_LOSS)[best], REAL))
+        facts.append(("in the checkpoint of step", run.checkpoints.column("step")[best], COUNT))
     return facts
+
+
+def best_checkpoint(checkpoints: Table) -> int | None:
+    """The row with the lowest held-out loss; None where there is none."""
+    loss = checkpoints.column(HELD_OUT_LOSS)
+    finite = np.isfinite(loss)
+    return int(np.argmin(np.where(finite, loss, np.inf))) if finite.any() else None
 
 
 def _data(run: Run) -> list[Fact]:
@@ -177,8 +210,35 @@ def _machine(run: Run) -> list[Fact]:
         ("Software", versions, GENERAL),
         ("Started", run.started, TIME),
         ("Sessions", sessions if run.sessions else None, GENERAL),
-        ("Command", _shortened(run.command) if run.command else None, GENERAL),
+        ("Command", in_lines(run.command, WIDTHS[VALUE - 1] - 4) if run.command else None, GENERAL),
     ]
+
+
+def in_lines(command: str, width: int) -> str:
+    """A command on lines of at most `width` characters, each ended by a backslash as a shell reads it.
+
+    A flag stays together with its value, and no word is broken; one that is longer than `width` has a line to
+    itself.
+    """
+    try:
+        words = [shlex.quote(word) for word in shlex.split(command)]
+    except ValueError:  # a quotation without an end
+        return _shortened(command)
+    parts: list[str] = []
+    for word in words:
+        if word.startswith("--") or not parts or not parts[-1].startswith("--") or " " in parts[-1]:
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 1 + len(part) <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(part)
+    if len(lines) > LINES_OF_COMMAND:
+        lines[LINES_OF_COMMAND:] = ["..."]
+    return " \\\n".join(lines)
 
 
 def _shortened(text: str, length: int = 600) -> str:

@@ -1,24 +1,28 @@
 """Read the directory of a run, finished or still being written, without trusting a byte of it."""
 
 import contextlib
-import csv
 import datetime
+import functools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from improved_diffusion.storage import absolute
+from improved_diffusion.results.columns import is_known
+from improved_diffusion.storage import absolute, read_csv
 
 Value = int | float | str | datetime.datetime | None
 
-TEXT_COLUMNS = ("saved_at", "files")  # of checkpoints.csv; all other cells of a run's tables are numbers
+TEXT_COLUMNS = ("saved_at", "files")  # of checkpoints.csv
 LARGEST_EXACT_INTEGER = 2**53  # of a float, which is what Excel's numbers are
-EVALUATION = ("evaluated_at", "features", "images", "reference_images")  # columns before the metrics
-SOURCES = ("images_path", "reference_path", "warnings")  # columns after them
+EVALUATED = ("step", "weights", "features", "images", "reference_images")  # columns before the metrics
+SOURCES = ("images_path", "reference_path", "evaluated_at", "notes")  # columns after them
 MAX_METRICS = 200  # columns, of which Excel has but 16,384
+# A weights file of a run, in the path of images that were named after it.
+WEIGHTS = re.compile(r"(model|ema_(\d[\d.]*)_)(\d{6,15})(?!\d)", re.ASCII)
 
 
 @dataclass
@@ -28,25 +32,48 @@ class Table:
     columns: list[str] = field(default_factory=list)
     rows: list[list[Value]] = field(default_factory=list)
     broken: int = 0
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def column(self, name: str) -> np.ndarray:
         """The numbers of a column as float64 [rows]: NaN where there is none, or no such column."""
-        if name not in self.columns:
-            return np.full(len(self.rows), np.nan)
-        index = self.columns.index(name)
-        return np.array([np.nan if row[index] is None else row[index] for row in self.rows], np.float64)
+        if name not in self._arrays:
+            index = self.columns.index(name) if name in self.columns else None
+            cells = [None if index is None else row[index] for row in self.rows]
+            numbers = [cell if isinstance(cell, (int, float)) else math.nan for cell in cells]
+            self._arrays[name] = np.array(numbers, np.float64)
+            self._arrays[name].flags.writeable = False
+        return self._arrays[name]
+
+    @functools.cached_property
+    def repeated(self) -> dict[str, str]:
+        """The columns of numbers that equal an earlier one (not the step) in every row, and that one."""
+        first: dict[bytes, str] = {}
+        found = {}
+        for name in self.columns:
+            values = self.column(name)
+            if name == "step" or np.isnan(values).all():
+                continue
+            original = first.setdefault(values.tobytes(), name)
+            if original != name:
+                found[name] = original
+        return found
 
 
 @dataclass
 class Run:
-    """What the directory of a run says. `notes` are lines on what is missing from it or broken."""
+    """What the directory of a run says. `notes` are lines on what is missing from it or broken.
+
+    `evaluation_notes` are the texts that the column "notes" of `evaluations` gives the numbers of, from 1 on.
+    """
 
     dir: str
     metrics: Table
     checkpoints: Table
     evaluations: Table
+    evaluation_notes: list[str]
     previews: list[tuple[int, str]]  # (step, path of the picture), newest first
     arguments: dict
+    defaults: dict  # of the flags in `arguments`; empty where they are not recorded
     data: dict
     machine: dict
     model: dict
@@ -82,13 +109,16 @@ def read_run(run_dir: str) -> Run:
     notes = [_broken_note("progress.csv", metrics.broken)] if metrics.broken else []
     arguments = _read_json(run_dir, "args.json", "the arguments are not known", notes)
     info = _read_json(run_dir, "run.json", "data, model and machine are not known", notes)
+    evaluations, evaluation_notes = _read_evaluations(run_dir, notes)
     return Run(
         dir=run_dir,
         metrics=metrics,
         checkpoints=_read_checkpoints(run_dir, notes),
-        evaluations=_read_evaluations(run_dir, notes),
+        evaluations=evaluations,
+        evaluation_notes=evaluation_notes,
         previews=_find_previews(run_dir),
         arguments=arguments,
+        defaults=_dict(info.get("defaults")),
         data=_dict(info.get("data")),
         machine=_dict(info.get("machine")),
         model=_dict(info.get("model")),
@@ -101,21 +131,14 @@ def read_run(run_dir: str) -> Run:
 
 def _read_table(path: str) -> Table:
     """The rows that have a cell for every column, numbers where they must be, and a finite step."""
-    with open(path, "rb") as file:
-        text = file.read().decode("utf-8-sig", "replace")
-    # What follows the last line end is empty, or a line that is still being written.
-    *lines, torn = text.replace("\0", "").split("\n")
-    lines = [line.rstrip("\r") for line in lines if line.strip()]
-    if not lines:
-        return Table(["step"], broken=bool(torn))
-    columns = _split(lines[0])
-    table = Table(columns, broken=bool(torn))
-    if "step" not in columns or len(set(columns)) < len(columns):
+    columns, rows, torn = read_csv(path)
+    table = Table(columns or ["step"], broken=int(torn))
+    if "step" not in table.columns or len(set(columns)) < len(columns):
         return Table()
-    step = columns.index("step")
-    for line in lines[1:]:
+    step = table.columns.index("step")
+    for cells in rows:
         try:
-            row = [_parse(name, cell) for name, cell in zip(columns, _split(line), strict=True)]
+            row = [_parse(name, cell) for name, cell in zip(columns, cells, strict=True)]
             # Rejects a step that is missing, NaN or infinite as well.
             if not 0 <= row[step] < LARGEST_EXACT_INTEGER:
                 raise ValueError("no step")
@@ -126,19 +149,18 @@ def _read_table(path: str) -> Table:
     return table
 
 
-def _split(line: str) -> list[str]:
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:  # a cell of a hundred kilobytes
-        return []
-
-
 def _parse(name: str, cell: str) -> Value:
+    """A cell of a CSV file: a number, unless the column is one of text or none of this program's."""
     if not cell:
         return None
     if name in TEXT_COLUMNS:
         return _time(cell)
-    number = float(cell)
+    try:
+        number = float(cell)
+    except ValueError:
+        if is_known(name):
+            raise
+        return cell
     is_exact_integer = abs(number) < LARGEST_EXACT_INTEGER and number.is_integer()
     return int(number) if is_exact_integer else number
 
@@ -154,18 +176,22 @@ def _read_checkpoints(run_dir: str, notes: list[str]) -> Table:
     return table
 
 
-def _read_evaluations(run_dir: str, notes: list[str]) -> Table:
-    """What image_eval.py has recorded, a row for each evaluation; empty where there was none."""
+def _read_evaluations(run_dir: str, notes: list[str]) -> tuple[Table, list[str]]:
+    """What image_eval.py has recorded: a row for each evaluation, and the warnings, each once.
+
+    The rows with the same features, numbers of images and weights follow each other, by step. Without
+    evaluations the table is empty.
+    """
     try:
         with open(os.path.join(run_dir, "evaluation.json"), encoding="utf-8") as file:
             records = json.load(file)
     except FileNotFoundError:
-        return Table()
+        return Table(), []
     except (OSError, ValueError, RecursionError):
         records = None
     if not isinstance(records, list):
         notes.append("evaluation.json cannot be read: its evaluations are left out.")
-        return Table()
+        return Table(), []
     records = [record for record in records if isinstance(record, dict)]
     # The features, which a metric's name has in square brackets, have a column of their own.
     metrics = [
@@ -173,12 +199,38 @@ def _read_evaluations(run_dir: str, notes: list[str]) -> Table:
         for record in records
     ]
     names = list(dict.fromkeys(name for found in metrics for name in found))
-    columns = [*EVALUATION, *names[:MAX_METRICS], *SOURCES]
+    columns = list(dict.fromkeys([*EVALUATED, *names[:MAX_METRICS], *SOURCES]))
+    numbers: dict[str, int] = {}  # of the warnings
     rows = []
     for record, found in zip(records, metrics):
-        cells = {**found, **record, "warnings": " ".join(map(str, _list(record.get("warnings"))))}
-        rows.append([_time(cells.get("evaluated_at")), *(_cell(cells.get(name)) for name in columns[1:])])
-    return Table(columns, rows)
+        warnings = [str(warning) for warning in _list(record.get("warnings"))]
+        marks = [str(numbers.setdefault(warning, len(numbers) + 1)) for warning in warnings]
+        step, weights = _weights_of(record.get("images_path"))
+        cells = {**found, "step": step, "weights": weights, **record, "notes": ", ".join(marks) or None}
+        row = {name: _cell(cells.get(name)) for name in columns}
+        rows.append([*({**row, "evaluated_at": _time(cells.get("evaluated_at"))}.values())])
+    order = [columns.index(name) for name in ("features", "reference_images", "images", "weights", "step")]
+    rows.sort(key=lambda row: [_sort_key(row[index]) for index in order])
+    return Table(columns, rows), list(numbers)
+
+
+def _weights_of(images_path) -> tuple[int | None, str | None]:
+    """The step and the kind of the weights that images were drawn with, as far as their path is named after them.
+
+    A kind is "model" or "ema", a space and the rate.
+    """
+    matches = list(WEIGHTS.finditer(images_path)) if isinstance(images_path, str) else []
+    if not matches:
+        return None, None
+    kind, rate, step = matches[-1].groups()
+    return int(step), f"ema {rate}" if rate else kind
+
+
+def _sort_key(value: Value) -> tuple[int, float, str]:
+    """Numbers before texts, and what is missing last."""
+    if isinstance(value, int | float):
+        return (0, value, "")
+    return (2, 0.0, "") if value is None or value == "" else (1, 0.0, str(value))
 
 
 def _cell(value) -> Value:

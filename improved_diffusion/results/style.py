@@ -1,17 +1,30 @@
-"""How the workbook looks, and how a value becomes a cell."""
+"""How the workbook looks, and how values become cells, tables and described pictures."""
 
 import datetime
 import math
+from collections.abc import Sequence
 
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, Cell
+from openpyxl.drawing.fill import Blip
+from openpyxl.drawing.geometry import PresetGeometry2D
+from openpyxl.drawing.image import Image
+from openpyxl.drawing.picture import PictureFrame
+from openpyxl.drawing.spreadsheet_drawing import AnchorMarker, OneCellAnchor
+from openpyxl.drawing.xdr import XDRPositiveSize2D
 from openpyxl.styles import Alignment, Border, Font, PatternFill, Side
 from openpyxl.utils import get_column_letter
+from openpyxl.utils.units import pixels_to_EMU
+from openpyxl.worksheet.filters import AutoFilter
+from openpyxl.worksheet.hyperlink import Hyperlink
+from openpyxl.worksheet.table import Table, TableColumn, TableStyleInfo
 from openpyxl.worksheet.worksheet import Worksheet
 
 from improved_diffusion.results.columns import DURATION, GENERAL
 
 LONGEST_TEXT = 32_000  # of the 32,767 characters that a cell can hold
+LONGEST_TITLE = 200  # of the 255 characters that the header of a table's column can hold
 SECONDS_PER_DAY = 86_400
+POINTS_PER_ROW, PIXELS_PER_POINT = 15, 4 / 3
 
 FONT = "Calibri"  # that of the cells without a style of their own, in every program
 TITLE = Font(FONT, size=20, bold=True, color="1F4E79")
@@ -19,15 +32,23 @@ SECTION = Font(FONT, size=12, bold=True, color="1F4E79")
 HEADER = Font(FONT, bold=True, color="FFFFFF")
 HEADER_FILL = PatternFill("solid", fgColor="1F4E79")
 SUBTLE = Font(FONT, color="7F7F7F")
+LINK = Font(FONT, color="0563C1", underline="single")
+BOLD = Font(FONT, bold=True)
 WARNING = Font(FONT, size=13, bold=True, color="9C0006")
 WARNING_FILL = PatternFill("solid", fgColor="FFC7CE")
 NOTE = Font(FONT, color="7F6000")
 NOTE_FILL = PatternFill("solid", fgColor="FFF2CC")
+MARK_FILL = PatternFill("solid", fgColor="E2EFDA")
 RULE = Border(bottom=Side(style="thin", color="9DC3E6"))
-CENTRED = Alignment(horizontal="center", vertical="center")
+CENTRED = Alignment(horizontal="center", vertical="center", wrap_text=True)
 RIGHT = Alignment(horizontal="right")
 WRAPPED = Alignment(horizontal="left", vertical="center", wrap_text=True)
 INDENTED = Alignment(horizontal="left", indent=1)
+
+
+def clean(text: str) -> str:
+    """`text` without control characters and halves of surrogate pairs, which no workbook can store."""
+    return ILLEGAL_CHARACTERS_RE.sub("?", text).encode("utf-8", "replace").decode()
 
 
 def put(sheet: Worksheet, row: int, column: int, value, number_format: str = GENERAL) -> Cell:
@@ -41,42 +62,119 @@ def put(sheet: Worksheet, row: int, column: int, value, number_format: str = GEN
         cell.alignment = RIGHT
     elif isinstance(value, int | float | datetime.datetime):
         cell.value = value / SECONDS_PER_DAY if number_format == DURATION else value
-        cell.number_format = number_format
+        if number_format != GENERAL:
+            cell.number_format = number_format
     elif value is not None:
-        # Neither control characters nor halves of surrogate pairs can be stored in a workbook.
-        text = ILLEGAL_CHARACTERS_RE.sub("?", str(value)).encode("utf-8", "replace").decode()
-        cell.value = text[:LONGEST_TEXT]
+        cell.value = clean(str(value))[:LONGEST_TEXT]
         cell.data_type = "s"  # even where it begins with "="
     return cell
 
 
-def put_header(sheet: Worksheet, row: int, names: list[str]) -> None:
-    """Write the header of a table, and freeze what is above its first row and left of its second column."""
-    for column, name in enumerate(names, start=1):
-        cell = put(sheet, row, column, name)
+def put_header(sheet: Worksheet, row: int, titles: Sequence[str]) -> None:
+    """Write the header of a table, freeze it and the first column, and repeat it on every printed page."""
+    for column, title in enumerate(titles, start=1):
+        cell = put(sheet, row, column, title)
         cell.font, cell.fill, cell.alignment = HEADER, HEADER_FILL, CENTRED
-    sheet.row_dimensions[row].height = 22
+    sheet.row_dimensions[row].height = 34
     sheet.freeze_panes = sheet.cell(row + 1, 2)
     sheet.print_title_rows = f"{row}:{row}"
 
 
-def set_widths(sheet: Worksheet, widths: list[float]) -> None:
+def put_link(sheet: Worksheet, row: int, column: int, target: str) -> None:
+    """Write the name of the sheet `target` into a cell, as a link to it."""
+    cell = put(sheet, row, column, target)
+    cell.hyperlink = Hyperlink(ref=cell.coordinate, location=f"'{target}'!A1", display=target)
+    cell.font = LINK
+
+
+def table_titles(titles: Sequence[str]) -> list[str]:
+    """`titles` as the columns of an Excel table must be called: none empty, no two alike in any case."""
+    unique: dict[str, str] = {}
+    for number, title in enumerate(titles, start=1):
+        title = " ".join(clean(title).split())[:LONGEST_TITLE] or f"column {number}"
+        if title.casefold() in unique:
+            title = f"{title} (column {number})"
+        unique[title.casefold()] = title
+    return list(unique.values())
+
+
+def make_table(sheet: Worksheet, header_row: int, titles: Sequence[str], rows: int) -> None:
+    """Declare `rows` rows below the header to be an Excel table, called like its sheet.
+
+    :param titles: what stands in the header; as `table_titles` gives them.
+    """
+    ref = f"A{header_row}:{get_column_letter(len(titles))}{header_row + rows}"
+    table = Table(displayName=sheet.title, ref=ref, autoFilter=AutoFilter(ref=ref))
+    table.tableColumns = [TableColumn(id=number, name=title) for number, title in enumerate(titles, start=1)]
+    table.tableStyleInfo = TableStyleInfo(name="TableStyleLight9", showRowStripes=True)
+    sheet.add_table(table)
+
+
+def place_picture(
+    sheet: Worksheet,
+    row: int,
+    column: int,
+    picture: Image,
+    description: str,
+    fit: tuple[int, int] | None = None,
+) -> None:
+    """Put `picture` at a cell, with `description` as its alternative text.
+
+    :param fit: the width and height in pixels to enlarge or shrink it to; its proportions stay.
+    """
+    factor = min(fit[0] / picture.width, fit[1] / picture.height) if fit else 1
+    size = XDRPositiveSize2D(
+        *(pixels_to_EMU(round(factor * side)) for side in (picture.width, picture.height))
+    )
+    frame = PictureFrame()
+    number = len(sheet._images) + 1
+    properties = frame.nvPicPr.cNvPr
+    # Numbers within a drawing are unique, and openpyxl gives the low ones to charts.
+    properties.id, properties.name, properties.descr = 1000 + number, f"Picture {number}", description
+    frame.blipFill.blip = Blip(cstate="print")
+    frame.spPr.prstGeom = PresetGeometry2D(prst="rect")
+    frame.spPr.ln = None
+    marker = AnchorMarker(col=column - 1, row=row - 1)
+    picture.anchor = OneCellAnchor(_from=marker, ext=size, pic=frame)
+    sheet.add_image(picture)
+
+
+def set_widths(sheet: Worksheet, widths: Sequence[float]) -> None:
     """Set the widths of the columns from A on, in characters."""
     for column, width in enumerate(widths, start=1):
         sheet.column_dimensions[get_column_letter(column)].width = width
 
 
-def set_row_height(sheet: Worksheet, row: int, texts_and_widths: list[tuple[str, float]]) -> None:
-    """Make a row as high as the text that takes most lines in a cell of its width."""
+def count_lines(text: str, width: float) -> int:
+    """How many lines `text` takes in a cell of `width` characters."""
     # A letter is a little narrower than a digit, of which widths are multiples.
-    lines = max(math.ceil(0.95 * len(text) / width) for text, width in texts_and_widths)
-    sheet.row_dimensions[row].height = 15 * max(lines, 1) + 3
+    return sum(max(1, math.ceil(0.95 * len(line) / width)) for line in text.split("\n"))
 
 
-def set_up_page(sheet: Worksheet, pages_high: int = 0) -> None:
-    """Print in landscape, as wide as the paper, on `pages_high` pages or, when that is 0, on any number."""
-    sheet.page_setup.orientation = "landscape"
+def set_row_height(sheet: Worksheet, row: int, texts_and_widths: Sequence[tuple[str, float]]) -> None:
+    """Make a row as high as the text that takes most lines in a cell of its width."""
+    lines = max(count_lines(text, width) for text, width in texts_and_widths)
+    sheet.row_dimensions[row].height = POINTS_PER_ROW * lines + 3
+
+
+def row_below(sheet: Worksheet, row: int, pixels: float) -> int:
+    """The first row that begins `pixels` or more below the top of `row`."""
+    while pixels > 0:
+        pixels -= (sheet.row_dimensions[row].height or POINTS_PER_ROW) * PIXELS_PER_POINT
+        row += 1
+    return row
+
+
+def set_up_page(sheet: Worksheet, pages_high: int = 0, landscape: bool = True, remark: str = "") -> None:
+    """Print on A4, as wide as the paper, on `pages_high` pages or, when that is 0, on any number.
+
+    :param remark: what the footer says besides the page.
+    """
+    sheet.page_setup.orientation = "landscape" if landscape else "portrait"
     sheet.page_setup.paperSize = sheet.PAPERSIZE_A4
     sheet.page_setup.fitToWidth, sheet.page_setup.fitToHeight = 1, pages_high
     sheet.sheet_properties.pageSetUpPr.fitToPage = True
-    sheet.oddFooter.center.text = "&A, page &P of &N"
+    sheet.print_options.horizontalCentered = True
+    sheet.page_margins.left = sheet.page_margins.right = 0.4
+    sheet.page_margins.top, sheet.page_margins.bottom, sheet.page_margins.footer = 0.5, 0.7, 0.3
+    sheet.oddFooter.center.text = "&A, page &P of &N" + (f" ({remark})" if remark else "")

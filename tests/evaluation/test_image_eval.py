@@ -252,16 +252,21 @@ def test_the_workbook_of_a_run(network, measure, tmp_path):
     records = [measure("--features", kind, "--run_dir", tmp_path)[0] for kind in ("pixel", network)]
     assert read_json(tmp_path / "evaluation.json") == records
     book = load_workbook(tmp_path / "results.xlsx")
-    header, *rows = book["Evaluation"].iter_rows(values_only=True)
-    for record, row in zip(records, rows, strict=True):
-        cells = dict(zip(header, row))
-        assert (cells["features"], cells["images"], cells["reference_images"]) == (record["features"], 40, 60)
+    titles, *rows = book["Evaluation"].iter_rows(values_only=True)
+    header = [title.partition(" (")[0] for title in titles]
+    by_features = {row[header.index("features")]: dict(zip(header, row)) for row in rows[:2]}
+    for record in records:
+        cells = by_features[record["features"]]
+        assert (cells["images"], cells["reference_images"]) == (40, 60)
         for name, value in record["metrics"].items():
             assert cells[name.partition("[")[0]] == pytest.approx(value)
-    assert "fid" not in header and rows[0][header.index("inception_score")] is None
-    assert "only 40 images" in rows[0][-1] and rows[1][-1] in (None, "")
+    pixel, network = (by_features[record["features"]] for record in records)
+    assert "fid" not in header and pixel["inception_score"] is None
+    assert pixel["notes"] == "1, 2" and network["notes"] is None
+    below = [row[0] for row in rows[2:] if row[0]]
+    assert below[0] == "Notes" and below[1].startswith("1: only 40 images") and len(below) == 3
     explained = {row[0]: row[2] for row in book["Explained"].iter_rows(values_only=True)}
-    assert explained["precision"].startswith("Drawn images that are as close")
+    assert explained["precision"].startswith("Share of the drawn images that are as close")
     assert explained["kernel_distance_std"] == "Standard deviation of kernel_distance."
 
 

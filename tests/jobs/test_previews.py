@@ -103,23 +103,30 @@ def test_a_training_draws_and_is_not_disturbed(tmp_path, call_script):
         done = call_script("image_train.py", "--data_dir", "builtin", *TINY_FLAGS, *FLAGS, *args)
         assert done.returncode == 0, done.stderr
 
+    # Every second step, and the last one, which is odd.
+    drawn = ["step_000002.png", "step_000004.png", "step_000005.png"]
     for name, interval in (("with", 2), ("without", 0)):
         train("--total_steps", 5, "--sample_interval", interval, "--log_dir", tmp_path / name)
-    assert sorted(os.listdir(tmp_path / "with" / "samples")) == ["step_000002.png", "step_000004.png"]
+    assert sorted(os.listdir(tmp_path / "with" / "samples")) == drawn
     assert not (tmp_path / "without" / "samples").exists()
     for a, b in zip(weights(tmp_path / "with"), weights(tmp_path / "without")):
         assert all(th.equal(a[name], b[name]) for name in a)
-    assert len(load_workbook(tmp_path / "with" / "results.xlsx")["Samples"]._images) == 2
+    assert len(load_workbook(tmp_path / "with" / "results.xlsx")["Samples"]._images) == 3
 
-    # Step 4 is drawn once more, with the same result, by a run that goes on from step 3.
-    before = (tmp_path / "with" / "samples" / "step_000004.png").read_bytes()
+    # Steps 4 and 5 are drawn once more, with the same result, by a run that goes on from step 3.
+    before = [(tmp_path / "with" / "samples" / name).read_bytes() for name in drawn]
     for name in os.listdir(tmp_path / "with"):
         if "000005" in name:
             (tmp_path / "with" / name).unlink()
     (tmp_path / "with" / "samples" / ".tmp-1234-step_000004.png").write_text("left by a killed process")
     train("--total_steps", 5, "--sample_interval", 2, "--log_dir", tmp_path / "with")
-    assert sorted(os.listdir(tmp_path / "with" / "samples")) == ["step_000002.png", "step_000004.png"]
-    assert (tmp_path / "with" / "samples" / "step_000004.png").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "with" / "samples")) == drawn
+    assert [(tmp_path / "with" / "samples" / name).read_bytes() for name in drawn] == before
+
+    # A run that has reached its last step without a picture of it makes up for it.
+    train("--total_steps", 5, "--sample_interval", 2, "--log_dir", tmp_path / "without")
+    assert os.listdir(tmp_path / "without" / "samples") == drawn[-1:]
+    assert (tmp_path / "without" / "samples" / drawn[-1]).read_bytes() == before[-1]
 
 
 def test_classes_and_super_resolution(tmp_path, call_script):

@@ -69,6 +69,12 @@ def test_arguments_and_facts_are_recorded(trained):
     facts = read_json(run / "run.json")
     assert facts["data"]["source"] == "builtin" and facts["model"]["parameters"] > 10_000
     assert facts["machine"]["cores"] >= 1 and len(facts["sessions"]) == 1
+    defaults = facts["defaults"]
+    assert defaults.keys() == arguments.keys()
+    assert defaults["total_steps"] == 30000 and defaults["data_dir"] == ""
+    changed = load_workbook(run / "results.xlsx")["Arguments"].iter_rows(min_row=2, values_only=True)
+    changed = {flag.removeprefix("--") for flag, *_, mark in changed if mark}
+    assert changed == {name for name in arguments if arguments[name] != defaults[name]} >= {"total_steps"}
 
 
 def test_the_workbook_says_what_the_csv_says(trained):
@@ -77,7 +83,7 @@ def test_the_workbook_says_what_the_csv_says(trained):
     assert {"Run", "Metrics", "Charts", "Checkpoints", "Arguments", "Explained"} <= set(book.sheetnames)
     table = list(book["Metrics"].values)
     rows = csv_rows(run / "progress.csv")
-    assert list(table[0]) == list(rows[0])
+    assert [title.partition(" (")[0] for title in table[0]] == list(rows[0])
     for cells, row in zip(table[1:], rows, strict=True):
         for cell, text in zip(
             cells[:-1], list(row.values())[:-1], strict=True

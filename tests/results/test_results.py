@@ -3,27 +3,40 @@
 import csv
 import datetime
 import gc
+import io
 import json
 import math
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openpyxl import load_workbook
+from openpyxl import Workbook, load_workbook
 from openpyxl.utils import range_boundaries
 from openpyxl.worksheet._writer import WorksheetWriter
 from PIL import Image
 
-from improved_diffusion.results.charts import chart_data, plots_of, smooth
-from improved_diffusion.results.columns import DURATION, describe
+from improved_diffusion.results.charts import (
+    AUTO,
+    FITTED,
+    FROM_ZERO,
+    Line,
+    chart_data,
+    draw,
+    lines_of,
+    plots_of,
+    smooth,
+)
+from improved_diffusion.results.columns import DURATION, describe, title_of
 from improved_diffusion.results.export import export
 from improved_diffusion.results.read import Table, read_run
 from improved_diffusion.run.interrupts import Interrupts, Stopped
@@ -71,6 +84,7 @@ def run_dir(tmp_path):
     }
     (path / "args.json").write_text(json.dumps(arguments))
     info = {
+        "defaults": {**arguments, "total_steps": 30000, "class_cond": False, "data_dir": ""},
         "data": {"source": "/data/cifar_train", "images": 50000, "classes": {"cat": 25000, "dog": 25000}},
         "machine": {"processor": "Some CPU", "cores": 4, "threads": 2, "memory_gb": 7.5, "python": "3.12"},
         "model": {"parameters": 1234567},
@@ -102,14 +116,17 @@ def test_metrics_equal_the_csv_cell_by_cell(run_dir):
     with open(run_dir / "progress.csv", newline="") as file:
         expected = list(csv.reader(file))
     assert sheet.max_row == len(expected) and sheet.max_column == len(COLUMNS)
-    assert [cell.value for cell in sheet[1]] == expected[0]
+    assert [cell.value for cell in sheet[1]] == [title_of(name) for name in COLUMNS]
     for row, cells in zip(sheet.iter_rows(min_row=2, values_only=True), expected[1:]):
         for name, value, text in zip(COLUMNS, row, cells):
             if isinstance(value, datetime.timedelta):
                 assert name == "elapsed" and value.total_seconds() == pytest.approx(float(text))
             else:
                 assert value == (pytest.approx(float(text), rel=1e-15) if text else None), name
-    assert sheet.freeze_panes == "B2" and sheet.auto_filter.ref == sheet.dimensions
+    (table,) = sheet.tables.values()
+    assert sheet.freeze_panes == "B2" and table.ref == table.autoFilter.ref == sheet.dimensions
+    assert table.column_names == [cell.value for cell in sheet[1]]
+    assert {"samples (images)", "elapsed (h:mm:ss)", "images_per_sec", "step"} <= set(table.column_names)
     formats = {name: cell.number_format for name, cell in zip(COLUMNS, sheet[2])}
     assert (formats["step"], formats["elapsed"]) == ("#,##0", DURATION) and "0.00000" in formats["loss"]
 
@@ -127,7 +144,7 @@ def test_sheets_and_the_run_at_a_glance(run_dir):
     assert facts["Final loss"] == pytest.approx(rows[-6:].mean())
     assert facts["Final values are"] == "means of the last 6 rows, steps 550 to 600"
     assert facts["Best smoothed loss"] == pytest.approx(facts["Final loss"], rel=0.1)
-    assert facts["Images per second"] == 19.25 and facts["Checkpoints"] == 2
+    assert facts["Images per second (median)"] == 19.25 and facts["Checkpoints"] == 2
     assert facts["Source"] == "/data/cifar_train" and facts["Classes"] == "2: cat 25,000, dog 25,000"
     assert facts["Parameters"] == 1234567 and facts["Learning rate"] == 1e-4
     assert facts["Processor"] == "Some CPU" and facts["Cores"] == "4 cores, 2 threads used"
@@ -151,13 +168,244 @@ def test_checkpoints_samples_and_arguments(run_dir):
     row = [cell.value for cell in book["Checkpoints"][2]]
     assert row[:3] == [300, 2400, datetime.datetime(2025, 1, 2, 3, 4, 5)]
     assert row[6] == "model000300.pt opt000300.pt"
+    assert book["Checkpoints"].column_dimensions["G"].width >= len(row[6])
     samples = book["Samples"]
     assert len(samples._images) == 1
     assert re.search(r"Step 600\nStep 300\nstep_000600.png cannot be read.$", texts_of(samples))
-    arguments = {row[0]: row[1] for row in book["Arguments"].iter_rows(min_row=2, values_only=True)}
+    rows = list(book["Arguments"].iter_rows(min_row=2, values_only=True))
+    arguments = {row[0]: row[1] for row in rows}
     assert list(arguments) == sorted(arguments)
     assert arguments["--lr"] == 1e-4 and arguments["--class_cond"] == "True"
     assert arguments["--data_dir"] == "=1+1" and book["Arguments"]["B3"].data_type != "f"
+    assert {flag: mark for flag, *_, mark in rows if mark} == dict.fromkeys(
+        ["--class_cond", "--data_dir", "--total_steps"], "changed"
+    )
+    bold = [row[0].value for row in book["Arguments"].iter_rows(min_row=2) if row[0].font.bold]
+    assert bold == ["--class_cond", "--data_dir", "--total_steps"]
+
+
+def test_arguments_of_a_run_whose_defaults_are_not_recorded(run_dir):
+    info = json.loads((run_dir / "run.json").read_text())
+    del info["defaults"]
+    (run_dir / "run.json").write_text(json.dumps(info))
+    sheet = load_workbook(export(str(run_dir)))["Arguments"]
+    assert [cell.value for cell in sheet[1]] == ["flag", "value"]
+    assert not any(cell.font.bold for row in sheet.iter_rows(min_row=2) for cell in row)
+
+
+def test_the_first_sheet_leads_on(run_dir):
+    Image.new("RGB", (80, 60), "blue").save(run_dir / "samples" / "step_000600.png")
+    (run_dir / "samples" / "step_000700.png").write_bytes(b"\x89PNG\r\n\x1a\n half a picture")
+    path = export(str(run_dir))
+    book = load_workbook(path)
+    links = {cell.value: cell.hyperlink.location for row in book["Run"] for cell in row if cell.hyperlink}
+    assert links == {name: f"'{name}'!A1" for name in book.sheetnames[1:]}
+    assert book.properties.title == "Training run run"
+    (picture,) = book["Run"]._images
+    assert Image.open(io.BytesIO(picture._data())).convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+    assert "Samples at step 600" in texts_of(book["Run"])
+    extent = picture.anchor.ext
+    assert extent.width / extent.height == pytest.approx(80 / 60, rel=0.01)
+    with zipfile.ZipFile(path) as archive:
+        drawings = [archive.read(name).decode() for name in archive.namelist() if "drawings/drawing" in name]
+    described = sorted(re.findall(r'descr="([^"]*)"', " ".join(drawings)))
+    texts = [f"Grid of images drawn by the model after {step} steps of training" for step in (300, 600, 600)]
+    assert described == texts
+    for drawing in drawings:
+        numbers = re.findall(r'cNvPr [^>]*?\bid="(\d+)"', drawing)
+        assert len(set(numbers)) == len(numbers) > 0
+
+
+def test_the_command_can_be_copied(run_dir):
+    words = ["python", "image_train.py", "--data_dir", "my pictures", "--ema_rate", "0.999,0.9999"]
+    words += [part for number in range(20) for part in (f"--a_long_name_{number}", "-1")]
+    info = json.loads((run_dir / "run.json").read_text())
+    info["command"] = shlex.join(words)
+    (run_dir / "run.json").write_text(json.dumps(info))
+    command = facts_of(load_workbook(export(str(run_dir))))["Command"]
+    lines = command.split("\n")
+    assert len(lines) > 5 and max(map(len, lines)) <= 50  # the width of the column: nothing is broken again
+    assert shlex.split(command.replace("\\\n", "")) == words
+    assert not re.search(r"(--\w+) \\\n[^-]", command)
+
+
+def test_columns_that_repeat_others_are_hidden(run_dir):
+    rows = [[step, 8 * step, 1 / step, 2 / step, "", 1 / step, 2 / step, ""] for step in range(1, 9)]
+    header = ["step", "samples", "loss", "loss_q0", "loss_q1", "mse", "mse_q0", "mse_q1"]
+    write_rows(run_dir, [header, *rows])
+    book = load_workbook(export(str(run_dir)))
+    hidden = [letter for letter, column in book["Metrics"].column_dimensions.items() if column.hidden]
+    assert hidden == ["F", "G"]
+    assert "Final loss" in facts_of(book) and "Final mse" not in facts_of(book)
+    explained = {row[0]: row[2] for row in book["Explained"].iter_rows(values_only=True)}
+    assert "equals loss in every row" in explained["mse"] and "equals" not in explained["mse_q1"]
+    rows[5][5] += 1e-9
+    write_rows(run_dir, [header, *rows])
+    book = load_workbook(export(str(run_dir)))
+    assert not book["Metrics"].column_dimensions["F"].hidden and "Final mse" in facts_of(book)
+
+
+def test_print_is_limited_to_the_last_rows(run_dir):
+    write_rows(run_dir, [COLUMNS, *numbers(200)])
+    book = load_workbook(export(str(run_dir)))
+    for name, last in (("Metrics", 201), ("Smoothed", 202)):
+        sheet = book[name]
+        _, first, _, end = range_boundaries(sheet.print_area.rpartition("!")[2])
+        assert (end - first + 1, end) == (60, last) and sheet.max_row == last
+        assert "the last 60 of 200 rows" in sheet.oddFooter.center.text and sheet.print_title_rows
+
+
+def labels(axis):
+    """The labels of a linear axis, as its number format shows them."""
+    count = round((axis.scaling.max - axis.scaling.min) / axis.majorUnit)
+    ticks = [axis.scaling.min + number * axis.majorUnit for number in range(count + 1)]
+    shown = re.fullmatch(r"#,##0(?:\.(0+))?", axis.number_format.formatCode)
+    return ticks, [f"{tick:.{len(shown[1] or '')}f}" if shown else f"{tick:.12g}" for tick in ticks]
+
+
+def is_round(number):
+    return re.match(r"[125]\.0+e", f"{number:e}")
+
+
+@given(
+    low=st.floats(1e-7, 1e5),
+    factor=st.floats(1.0001, 1e6),
+    scale=st.sampled_from([AUTO, FROM_ZERO, FITTED]),
+)
+@settings(max_examples=200, deadline=None)
+def test_labels_are_round_and_do_not_repeat(low, factor, scale):
+    values = np.array([low, low * factor])
+    steps = np.array([10.0, 20.0])
+    axis = draw(Workbook().active, "", "", scale, [Line("a", "000000", 1, 2, 2, steps, values)]).y_axis
+    assert axis.scaling.min <= values[0] * (1 + 1e-8) and axis.scaling.max >= values[1] * (1 - 1e-8)
+    if axis.scaling.logBase:
+        assert scale == AUTO and axis.scaling.logBase == 10 and axis.number_format.formatCode == "General"
+        assert is_round(axis.scaling.min) and is_round(axis.scaling.max)
+        return
+    assert scale == FITTED or axis.scaling.min == 0
+    assert is_round(axis.majorUnit)
+    ticks, shown = labels(axis)
+    assert 2 <= len(ticks) <= 9 and len(set(shown)) == len(shown)
+    assert [float(text) for text in shown] == pytest.approx(ticks, rel=1e-9, abs=1e-9 * axis.majorUnit)
+
+
+def test_the_speed_is_drawn_from_zero_without_logarithms(run_dir):
+    rows = [row[:-2] + [0.5 if row[0] == 10 else 40.0] + row[-1:] for row in numbers(60)]
+    write_rows(run_dir, [COLUMNS, *rows])
+    charts = load_workbook(export(str(run_dir)))["Charts"]._charts
+    speed = next(chart for chart in charts if chart.title.tx.rich.p[0].r[0].t == "Training speed")
+    assert speed.y_axis.scaling.logBase is None and speed.y_axis.scaling.min == 0
+    assert speed.y_axis.scaling.max == 40
+
+
+def test_the_late_part_fills_its_chart():
+    steps = np.arange(10.0, 10_010.0, 10)
+    table = Table(["step", "loss"], [[int(step), 0.03 + math.exp(-step / 200)] for step in steps])
+    late = next(plot for plot in plots_of(table) if "late" in plot.title)
+    titles, points = chart_data(table, plots_of(table))
+    (line,) = lines_of(late, titles, points, 2)
+    chart = draw(Workbook().active, late.title, late.y_title, late.scale, [line], from_zero=False)
+    assert line.x[0] >= 2000 and line.x[-1] == 10_000 and chart.x_axis.scaling.min == 2000
+    spread = chart.y_axis.scaling.max - chart.y_axis.scaling.min
+    assert line.y.max() - line.y.min() > 0.5 * spread and chart.y_axis.scaling.min > 0.02
+
+
+HELD_OUT = ["heldout_loss", "heldout_sigma_0.03", "heldout_sigma_15"]
+
+
+def test_held_out_loss_on_the_checkpoint_sheet(run_dir):
+    losses = {100: 0.5, 200: 0.25, 300: "", 400: 0.2, 500: 0.3}
+    rows = [
+        [step, 8 * step, f"model{step:06d}.pt", loss, loss and 2 * loss, loss and loss / 20, "why not"]
+        for step, loss in losses.items()
+    ]
+    header = ["step", "samples", "files", *HELD_OUT, "another program's"]
+    write_rows(run_dir, [header, *rows], "checkpoints.csv")
+    book = load_workbook(export(str(run_dir)))
+    sheet = book["Checkpoints"]
+    titles, *cells = sheet.iter_rows(max_row=6, values_only=True)
+    assert titles == ("step", "samples (images)", HELD_OUT[0], "best", *HELD_OUT[1:], header[-1], "files")
+    assert [row[3] for row in cells] == [None, None, None, "best", None]
+    assert [row[2] for row in cells] == [0.5, 0.25, None, 0.2, 0.3] and cells[0][6] == "why not"
+    assert sheet["A5"].font.bold and not sheet["A4"].font.bold
+    mean, levels = sheet._charts
+    assert [series.tx.v for series in mean.series] == HELD_OUT[:1]
+    assert {series.tx.v for series in levels.series} == set(HELD_OUT[1:])
+    assert mean.series[0].yVal.numRef.f == "'Checkpoints'!$C$2:$C$6"
+    assert mean.series[0].xVal.numRef.f == "'Checkpoints'!$A$2:$A$6"
+    assert levels.y_axis.scaling.logBase == 10 and mean.y_axis.scaling.min == 0.2
+    assert facts_of(book)["Best held-out loss"] == 0.2 and facts_of(book)["in the checkpoint of step"] == 400
+    explained = {row[0]: row[2] for row in book["Explained"].iter_rows(values_only=True)}
+    assert "standard deviation of 0.03" in explained["heldout_sigma_0.03"] and "lowest" in explained["best"]
+
+
+def test_checkpoints_without_held_out_loss_have_no_chart(run_dir):
+    header = ["step", "heldout_loss"]
+    write_rows(run_dir, [header, [10, ""], [20, "nan"]], "checkpoints.csv")
+    book = load_workbook(export(str(run_dir)))
+    assert not book["Checkpoints"]._charts and "Best held-out loss" not in facts_of(book)
+    assert [cell.value for cell in book["Checkpoints"][1]] == header
+
+
+def test_columns_of_other_programs_are_shown_as_they_are(run_dir):
+    write_rows(
+        run_dir, [["step", "loss", "remark", "Step", ""], [10, 0.5, "=1+1", 3, 1], [20, "what", "", 4, 2]]
+    )
+    book = load_workbook(export(str(run_dir)))
+    sheet = book["Metrics"]
+    assert [cell.value for cell in sheet[1]] == ["step", "loss", "remark", "Step (column 4)", "column 5"]
+    assert [cell.value for cell in sheet[2]] == [10, 0.5, "=1+1", 3, 1] and sheet["C2"].data_type == "s"
+    assert sheet.max_row == 2 and "progress.csv: 1 unreadable line was" in texts_of(book["Run"])
+
+
+def evaluation(path, distance, warnings=(), **more):
+    metrics = {"kernel_distance[net.pt]": distance, "kernel_distance_std[net.pt]": 0.01}
+    facts = {"features": "net.pt", "images": 500, "reference_images": 60, "images_path": path}
+    return {**facts, "metrics": metrics, "warnings": list(warnings), **more}
+
+
+def test_evaluations_are_sorted_and_drawn_over_the_step(run_dir):
+    few, other = "only 500 images: far too large", "something else"
+    records = [
+        evaluation("/a/model002000.npz", 0.4, [few]),
+        evaluation("/a/ema_0.999_002000/samples_500x32x32x3.npz", 0.2, [few, other]),
+        evaluation("/a/ema_0.999_001000.npz", 0.3, [few]),
+        evaluation("/a/photographs", 0.0),
+        evaluation("/a/model001000.npz", 0.5, [few], evaluated_at="2025-01-02T03:04:05"),
+        evaluation("/a/anything.npz", 0.1, step=3000, weights="ema 0.999"),
+    ]
+    (run_dir / "evaluation.json").write_text(json.dumps(records))
+    sheet = load_workbook(export(str(run_dir)))["Evaluation"]
+    titles, *rows = sheet.iter_rows(max_row=7, values_only=True)
+    names = [title.partition(" (")[0] for title in titles]
+    cells = [dict(zip(names, row)) for row in rows]
+    assert names[:2] == ["step", "weights"] and "warnings" not in names
+    assert [(row["step"], row["weights"], row["kernel_distance"], row["notes"]) for row in cells] == [
+        (1000, "ema 0.999", 0.3, "1"),
+        (2000, "ema 0.999", 0.2, "1, 2"),
+        (3000, "ema 0.999", 0.1, None),
+        (1000, "model", 0.5, "1"),
+        (2000, "model", 0.4, "1"),
+        (None, None, 0.0, None),
+    ]
+    assert cells[3]["evaluated_at"] == datetime.datetime(2025, 1, 2, 3, 4, 5)
+    text = texts_of(sheet)
+    assert text.count(few) == 1 and f"1: {few}\n2: {other}" in text
+    (chart,) = sheet._charts
+    ranges = {series.tx.v: series.yVal.numRef.f for series in chart.series}
+    column = "ABCDEFGH"[names.index("kernel_distance")]
+    assert ranges == {
+        "ema 0.999": f"'Evaluation'!${column}$2:${column}$4",
+        "model": f"'Evaluation'!${column}$5:${column}$6",
+    }
+
+
+def test_evaluations_that_cannot_be_compared_share_no_line(run_dir):
+    records = [evaluation(f"model00{n}000.npz", 0.1, images=n) for n in (1, 2)]
+    records.append(evaluation("model001000.npz", 0.1, images=2))
+    (run_dir / "evaluation.json").write_text(json.dumps(records))
+    (chart,) = load_workbook(export(str(run_dir)))["Evaluation"]._charts
+    assert {series.tx.v for series in chart.series} == {"model, 1 images", "model, 2 images"}
 
 
 def test_every_column_is_explained(run_dir):
@@ -177,19 +425,25 @@ def test_quartiles_name_all_timesteps_once():
 
 def test_charts_draw_numbers_up_to_the_last_step(run_dir):
     book = load_workbook(export(str(run_dir)))
-    assert len(book["Run"]._charts) == 1
+    assert len(book["Run"]._charts) == 2
     titles = [chart.title.tx.rich.p[0].r[0].t for chart in book["Charts"]._charts]
-    assert titles == ["Loss", "MSE by timestep quartile (smoothed)", "Gradient norm", "Training speed"]
+    assert titles == [
+        *("Loss", "Loss, late part (smoothed)", "MSE by timestep quartile (smoothed)", "Gradient norm"),
+        "Training speed",
+    ]
     for chart in book["Run"]._charts + book["Charts"]._charts:
-        assert chart.x_axis.scaling.min == 0 and chart.x_axis.scaling.max == 600
+        is_late = chart.title.tx.rich.p[0].r[0].t == titles[1]
+        assert chart.x_axis.scaling.min == (100 if is_late else 0) and chart.x_axis.scaling.max == 600
         assert chart.x_axis.delete is False and chart.y_axis.delete is False
         for series in chart.series:
             for reference in (series.xVal.numRef.f, series.yVal.numRef.f):
                 sheet, cells = reference.rsplit("!", 1)
                 column, first, _, last = range_boundaries(cells)
                 values = [book[sheet.strip("'")].cell(row, column).value for row in range(first, last + 1)]
-                assert len(values) == 60 and all(isinstance(value, int | float) for value in values)
-                header = book[sheet.strip("'")].cell(first - 1, column).value
+                assert len(values) == (49 if is_late else 60) and all(
+                    isinstance(value, int | float) for value in values
+                )
+                header = book[sheet.strip("'")].cell(2, column).value
             assert header == series.tx.v
 
 
@@ -365,3 +619,19 @@ def test_a_broken_off_export_leaves_the_old_workbook(tmp_path, monkeypatch, capf
     gc.collect()
     said = capfd.readouterr().err
     assert "Traceback" not in said and "Exception ignored" not in said
+
+
+def test_hostile_texts_become_harmless_titles(run_dir):
+    bad = "=1+1\x01<\ud800"
+    records = [evaluation(f"model00{n}000.npz", n, weights=bad, features=bad, warnings=[bad]) for n in (1, 2)]
+    (run_dir / "evaluation.json").write_text(json.dumps(records))
+    write_rows(run_dir, [["step", "heldout_=\x02", "heldout_loss"], [10, 0.5, 0.5]], "checkpoints.csv")
+    info = json.loads((run_dir / "run.json").read_text())
+    info.update(command=f"python '{bad}", defaults={"lr": bad})
+    (run_dir / "run.json").write_text(json.dumps(info))
+    renamed = run_dir.with_name("=1+1\x01 run")
+    run_dir.rename(renamed)
+    book = load_workbook(export(str(renamed)))
+    assert not [cell for sheet in book for row in sheet for cell in row if cell.data_type == "f"]
+    (chart,) = book["Evaluation"]._charts
+    assert chart.series[0].tx.v == "=1+1?<?" and book.properties.title == "Training run =1+1? run"
