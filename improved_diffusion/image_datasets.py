@@ -16,7 +16,7 @@ from improved_diffusion.data.builtin_images import BUILTIN_COUNT, CLASS_NAMES, b
 from improved_diffusion.data.decode import MAX_ASPECT, fit_image
 from improved_diffusion.data.folder import classify, fingerprint, read_folder
 from improved_diffusion.data.image_set import ImageSet
-from improved_diffusion.storage import absolute, is_remote
+from improved_diffusion.storage import absolute, is_remote, open_input
 
 BUILTIN = "builtin"
 NAMES_SHOWN = 5  # skipped files that a summary names for each reason
@@ -163,7 +163,7 @@ def _read_builtin(image_size: int) -> ImageSet:
 
 def _read_npz(path: str, image_size: int) -> ImageSet:
     try:
-        with bf.BlobFile(path, "rb") as file:
+        with open_input(path) as file:
             _check_archive(file)
             with np.load(file, allow_pickle=False) as arrays:
                 pixels = _find_images(arrays)

@@ -5,10 +5,11 @@ import csv
 import datetime
 import json
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import blobfile as bf
 
@@ -33,6 +34,20 @@ def new_directory(parent: str) -> str:
         number += 1
         path = f"{stamp}-{number}"
     return path
+
+
+def open_input(path: str) -> BinaryIO:
+    """Open a file that a user has named, or that lies in a folder of theirs, for reading bytes.
+
+    :raises ValueError: a local `path` is a FIFO, a device or the like, which may never begin or never end.
+    :raises OSError: it cannot be opened.
+    """
+    if is_remote(path):
+        return bf.BlobFile(path, "rb")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a FIFO, a device or a socket, not a file")
+    return open(path, "rb")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from improved_diffusion.config import ConvertConfig
 from improved_diffusion.convert.models import DiffusersModel, export_model, import_model
 from improved_diffusion.jobs.runs import choose_out_dir, load_trained
 from improved_diffusion.run import checkpoint
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.storage import absolute, open_atomic, open_input
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",
@@ -118,7 +118,7 @@ def _check_empty(flag: str, folder: str) -> None:
 def _read_weights(path: str) -> dict[str, th.Tensor]:
     """The weights in the file `path`, which ends in .safetensors or .bin."""
     if bf.exists(f"{path}.safetensors"):
-        with bf.BlobFile(f"{path}.safetensors", "rb") as file:
+        with open_input(f"{path}.safetensors") as file:
             content = file.read()
         try:
             return _safetensors().load(content)
@@ -131,7 +131,7 @@ def _read_weights(path: str) -> dict[str, th.Tensor]:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with bf.BlobFile(path, "rb") as file:
+        with open_input(path) as file:
             content = json.loads(file.read())
     except FileNotFoundError:
         raise ValueError(

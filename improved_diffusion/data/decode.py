@@ -1,6 +1,7 @@
 """One image file, of any size and colour mode, as a square of uint8 RGB."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import blobfile as bf
@@ -16,8 +17,38 @@ UNREADABLE = "missing or not readable"  # the reason that may be gone tomorrow t
 MAX_ASPECT = 1000  # longer ones would be enlarged to gigabytes, only for their middle to be cut out
 
 
+MAX_PIXELS_IN_FLIGHT = (
+    100_000_000  # decoded at a time, by all threads together; of 4 bytes, and copied once or twice
+)
+
+
 class UnusableImage(ValueError):
     """An image file that cannot be used; its message is the reason, in words that group well in a summary."""
+
+
+class _Budget:
+    """An amount that threads share: who asks for more than is left has to wait."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Take `amount` meanwhile; more than the limit only when nobody else has taken anything."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._limit)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
+
+
+_in_flight = _Budget(MAX_PIXELS_IN_FLIGHT)
 
 
 def read_image(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int], str]:
@@ -29,7 +60,7 @@ def read_image(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int],
     :return: pixels, uint8 [S, S, 3]; (width, height) of the file; its Pillow mode, such as "RGB" or "P".
     :raises UnusableImage: with the reason.
     """
-    with _opened(path) as image:
+    with _opened(path) as image, _in_flight.taken(image.width * image.height):
         size, mode = image.size, image.mode
         image.load()
         return fit_image(_to_rgb(ImageOps.exif_transpose(image)), image_size), size, mode

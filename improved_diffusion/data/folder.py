@@ -1,6 +1,7 @@
 """A folder of images: which files it holds, what class each is of, and decoding them all at once."""
 
 import hashlib
+import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,12 @@ from improved_diffusion.data.decode import EXTENSIONS, UNREADABLE, UnusableImage
 from improved_diffusion.storage import is_remote
 
 CHUNK = 64  # files per task of the decoding threads
+FILE, FOLDER, LINKED_FOLDER = "file", "folder", "linked folder"
+# Why something in a folder is not read.
 OTHER_FILE = "file name does not end like an image's"
+KNOWN_FOLDER = "link to a folder that is read already"
+BROKEN_LINK = "link that leads nowhere"
+SPECIAL_FILE = "neither a file nor a folder"
 
 
 class ImageFile(NamedTuple):
@@ -87,7 +93,7 @@ def read_folder(
         if files and UNREADABLE not in info["skipped"]:
             _try_to_write(cache, listing, info, images, log)
     unusable = {name for names in info["skipped"].values() for name in names}
-    skipped = info["skipped"] | ({OTHER_FILE: others} if others else {})
+    skipped = info["skipped"] | others
     return Folder(
         files=[file for file in files if file.name not in unusable],
         images=None if streamed else images,
@@ -98,18 +104,38 @@ def read_folder(
     )
 
 
-def list_files(root: str) -> tuple[list[ImageFile], list[str]]:
-    """The image files under `root`, recursively and sorted by name, and the names of all other files.
+def list_files(root: str) -> tuple[list[ImageFile], dict[str, list[str]]]:
+    """The image files under `root`, recursively and sorted by name, and the names of all others by reason.
 
-    Hidden files and folders (their name starts with a dot) are left out.
+    Hidden files and folders (their name starts with a dot) are left out. No folder is read twice: of several ways
+    that lead there, one without links is taken, or else the first by name.
     """
-    found, others = [], []
-    for file in _walk(root, "", ()):
-        if os.path.splitext(file.name)[1].lower() in EXTENSIONS:
-            found.append(file)
-        else:
-            others.append(file.name)
-    return sorted(found), sorted(others)
+    files: list[ImageFile] = []
+    skipped: dict[str, list[str]] = {}
+    seen: set[tuple | str] = set()
+    folders, links = [(root, "")], []
+    while folders or links:
+        path, prefix = folders.pop() if folders else heapq.heappop(links)[::-1]
+        identity = path if is_remote(path) else _identity(path)
+        if identity in seen:
+            skipped.setdefault(KNOWN_FOLDER, []).append(prefix.rstrip("/"))
+            continue
+        seen.add(identity)
+        for kind, entry in _scan(path):
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if kind == FOLDER:
+                folders.append((entry.path, f"{name}/"))
+            elif kind == LINKED_FOLDER:
+                heapq.heappush(links, (f"{name}/", entry.path))
+            elif kind != FILE:
+                skipped.setdefault(kind, []).append(name)
+            elif os.path.splitext(name)[1].lower() in EXTENSIONS:
+                files.append(entry._replace(name=name))
+            else:
+                skipped.setdefault(OTHER_FILE, []).append(name)
+    return sorted(files), {reason: sorted(names) for reason, names in sorted(skipped.items())}
 
 
 def classify(names: list[str]) -> tuple[list[str], np.ndarray | None]:
@@ -135,35 +161,34 @@ def fingerprint(files: list[ImageFile]) -> str:
     return _hash_lines(f"{file.name}\0{file.size}" for file in files)
 
 
-def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[ImageFile]:
-    if not is_remote(folder):
-        real = os.path.realpath(folder)
-        if real in parents:  # a symbolic link to a folder above
-            return
-        parents = (*parents, real)
-    for entry in _scan(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.size is None:
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", parents)
-        else:
-            yield entry._replace(name=prefix + entry.name)
+def _identity(folder: str) -> tuple | str:
+    """What is the same for all paths to a folder."""
+    found = os.stat(folder)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(folder)
 
 
-def _scan(folder: str) -> Iterator[ImageFile]:
-    """The entries of one folder; the size of a sub-folder is None."""
+def _scan(folder: str) -> Iterator[tuple[str, ImageFile]]:
+    """The entries of one folder, each after its kind: FILE, FOLDER, LINKED_FOLDER, or the reason why it is none."""
     if is_remote(folder):
         for entry in bf.scandir(folder):
-            size, modified = (None, 0.0) if entry.is_dir else (entry.stat.size, entry.stat.mtime)
-            yield ImageFile(entry.name, entry.path, size, modified)
+            kind = FOLDER if entry.is_dir else FILE
+            size, modified = (0, 0.0) if entry.is_dir else (entry.stat.size, entry.stat.mtime)
+            yield kind, ImageFile(entry.name, entry.path, size, modified)
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                yield ImageFile(entry.name, entry.path, None, 0)
-            elif entry.is_file():  # and not a broken link or a socket
-                stat = entry.stat()
-                yield ImageFile(entry.name, entry.path, stat.st_size, stat.st_mtime_ns)
+            size, modified = 0, 0
+            try:
+                if entry.is_dir():
+                    kind = LINKED_FOLDER if entry.is_symlink() else FOLDER
+                elif entry.is_file():
+                    kind, stat = FILE, entry.stat()
+                    size, modified = stat.st_size, stat.st_mtime_ns
+                else:
+                    kind = BROKEN_LINK if entry.is_symlink() else SPECIAL_FILE
+            except OSError:  # a link to itself, for example
+                kind = BROKEN_LINK
+            yield kind, ImageFile(entry.name, entry.path, size, modified)
 
 
 def _read_files(files: list[ImageFile], image_size: int | None, progress: bool) -> tuple[dict, np.ndarray]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from improved_diffusion.data.cache import default_cache_dir
-from improved_diffusion.storage import open_atomic
+from improved_diffusion.storage import open_atomic, open_input
 
 FILE_NAME = "inception-2015-12-05.pt"
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{FILE_NAME}"
@@ -48,7 +48,7 @@ def find_inception(weights: str = "", log: Callable[[str], object] = print) -> s
 def sha256_of(path: str) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -18,7 +18,7 @@ import blobfile as bf
 import torch as th
 
 from improved_diffusion.run.tensor_file import RefusedContent, parse_tensors
-from improved_diffusion.storage import absolute, is_remote, open_atomic
+from improved_diffusion.storage import absolute, is_remote, open_atomic, open_input
 
 FORMAT = 2  # 1 had no checksum of the state file
 POWER_LENGTH = re.compile(r"0\.[0-9]{1,8}")
@@ -177,8 +177,7 @@ def read(folder: str, step: int) -> Checkpoint:
     """
     path = bf.join(folder, member_name("state", step))
     try:
-        with bf.BlobFile(path, "rb") as file:
-            state = json.loads(file.read())
+        state = json.loads(_read(path))
         _check_state(state, step)
         sizes = {name: int(entry["bytes"]) for name, entry in state["files"].items()}
     except FileNotFoundError:
@@ -326,10 +325,7 @@ def _check_state(state: dict[str, Any], step: int) -> None:
 
 
 def _read(path: str) -> bytes:
-    if is_remote(path):
-        with bf.BlobFile(path, "rb") as file:
-            return file.read()
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         return file.read()
 
 

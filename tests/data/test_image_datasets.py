@@ -3,12 +3,15 @@
 import json
 import os
 import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch as th
-from PIL import Image
+from PIL import Image, ImageOps
 
+from improved_diffusion.data import decode
 from improved_diffusion.data import folder as image_folder
 from improved_diffusion.data.batch_stream import BatchStream, SampleOrder
 from improved_diffusion.data.cache import default_cache_dir
@@ -16,6 +19,7 @@ from improved_diffusion.data.decode import UNREADABLE, UnusableImage, inspect_im
 from improved_diffusion.data.folder import classify, list_files
 from improved_diffusion.image_datasets import describe, load_data, read_images
 
+posix = pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
 RNG = np.random.default_rng(0)
 
 
@@ -198,7 +202,89 @@ def test_a_link_to_a_folder_above_ends(folder):
         (folder / "loop").symlink_to(folder, target_is_directory=True)
     except OSError:
         pytest.skip("no symbolic links here")
-    assert len(list_files(str(folder))[0]) == 12
+    files, skipped = list_files(str(folder))
+    assert len(files) == 12 and skipped == {image_folder.KNOWN_FOLDER: ["loop"]}
+
+
+@posix
+def test_links_that_lead_nowhere_are_named(folder):
+    (folder / "itself").symlink_to(folder / "itself")
+    (folder / "gone.png").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "pipe.png")
+    images = read(folder)
+    assert len(images) == 12
+    assert images.summary["skipped_names"] == {
+        image_folder.BROKEN_LINK: ["gone.png", "itself"],
+        image_folder.SPECIAL_FILE: ["pipe.png"],
+    }
+    assert "2 x link that leads nowhere (gone.png, itself)" in describe(images)
+
+
+@posix
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
+    names = "abcdefghi"
+    for name in names:
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / "1.png")
+        for other in names:
+            if other != name:
+                (tmp_path / "set" / name / other).symlink_to(tmp_path / "set" / other)
+    files, skipped = list_files(str(tmp_path / "set"))
+    assert [file.name for file in files] == [f"{name}/1.png" for name in names]
+    assert len(skipped[image_folder.KNOWN_FOLDER]) == 9 * 8
+
+
+@posix
+def test_a_linked_folder_has_the_name_of_the_first_link(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "deep" / "1.png")
+    (tmp_path / "set").mkdir()
+    for name in ("dogs", "cats"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere")
+    files, skipped = list_files(str(tmp_path / "set"))
+    assert [file.name for file in files] == ["cats/deep/1.png"]
+    assert skipped == {image_folder.KNOWN_FOLDER: ["dogs"]}
+
+
+@posix
+def test_folders_nested_deeply(tmp_path):
+    path = str(tmp_path)
+    for _ in range(1500):
+        path += "/d"
+        os.mkdir(path)
+    Image.new("RGB", (8, 8)).save(f"{path}/1.png")
+    try:
+        assert len(read(tmp_path)) == 1
+    finally:  # by hand: pytest's own tidying up is recursive
+        os.remove(f"{path}/1.png")
+        while path != str(tmp_path):
+            os.rmdir(path)
+            path = os.path.dirname(path)
+
+
+def test_threads_share_a_limit_of_pixels(folder, monkeypatch):
+    for index in range(6):
+        Image.new("RGB", (100, 10 * (index + 1))).save(folder / f"a_big{index}.png")
+    # At a time: the largest alone, or others of at most 2000 pixels together.
+    monkeypatch.setattr(decode, "_in_flight", decode._Budget(2000))
+    monkeypatch.setattr(image_folder, "usable_cores", lambda: 8)
+    monkeypatch.setattr(image_folder, "CHUNK", 1)
+    lock, now, seen = threading.Lock(), [], []
+    transpose = ImageOps.exif_transpose
+
+    def slow(image):
+        with lock:
+            now.append(image.width * image.height)
+            seen.append(list(now))
+        time.sleep(0.02)
+        with lock:
+            now.remove(image.width * image.height)
+        return transpose(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", slow)
+    assert len(read(folder)) == 18
+    assert all(sum(sizes) <= 2000 or len(sizes) == 1 for sizes in seen)
+    assert [6000] in seen and max(map(len, seen)) > 1
 
 
 def test_remote_folders_are_read_alike(folder, monkeypatch):

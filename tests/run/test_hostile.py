@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch as th
-from conftest import ROOT, TINY, TINY_FLAGS
+from conftest import ROOT, TINY, TINY_FLAGS, save_trained
 from openpyxl import load_workbook
 from PIL import Image
 
@@ -634,3 +635,55 @@ def test_looking_before_building_leaves_the_random_numbers_alone():
 def test_rates_that_would_be_odd_file_names(text):
     with pytest.raises(ValueError, match="ema_rate"):
         parse_ema_rates(text)
+
+
+# Files that never begin or never end
+
+
+@pytest.fixture
+def not_for_ever():
+    """End a test that waits for something that does not come."""
+
+    def give_up(number, frame):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no FIFOs")
+@pytest.mark.parametrize("what", ["fifo", "device"])
+@pytest.mark.parametrize(
+    "script, flag, name",
+    [
+        ("image_sample", "model_path", "ema_0.9999_000004.pt"),
+        ("image_train", "data_dir", "images.npz"),
+        ("image_train", "data_dir", "images"),
+        ("super_res_sample", "base_samples", "images.npz"),
+    ],
+)
+def test_fifos_and_devices_are_refused(tmp_path, monkeypatch, not_for_ever, what, script, flag, name):
+    path = tmp_path / name
+    if what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(os.devnull)
+    flags = ["--log_dir", tmp_path / "out", *TINY_FLAGS]
+    if script == "super_res_sample":
+        trained = save_trained(tmp_path / "run", large_size=8, small_size=4)
+        flags = ["--log_dir", tmp_path / "out", "--model_path", trained]
+    message = refusal(monkeypatch, script, f"--{flag}", path, *flags)
+    assert str(path) in message and ("not a file" in message or "neither a folder nor" in message)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no FIFOs")
+def test_a_fifo_in_the_place_of_a_checkpoint_file(tmp_path, not_for_ever):
+    older, newer = (save_run(tmp_path, step) for step in (4, 5))
+    os.remove(newer.path("state"))
+    os.mkfifo(newer.path("state"))
+    said = []
+    assert checkpoint.find(str(tmp_path), log=said.append).step == older.step
+    assert len(said) == 1 and "not a file" in said[0]
