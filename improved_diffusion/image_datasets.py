@@ -16,6 +16,7 @@ from improved_diffusion.data.builtin_images import BUILTIN_COUNT, CLASS_NAMES, b
 from improved_diffusion.data.decode import MAX_ASPECT, fit_image
 from improved_diffusion.data.folder import classify, fingerprint, read_folder
 from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.flags import one_line
 from improved_diffusion.storage import absolute, is_remote, open_input
 
 BUILTIN = "builtin"
@@ -143,8 +144,8 @@ def describe(images: ImageSet) -> str:
         names = about["skipped_names"][reason]
         more = ", ..." if count > len(names) else ""
         lines.append(f"  skipped: {count:,} x {reason} ({', '.join(names)}{more})")
-    # A file name that is no valid text could not be printed.
-    return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
+    # Names of files and classes can hold anything: no valid text, line ends, what a terminal would act upon.
+    return "\n".join(map(one_line, lines)).encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_builtin(image_size: int) -> ImageSet:

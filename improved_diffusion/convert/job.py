@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from typing import Any
 
 import blobfile as bf
@@ -10,6 +11,7 @@ from torch.optim import AdamW
 
 from improved_diffusion.config import ConvertConfig
 from improved_diffusion.convert.models import DiffusersModel, export_model, import_model
+from improved_diffusion.flags import one_line
 from improved_diffusion.jobs.runs import choose_out_dir, load_trained
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import absolute, open_atomic, open_input
@@ -56,7 +58,7 @@ def export_folder(config: ConvertConfig, given: set[str]) -> None:
     _write_json(bf.join(folder, "model_index.json"), PIPELINE)
     print(f"written: {folder}")
     if class_names:
-        print(f"classes: {', '.join(f'{i} {name}' for i, name in enumerate(class_names))}")
+        print(f"classes: {one_line(', '.join(f'{i} {name}' for i, name in enumerate(class_names)))}")
     if config.class_cond:
         print(
             "diffusers' DDPMPipeline draws no classes: use the UNet2DModel, which takes class_labels, by itself"
@@ -94,9 +96,8 @@ def import_folder(config: ConvertConfig, project: str) -> None:
     print(f"written: {saved.path('model')}")
     if not source.scheduler_config.get("clip_sample", True):
         print("Its scheduler does not clip: draw with --clip_denoised False")
-    print(
-        f"To draw images: python {os.path.join(project, 'scripts', 'image_sample.py')} --model_path {log_dir}"
-    )
+    command = ["python", os.path.join(project, "scripts", "image_sample.py"), "--model_path", log_dir]
+    print(f"To draw images: {shlex.join(command)}")
 
 
 def read_folder(folder: str) -> DiffusersModel:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from typing import Any
 
@@ -96,4 +97,4 @@ def run_publishing(config: PublishConfig) -> None:
     published = publish(config.model_path, config.ema_rate or (rates or ["none"])[-1], config.log_dir)
     size = sum(entry["bytes"] for entry in published.state["files"].values())
     print(f"{published.folder}: step {published.step:,}, {size / 1e6:.1f} MB of weights")
-    print(f"To draw from it: python image_sample.py --model_path {published.folder}")
+    print(f"To draw from it: {shlex.join(['python', 'image_sample.py', '--model_path', published.folder])}")

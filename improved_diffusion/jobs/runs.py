@@ -182,10 +182,10 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
     newest = next(iter(_newest_runs(os.path.join(project, "runs"))), "")
     shipped = os.path.join(project, *SHIPPED)
     if checkpoint.steps(shipped) and not is_super_resolution(config):
-        hint = f"; for your newest run, give --model_path {newest}" if newest else ""
+        hint = f"; for your newest run, give --model_path {shlex.quote(newest)}" if newest else ""
         print(f"no --model_path is given: taking the model that comes with the code{hint}")
         return shipped
-    example = f", such as {newest}" if newest else ""
+    example = f", such as {shlex.quote(newest)}" if newest else ""
     raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
 
 

@@ -199,16 +199,17 @@ def _train(
         logger.log(f"error: step {loop.step + 1}: {OUT_OF_MEMORY} ({saved})")
         return 1
     if stopped_by is not None:
-        command = f"python {sys.argv[0]} --log_dir {log_dir}"
+        command = shlex.join(["python", sys.argv[0], "--log_dir", log_dir])
         if processes > 1:
-            command = f"the same command with --log_dir {log_dir}, in any number of processes"
+            command = f"the same command with --log_dir {shlex.quote(log_dir)}, in any number of processes"
         logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {command}")
         return exit_code(stopped_by) if stopped_by.startswith("SIG") else 0
     logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, 'results.xlsx')}")
-    sampler = (
-        "super_res_sample.py --base_samples IMAGES" if is_super_resolution(config) else "image_sample.py"
-    )
-    logger.log(f"To draw images: python {os.path.join(project, 'scripts', sampler)} --model_path {log_dir}")
+    sampler, images = "image_sample.py", []
+    if is_super_resolution(config):
+        sampler, images = "super_res_sample.py", ["--base_samples", "IMAGES"]
+    command = ["python", os.path.join(project, "scripts", sampler), *images, "--model_path", log_dir]
+    logger.log(f"To draw images: {shlex.join(command)}")
     return 0
 
 

@@ -693,3 +693,16 @@ def test_load_data_is_both_in_one(folder):
     arguments = {"batch_size": 4, "class_cond": True, "random_flip": True, "seed": 2}
     stream = load_data(data_dir=str(folder), image_size=8, **arguments)
     assert same(take(stream, 3), take(BatchStream(read(folder), **arguments), 3))
+
+
+@posix
+def test_names_reach_no_terminal_raw(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("cat\x1b[2Jred\nline_1.png", "dog_1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name)
+    (tmp_path / "set" / "notes\x07\n.txt").write_text("")
+    images = read(tmp_path / "set")
+    assert images.class_names[0] == "cat\x1b[2Jred\nline"  # which stays what identifies it
+    lines = describe(images).split("\n")
+    assert len(lines) == 5 and all(map(str.isprintable, lines))
+    assert "cat [2Jred line 1" in lines[3]

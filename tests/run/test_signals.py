@@ -50,6 +50,14 @@ def test_signal_finishes_the_step_saves_exports_and_exits(tmp_path, name, code):
     assert_goes_on_exactly(run, tmp_path / "reference")
 
 
+def test_the_command_to_go_on_is_quoted(tmp_path):
+    run = tmp_path / "my run"
+    training = run_training(run, *FLAGS, *ENDLESS, "--max_hours", 1 / 3600, check=0)
+    assert f"image_train.py --log_dir '{run}'" in training.stdout
+    done = run_training(run, *FLAGS, "--total_steps", checkpoint.steps(str(run))[-1] + 1)
+    assert f"image_sample.py --model_path '{run}'" in done.stdout
+
+
 def test_max_hours_stops_cleanly(tmp_path):
     run = tmp_path / "run"
     started = time.monotonic()
