@@ -1,7 +1,7 @@
 """Prepare CIFAR-10 for training: one PNG per image, in cifar_train/ and cifar_test/.
 
     python cifar10.py                                        downloads the official archive (170 MB)
-    python cifar10.py --archive cifar-10-python.tar.gz       uses one that is already there
+    python cifar10.py --archive cifar-10-python.tar.gz       uses a copy of yours
 
 A run that was interrupted is finished by the next one. Nothing in the archive's pickles is ever executed.
 Needs only NumPy, Pillow and tqdm.
@@ -56,7 +56,7 @@ class Cifar(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     parser = argparse.ArgumentParser(description="Prepare CIFAR-10 as folders of PNG files.")
-    parser.add_argument("--archive", help=f"{ARCHIVE_NAME}, where you have it already (default: download it)")
+    parser.add_argument("--archive", help=f"your copy of {ARCHIVE_NAME} (default: download it)")
     parser.add_argument(
         "--out_dir",
         default=os.path.dirname(os.path.abspath(__file__)),
@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(archive: str | None, out_dir: str, *, url: str = URL, md5: str = MD5) -> None:
-    """Write the images of `archive`, or of the one at `url` when it is None, as PNG files under `out_dir`.
+    """Write the images of `archive`, or if it is None of the one at `url`, as PNG files into `out_dir`.
 
     :param md5: the checksum of the official archive.
-    :raises ValueError: no usable archive; the message says what to do.
+    :raises ValueError: there is no usable archive; the message says what to do.
     :raises OSError: `out_dir` cannot be written.
     """
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
@@ -97,7 +97,7 @@ def prepare(archive: str | None, out_dir: str, *, url: str = URL, md5: str = MD5
 
 
 def prepared_count(folder: str) -> int:
-    """The number of images in `folder`; 0 unless a run finished it and no file went missing since."""
+    """The number of images in `folder`, or 0 if it is unfinished or files are missing."""
     try:
         with open(os.path.join(folder, MARKER), encoding="utf-8") as file:
             count = int(file.read())
@@ -107,7 +107,7 @@ def prepared_count(folder: str) -> int:
 
 
 def obtain_archive(out_dir: str, url: str, md5: str) -> str:
-    """The path of the official archive in `out_dir`, downloaded unless it is there and intact.
+    """The path of the official archive in `out_dir`. It is downloaded unless an intact one is there.
 
     :raises ValueError: it cannot be downloaded.
     """
@@ -121,11 +121,11 @@ def obtain_archive(out_dir: str, url: str, md5: str) -> str:
 
 
 def download(url: str, path: str, md5: str) -> None:
-    """Download `url` to `path`, which appears only when its checksum is right.
+    """Download `url`. The file gets the name `path` only when its checksum is right.
 
-    Until then the data are in ``<path>.part``, which the next try continues where the server allows it.
+    Until then the data are in ``<path>.part``. The next try continues it if the server allows that.
 
-    :raises ValueError: no connection, the connection broke, or what came has another checksum.
+    :raises ValueError: there is no connection, it broke, or the checksum is wrong.
     """
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
@@ -148,7 +148,7 @@ def download(url: str, path: str, md5: str) -> None:
     found = md5_of(part)
     if found != md5:
         os.unlink(part)
-        raise ValueError(f"what came from {url} has md5 {found} instead of {md5}: deleted, run this again")
+        raise ValueError(f"the download from {url} has md5 {found} instead of {md5}: deleted, run this again")
     os.replace(part, path)
 
 
@@ -162,7 +162,7 @@ def warn_of_other_md5(archive: str, md5: str) -> None:
     except OSError as error:
         raise ValueError(f"cannot read --archive {archive}: {error.strerror}") from None
     if found != md5:
-        print(f"warning: {archive} has md5 {found}, the official archive {md5}; using it all the same")
+        print(f"warning: {archive} has md5 {found}, the official archive {md5}; using it anyway")
 
 
 def read_archive(path: str) -> Cifar:
@@ -180,7 +180,7 @@ def read_archive(path: str) -> Cifar:
                 if name in MEMBERS and member.isfile():
                     contents[name] = _unpickle(archive.extractfile(member).read(), f"{name} in {path}")
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is no complete .tar.gz archive: {error}") from None
+        raise ValueError(f"{path} is not a complete .tar.gz archive: {error}") from None
     missing = sorted(MEMBERS - contents.keys())
     if missing:
         raise ValueError(f"{path} is not the CIFAR-10 archive for Python: it lacks {', '.join(missing)}")
@@ -192,14 +192,14 @@ def read_archive(path: str) -> Cifar:
 
 
 def write_images(folder: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
-    """Write `images` as ``<class>_<index>.png`` into `folder`, those that an earlier run has not written."""
+    """Write `images` as ``<class>_<index>.png`` into `folder`, except those that are already there."""
     os.makedirs(folder, exist_ok=True)
     existing = _existing_images(folder)
     bar = tqdm(zip(images, labels), total=len(images), desc=os.path.basename(folder), unit="img")
     for index, (image, label) in enumerate(bar):
         name = f"{class_names[label]}_{index:05d}.png"
         if name not in existing:
-            # Complete or not at all: a name that a later run finds must be a whole picture.
+            # Complete or not at all: a later run must find only whole pictures under their names.
             temporary = os.path.join(folder, ".part")
             Image.fromarray(image).save(temporary, format="png")
             os.replace(temporary, os.path.join(folder, name))
@@ -229,7 +229,7 @@ def _connect(url: str, start: int) -> http.client.HTTPResponse:
     try:
         return urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is nothing from `start` on
+        if error.code == 416:  # the file ends at `start`
             return _connect(url, 0)
         raise _download_error(url, error) from None
     except (OSError, http.client.HTTPException) as error:
@@ -255,7 +255,7 @@ def _download_error(url: str, error: Exception) -> ValueError:
 
 
 class _Unpacked:
-    """The bytes of `file`, decompressed where it is a gzip file; an error when there are absurdly many."""
+    """The bytes of `file`, decompressed if it is a gzip file. Absurdly many raise `tarfile.ReadError`."""
 
     def __init__(self, file: BinaryIO):
         is_gzip = file.read(2) == b"\x1f\x8b"
@@ -276,19 +276,19 @@ def _empty_array(*_) -> np.ndarray:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    # Others, such as "hex", enlarge the text, and a pickle may do so again and again.
+    # Other encodings, such as "hex", enlarge the text, and a pickle could do that again and again.
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
     return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler for dicts of lists, strings, numbers and NumPy arrays: it can call nothing else."""
+    """An unpickler for dicts of lists, strings, numbers and NumPy arrays. It cannot call anything else."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): _empty_array,
         ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy", "ndarray"): None,  # an argument of `_reconstruct`, nothing to call
+        ("numpy", "ndarray"): None,  # only an argument of `_reconstruct`; it is not called
         ("numpy", "dtype"): np.dtype,
         ("_codecs", "encode"): _encode,
     }
@@ -302,7 +302,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(data: bytes, where: str) -> dict:
     try:
         for opcode, argument, position in pickletools.genops(data):
-            # Python makes room for as many objects to remember as the number of one of them says.
+            # Python allocates as many places for objects as the largest object number asks for.
             if opcode.name in ("PUT", "LONG_BINPUT") and argument > position:
                 raise pickle.UnpicklingError("it asks for more memory than it has objects")
         content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()

@@ -24,9 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     parser = argparse.ArgumentParser(description="Prepare an LSUN category as a folder of PNG files.")
     parser.add_argument("--image-size", "--image_size", type=int, default=256, help="side in pixels (256)")
-    parser.add_argument(
-        "--prefix", default="bedroom", help="what the names of the files begin with (bedroom)"
-    )
+    parser.add_argument("--prefix", default="bedroom", help="beginning of the file names (bedroom)")
     parser.add_argument("lmdb_path", help="folder of an LSUN category, such as bedroom_train_lmdb")
     parser.add_argument("out_dir", help="folder to write the images to")
     arguments = parser.parse_args(argv)
@@ -42,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(lmdb_path: str, out_dir: str, image_size: int = 256, prefix: str = "bedroom") -> None:
-    """Write the images of the LMDB folder as ``<prefix>_NNNNNNN.png``, those that an earlier run has not.
+    """Write the images of the LMDB folder as ``<prefix>_NNNNNNN.png``, except those that are already there.
 
     The number is the image's place in the database. Images are scaled so that the shorter side fits, and
     cropped in the centre. Those that cannot be decoded are reported and left out.
@@ -56,7 +54,7 @@ def prepare(lmdb_path: str, out_dir: str, image_size: int = 256, prefix: str = "
         raise ValueError(f"--prefix {prefix!r}: must be the beginning of a file name")
     lmdb = _import_lmdb()
     if not os.path.isfile(os.path.join(lmdb_path, "data.mdb")):
-        raise ValueError(f"{lmdb_path} is no LSUN category: there is no data.mdb in it")
+        raise ValueError(f"{lmdb_path} is not an LSUN category: there is no data.mdb in it")
     os.makedirs(out_dir, exist_ok=True)
     try:
         with (
@@ -96,7 +94,7 @@ def _write_images(
             if unusable <= MAX_NAMED:
                 bar.write(f"left out image {index} ({key.decode('ascii', 'replace')}): {error}")
             continue
-        # Complete or not at all: a name that a later run finds must be a whole picture.
+        # Complete or not at all: a later run must find only whole pictures under their names.
         temporary = os.path.join(out_dir, ".part")
         image.save(temporary, format="png")
         os.replace(temporary, os.path.join(out_dir, name))

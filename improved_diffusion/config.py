@@ -740,7 +740,7 @@ class ConvertConfig(ImageFlags, ClassFlags, UNetFlags, ProcessFlags):
             raise ValueError("--log_dir: goes with --from_diffusers; leave it out")
         if self.from_diffusers and (contradicting := given - {"from_diffusers", "log_dir"}):
             raise ValueError(
-                f"--{min(contradicting)}: the model describes itself with --from_diffusers; leave it out"
+                f"--{min(contradicting)}: is read from the model with --from_diffusers; leave it out"
             )
 
 

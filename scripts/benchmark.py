@@ -1,8 +1,8 @@
-"""Measure how fast this machine trains and samples, against the plain way of openai/improved-diffusion, in a few
-minutes. By default, the model is that of the README.
+"""Measure how fast this machine trains and samples, compared with the plain way of openai/improved-diffusion, in a
+few minutes. The default model is that of the README's CIFAR-10 command.
 
-Everything that is compared runs in turns in one process. A number is the median of --rounds, and in brackets is
-between what the middle 80% lie. Nothing else should run meanwhile.
+Everything that is compared runs in turns in one process. A number is the median of --rounds measurements; brackets
+hold the range of the middle 80%. Run nothing else meanwhile.
 """
 
 from collections.abc import Callable

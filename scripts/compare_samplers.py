@@ -1,8 +1,8 @@
-"""Compare samplers on a model of yours: how close to real images each comes in more and more steps, how well it solves
-the ODE, how long it takes, and what it makes of the same noise.
+"""Compare samplers on your model: how close to real images each comes in how many steps, how well it solves the ODE,
+how long it takes, and what it draws from the same noise.
 
-Each takes the --timestep_spacing that suits it, unless that flag or --samplers says otherwise. All images are kept in
---log_dir: the same command, given again, goes on where it was interrupted. The tables and the picture are written anew
+Each sampler takes the --timestep_spacing that suits it, unless that flag or --samplers says otherwise. All images are
+kept in --log_dir, so the same command continues an interrupted comparison. The tables and the picture are updated
 whenever the images of a sampler, number of steps and seed are complete.
 """
 

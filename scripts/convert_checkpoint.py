@@ -1,5 +1,5 @@
-"""Turn a trained model into one for diffusers (UNet2DModel and scheduler), or one of diffusers' into a run to draw
-from and to train on. What the other side cannot express is refused by name.
+"""Convert a trained model for diffusers (UNet2DModel and scheduler), or a model of diffusers into a run to draw
+from or to train further. What the other side cannot express is refused by name.
 """
 
 import os

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-if __name__ == "__main__":  # before what takes seconds to import
+if __name__ == "__main__":  # before the imports that take seconds
     from improved_diffusion.run import terminal
 
     terminal.start()

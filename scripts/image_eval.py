@@ -1,8 +1,8 @@
 """Measure how close images, such as image_sample.py draws, are to real ones: FID, KID, Inception Score, precision and
 recall.
 
-The features come from the Inception network that the papers use, which is downloaded once; those of any other network,
-and the pixels', are reported under their own names.
+The features come from the Inception network that the papers use, which is downloaded once. Metrics from another
+network, or from the pixels, have names of their own.
 
 With --run_dir, the workbook draws the results over the training step. Step and weights are read from the path of the
 samples, so name the file or its folder like the weights that drew it: ema_0.9999_030000.npz.

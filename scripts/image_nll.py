@@ -1,6 +1,6 @@
 """Measure the bits per dimension of a trained model on images.
 
-What is known so far is written after every batch: nll.json (the mean), bpd.npz (every image) and vb_terms.npz,
+The results so far are written after every batch: nll.json (the mean), bpd.npz (every image) and vb_terms.npz,
 mse_terms.npz, xstart_mse_terms.npz (means at every timestep, the noisiest first).
 """
 

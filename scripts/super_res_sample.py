@@ -1,6 +1,6 @@
 """Enlarge images with a super-resolution model.
 
-The images come from --base_samples, as they are, or from --data_dir, shrunk first as in training.
+The images come from --base_samples, or from --data_dir, whose images are shrunk first as in training.
 """
 
 import os

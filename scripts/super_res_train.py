@@ -1,6 +1,6 @@
 """Train a model that enlarges images from --small_size to --large_size.
 
-It is shown images of --data_dir, fitted to --large_size, and beside each the same image shrunk to --small_size. The
+It learns from the images of --data_dir, fitted to --large_size, each with a copy that is shrunk to --small_size. The
 same command with the same --log_dir, given again, continues the run.
 """
 

@@ -54,7 +54,7 @@ def run_benchmark(config: BenchmarkConfig) -> None:
     if hasattr(os, "getloadavg"):
         machine["load"] = round(os.getloadavg()[0], 2)
         if machine["load"] > BUSY:
-            print(f"WARNING: other programs are running (load {machine['load']}); so these times mean little")
+            print(f"WARNING: other programs are running (load {machine['load']}), so these times mean little")
     print(f"the fast path: {settings.compute}; {settings.rounds} rounds")
     for name in names:
         print(f"\nmeasuring {name}...", flush=True)
@@ -67,7 +67,7 @@ def run_benchmark(config: BenchmarkConfig) -> None:
 
 
 def read_settings(config: BenchmarkConfig) -> Settings:
-    """What to measure. :raises ValueError: no such configuration can be trained."""
+    """The settings that the flags describe. :raises ValueError: such a configuration cannot be trained."""
     check_images_fit(config, "batch_size", bytes_per_number=4)
     flags, batch_size, microbatch = config.to_dict(), config.batch_size, config.microbatch
     settings = Settings(

@@ -104,7 +104,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     real = reference_statistics(reference, extractor, FEATURE_BATCH)
 
     out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
-    print(f"To go on after an interruption, give the same command with --log_dir {out_dir}")
+    print(f"To continue after an interruption, give the same command with --log_dir {out_dir}")
     with bf.BlobFile(opened.path, "rb") as file:
         weights = hashlib.sha256(file.read()).hexdigest()
     drawn_with = {

@@ -38,7 +38,7 @@ def run_conversion(config: ConvertConfig, given: set[str], project: str) -> None
 
 
 def export_folder(config: ConvertConfig, given: set[str]) -> None:
-    """Write the model of --model_path into the folder --to_diffusers, from where diffusers loads it."""
+    """Write the model of --model_path into the folder --to_diffusers, which diffusers can load."""
     folder = absolute(config.to_diffusers)
     _check_empty("to_diffusers", folder)
     trained = load_trained(config.model_path, config, given)
@@ -54,14 +54,14 @@ def export_folder(config: ConvertConfig, given: set[str]) -> None:
         file.write(content)
     _write_json(bf.join(folder, "unet", "config.json"), exported.unet_config)
     _write_json(bf.join(folder, "scheduler", "scheduler_config.json"), exported.scheduler_config)
-    # This file makes the folder one of diffusers', and so comes last.
+    # diffusers takes the folder for a pipeline once this file is there, so it is written last.
     _write_json(bf.join(folder, "model_index.json"), PIPELINE)
     print(f"written: {folder}")
     if class_names:
         print(f"classes: {one_line(', '.join(f'{i} {name}' for i, name in enumerate(class_names)))}")
     if config.class_cond:
         print(
-            "diffusers' DDPMPipeline draws no classes: use the UNet2DModel, which takes class_labels, by itself"
+            "diffusers' DDPMPipeline cannot draw classes: use the UNet2DModel alone, which takes class_labels"
         )
 
 
@@ -80,7 +80,7 @@ def import_folder(config: ConvertConfig, project: str) -> None:
     saved = checkpoint.save(
         log_dir,
         0,
-        # An optimizer that has seen nothing: with it, the run can be trained on.
+        # A fresh optimizer, so that the run can be trained further.
         {"model": model.state_dict(), "opt": AdamW(model.parameters()).state_dict()},
         {
             "samples": 0,
@@ -95,7 +95,7 @@ def import_folder(config: ConvertConfig, project: str) -> None:
     )
     print(f"written: {saved.path('model')}")
     if not source.scheduler_config.get("clip_sample", True):
-        print("Its scheduler does not clip: draw with --clip_denoised False")
+        print("its scheduler does not clip: draw with --clip_denoised False")
     command = ["python", os.path.join(project, "scripts", "image_sample.py"), "--model_path", log_dir]
     print(f"To draw images: {shlex.join(command)}")
 
@@ -123,7 +123,7 @@ def _read_weights(path: str) -> dict[str, th.Tensor]:
             content = file.read()
         try:
             return _safetensors().load(content)
-        except Exception as error:  # of what safetensors raises, some is its own and some Python's
+        except Exception as error:  # safetensors raises errors of its own and Python's
             raise ValueError(f"{path}.safetensors: damaged ({error})") from None
     if bf.exists(f"{path}.bin"):
         return checkpoint.load_tensors(f"{path}.bin")
@@ -136,7 +136,7 @@ def _read_json(path: str) -> dict[str, Any]:
             content = json.loads(file.read())
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: there is no such file, so this is no model that diffusers has saved"
+            f"{path}: there is no such file, so this is not a model saved by diffusers"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None

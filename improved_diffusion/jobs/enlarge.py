@@ -55,7 +55,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     if dist_util.get_rank() == 0:
         with open_atomic(picture) as file:
             image_grid(to_uint8(low_res)).save(file, format="PNG")
-    print(f"what is enlarged: {picture}")
+    print(f"the images that are enlarged: {picture}")
     subject = Subject(config.large_size, config.seed, labels, low_res)
     return draw_into(
         out_dir,

@@ -24,7 +24,7 @@ def run_evaluation(config: EvalConfig) -> None:
     """
     output = report.output_path(config.output, config.samples)
     if config.run_dir:
-        read_run(config.run_dir)  # finds out now, not in an hour, whether it is one
+        read_run(config.run_dir)  # fails now, not in an hour, if it is not a run
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
@@ -64,9 +64,9 @@ def run_evaluation(config: EvalConfig) -> None:
 
 
 def read_samples(path: str) -> ImageSet:
-    """The images to measure, at the size they have.
+    """The images to measure, at their own size.
 
-    :raises ValueError: nothing usable there, or a folder whose .npz file was meant.
+    :raises ValueError: there is nothing usable, or it is a folder with an .npz file that was probably meant.
     """
     inside = sorted(glob.glob(os.path.join(glob.escape(absolute(path)), "*.npz")))
     if inside:

@@ -12,7 +12,7 @@ from improved_diffusion.jobs.runs import choose_out_dir, open_model
 from improved_diffusion.run.interrupts import Stoppable
 from improved_diffusion.script_util import check_images_fit, count_classes, join_processes, read_images_alike
 
-# Of the flags, what a reader of nll.json needs to know.
+# The flags that a reader of nll.json needs.
 RECORDED = (
     "model_path",
     "data_dir",

@@ -70,7 +70,7 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
 def describe_images(
     config: SampleConfig, plan: Plan, labels: list[int] | None
 ) -> tuple[Subject, np.ndarray | None]:
-    """Independent images, of all classes asked for in turn, and the rows of their grid: the classes."""
+    """Independent images of the wanted classes in turn, with a row of the grid for each class."""
     labels = None if labels is None else np.resize(labels, config.num_samples)
     return Subject(config.image_size, config.seed, labels), labels
 
@@ -78,10 +78,10 @@ def describe_images(
 def describe_interpolation(
     config: SampleConfig, plan: Plan, labels: list[int] | None
 ) -> tuple[Subject, np.ndarray | None]:
-    """Images between numbers 0 and 1 of the seed, in a row; a row for each of at most `MAX_ROWS` classes."""
+    """Images that lead from image 0 to image 1 of the seed, in a row for each of at most `MAX_ROWS` classes."""
     if plan.is_random:
         raise ValueError(
-            f"--interpolate True: needs a sampler that adds no noise on the way, not {plan.sampler}"
+            f"--interpolate True: needs a sampler that adds no noise, not {plan.sampler}"
             + (f" with --eta {plan.eta}" if plan.eta else "")
         )
     points, size = config.num_samples, config.image_size

@@ -354,7 +354,7 @@ SCRIPT_MISTAKES = {
     "config.json: there is no such file": ["--from_diffusers", "run", "--log_dir", "new"],
     "--to_diffusers .*run: exists and is not empty": ["--model_path", "run", "--to_diffusers", "run"],
     "--log_dir .*run: exists and is not empty": ["--from_diffusers", "good", "--log_dir", "run"],
-    "--num_channels: the model describes itself": ["--from_diffusers", "good", "--num_channels", "64"],
+    "--num_channels: is read from the model": ["--from_diffusers", "good", "--num_channels", "64"],
     "config.json: damaged": ["--from_diffusers", "bad config", "--log_dir", "new"],
     "diffusion_pytorch_model.safetensors: damaged": ["--from_diffusers", "bad weights", "--log_dir", "new"],
     "--num_heads_upsample 2: diffusers": ["--model_path", "upsample", "--to_diffusers", "new"],
