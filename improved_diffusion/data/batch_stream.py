@@ -1,4 +1,4 @@
-"""The endless stream of training batches: which image is shown when, and as which numbers.
+"""The endless stream of training batches: the order of the images, their flips, and pixels as numbers in [-1, 1].
 
 The stream is a function of (seed, position): position p, counted from the start of training, always holds the
 same image with the same flip. So neither a restart, nor the number of workers, nor the number of processes
@@ -22,7 +22,7 @@ class BatchStream:
     """Iterate for ever over (x, cond): x float32 [B, 3, S, S] in [-1, 1]; cond {"y": int64 [B]} or {}.
 
     The set is shown in a new random order every epoch, one epoch after the other without a gap: a batch may
-    reach into the next epoch, and a set smaller than a batch wraps around within it.
+    reach into the next epoch, and a set that is smaller than a batch repeats within it.
 
     :param images: what to show (see `image_datasets.read_images`).
     :param batch_size: the number of images in the global batch, that of all shards together.
@@ -56,7 +56,7 @@ class BatchStream:
             )
         if class_cond and images.labels is None:
             raise ValueError(
-                f"class_cond True: needs classes, and {images.summary['source']} tells none; "
+                f"class_cond True: needs classes, and the images in {images.summary['source']} have none; "
                 "name the files <class>_<anything>.png or put each class into a folder of its own"
             )
         if data_workers < 0:

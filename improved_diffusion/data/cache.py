@@ -16,11 +16,11 @@ from platformdirs import user_cache_dir
 
 from improved_diffusion.storage import open_atomic
 
-VERSION = 1  # raise it when pictures are decoded differently: older caches are then left alone
+VERSION = 1  # raise it when pictures are decoded differently; older caches are then ignored
 
 
 class UnusableCache(ValueError):
-    """A cache file that has to be rebuilt; its message says why."""
+    """A cache file cannot be used and must be written again; the message says why."""
 
 
 def default_cache_dir() -> str:

@@ -1,4 +1,4 @@
-"""Classes by name and number: those that a user asks for, and those that a set of images tells."""
+"""Classes by name and number: those that a user asks for, and those of a set of images."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from improved_diffusion.data.image_set import ImageSet
 def parse_class_labels(text: str, num_classes: int, class_names: Sequence[str]) -> list[int]:
     """Class numbers from a comma-separated list of names or numbers; all classes when `text` is empty.
 
-    :raises ValueError: one is neither; the message lists what there is.
+    :raises ValueError: there is no such class; the message lists the classes.
     """
     if not text:
         return list(range(num_classes))
@@ -28,17 +28,17 @@ def parse_class_labels(text: str, num_classes: int, class_names: Sequence[str]) 
 
 
 def labels_of(images: ImageSet, num_classes: int, class_names: Sequence[str]) -> np.ndarray:
-    """The class of each image, int64 [N], as a model counts its classes.
+    """The class of each image, int64 [N], in the numbering of a model.
 
     :param num_classes: the model's.
-    :param class_names: their names, by which the classes of `images` are recognized; without any names,
-        they are taken to be counted in the same way.
-    :raises ValueError: `images` tell no classes, or one that the model does not know.
+    :param class_names: the model's names of its classes. `images` are matched by name; without names, their
+        numbers are taken as they are.
+    :raises ValueError: `images` have no classes, or one that the model does not know.
     """
     source = images.summary["source"]
     if images.labels is None:
         raise ValueError(
-            f"{source}: the model was trained with classes, and the images there tell none: name the files "
+            f"{source}: the model was trained with classes, and these images have none: name the files "
             "<class>_<anything>.png or put each class into a folder of its own"
         )
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -47,10 +47,10 @@ def labels_of(images: ImageSet, num_classes: int, class_names: Sequence[str]) ->
         name = images.class_names[label]
         number = label
         if class_names:
-            # The classes of an .npz file have numbers for names.
+            # In an .npz file, the names of the classes are numbers.
             number = numbers.get(name, int(name) if name.isdecimal() else num_classes)
         if number >= num_classes:
             known = ", ".join(class_names) if class_names else f"classes 0 to {num_classes - 1}"
-            raise ValueError(f"{source}: holds images of class {name!r}, and the model knows {known}")
+            raise ValueError(f"{source}: holds images of class {name!r}, but the model knows {known}")
         table[label] = number
     return table[images.labels]

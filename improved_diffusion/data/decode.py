@@ -13,8 +13,10 @@ from improved_diffusion.storage import is_remote
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
-UNREADABLE = "missing or not readable"  # the reason that may be gone tomorrow though the file is the same
-MAX_ASPECT = 1000  # longer ones would be enlarged to gigabytes, only for their middle to be cut out
+UNREADABLE = (
+    "missing or not readable"  # unlike the other reasons, this one can change while the file stays the same
+)
+MAX_ASPECT = 1000  # longer ones would be enlarged to gigabytes before their centre is cut out
 
 
 MAX_PIXELS_IN_FLIGHT = (
@@ -23,7 +25,7 @@ MAX_PIXELS_IN_FLIGHT = (
 
 
 class UnusableImage(ValueError):
-    """An image file that cannot be used; its message is the reason, in words that group well in a summary."""
+    """An image file cannot be used. The message is one of few reasons, so that a summary can count them."""
 
 
 class _Budget:
@@ -54,8 +56,8 @@ _in_flight = _Budget(MAX_PIXELS_IN_FLIGHT)
 def read_image(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int], str]:
     """Decode the image at `path`, a local path or a blobfile URL, and fit it into a square.
 
-    Orientation is taken from EXIF, transparency is composited over white, 16 bits are scaled to 8, and of an
-    animation the first frame is taken. A picture that already has the right size is not resampled.
+    EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, and an animation gives its
+    first frame. A picture that already has the right size is not resampled.
 
     :return: pixels, uint8 [S, S, 3]; (width, height) of the file; its Pillow mode, such as "RGB" or "P".
     :raises UnusableImage: with the reason.
@@ -78,8 +80,8 @@ def inspect_image(path: str) -> tuple[tuple[int, int], str]:
 def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
     """Scale the shorter side of an RGB image to `image_size` and cut out the centre: uint8 [S, S, 3].
 
-    It is halved by box filtering while that leaves it large enough, and bicubic for the rest: halving uses
-    every pixel of a large photograph at a fraction of the cost.
+    A large image is first halved by box filtering as often as possible, then scaled bicubically. Halving uses every
+    pixel of a large photograph at a fraction of the cost.
     """
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -93,7 +95,7 @@ def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """The image at `path`, open; whatever goes wrong with it inside the block becomes an `UnusableImage`."""
+    """The image at `path`, open. Any error inside the block becomes an `UnusableImage`."""
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(bf.BlobFile(path, "rb")) if is_remote(path) else path
@@ -133,7 +135,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_float(values: np.ndarray) -> Image.Image:
-    """Floats as 8 bit grey: from [0, 1] where nothing exceeds 1, from [0, 255] otherwise."""
+    """Floats as 8-bit grey. Values are taken as [0, 1] if none exceeds 1, else as [0, 255]."""
     if not np.isfinite(values).all():
         raise UnusableImage("has infinite or undefined pixels")
     scale = 255.0 if values.max() <= 1 else 1.0

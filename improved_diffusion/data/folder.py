@@ -1,4 +1,4 @@
-"""A folder of images: which files it holds, what class each is of, and decoding them all at once."""
+"""A folder of images: finding its files, their classes, and decoding them all at once."""
 
 import hashlib
 import heapq
@@ -27,7 +27,7 @@ from improved_diffusion.storage import is_remote
 CHUNK = 64  # files per task of the decoding threads
 FILE, FOLDER, LINKED_FOLDER = "file", "folder", "linked folder"
 # Why something in a folder is not read.
-OTHER_FILE = "file name does not end like an image's"
+OTHER_FILE = "file name has no image extension"
 KNOWN_FOLDER = "link to a folder that is read already"
 BROKEN_LINK = "link that leads nowhere"
 SPECIAL_FILE = "neither a file nor a folder"
@@ -36,8 +36,8 @@ SPECIAL_FILE = "neither a file nor a folder"
 class ImageFile(NamedTuple):
     """A file found in a folder.
 
-    `name` is its path relative to that folder, with forward slashes, `size` is in bytes, and `modified` tells
-    two versions of the file apart: nanoseconds locally, seconds remotely.
+    `name` is its path relative to that folder, with forward slashes. `size` is in bytes. `modified` is the time of
+    the last change, which distinguishes versions of the file: in nanoseconds locally, in seconds remotely.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ImageFile(NamedTuple):
 
 @dataclass
 class Folder:
-    """A folder's usable images, and what became of all of its files.
+    """A folder's usable images, and a summary of all its files.
 
     `images` is uint8 [N, S, S, 3], or None when the set is to be streamed; `sizes` and `modes` count the
     usable files by "<width>x<height>" and Pillow mode; `skipped` names the unusable files by reason.
@@ -87,7 +87,7 @@ def read_folder(
         cached = True
     except (FileNotFoundError, UnusableCache) as error:
         if isinstance(error, UnusableCache):
-            log(f"reading {root} anew: {error}")
+            log(f"reading {root} again: {error}")
         info, images = _read_files(files, None if streamed else image_size, progress)
         cached = False
         if files and UNREADABLE not in info["skipped"]:
@@ -139,11 +139,11 @@ def list_files(root: str) -> tuple[list[ImageFile], dict[str, list[str]]]:
 
 
 def classify(names: list[str]) -> tuple[list[str], np.ndarray | None]:
-    """Class names, sorted, and the class of each file, int64 [N]; ``([], None)`` where names tell none.
+    """Class names, sorted, and the class of each file, int64 [N]; ``([], None)`` if the names give no classes.
 
     The class is the part of the file's name before the first underscore, where every file has one; otherwise
     the folder that holds it, where every file is in a sub-folder. Prefixes that are all the same
-    (``IMG_0001.jpg``) give way to folders that are not.
+    (``IMG_0001.jpg``) are ignored if the folders differ.
     """
     folders = [name.rpartition("/")[0] for name in names]
     prefixes = [name.rpartition("/")[2].partition("_") for name in names]
@@ -157,7 +157,7 @@ def classify(names: list[str]) -> tuple[list[str], np.ndarray | None]:
 
 
 def fingerprint(files: list[ImageFile]) -> str:
-    """A hash of names and sizes, which a copy of the folder shares and a changed folder does not."""
+    """A hash of names and sizes. A copy of the folder has the same hash, a changed folder another."""
     return _hash_lines(f"{file.name}\0{file.size}" for file in files)
 
 
@@ -240,10 +240,10 @@ def _try_to_write(cache: str, listing: str, info: dict, images: np.ndarray, log:
     try:
         write_cache(cache, listing, info, images)
     except OSError as error:
-        log(f"the decoded images could not be cached, the next start will decode them again: {error}")
+        log(f"the decoded images could not be cached, so the next start decodes them again: {error}")
 
 
 def _hash_lines(lines: Iterable[str]) -> str:
     text = "\n".join(lines)
-    # File names that are no valid text reach Python as lone surrogates.
+    # File names that are not valid text reach Python as lone surrogates.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""A set of images to train on: pixels by index, classes, and what is known about where it came from."""
+"""A set of images to train on: pixels by index, classes, and a summary of its source."""
 
 import itertools
 import warnings
@@ -14,9 +14,9 @@ class ImageSet:
 
     :ivar image_size: S.
     :ivar in_memory: whether `get` only has to look them up.
-    :ivar labels: the class of each image, int64 [N], or None where nothing tells the classes.
+    :ivar labels: the class of each image, int64 [N], or None if there are no classes.
     :ivar class_names: the name of each class.
-    :ivar fingerprint: a hash that changes when the set does; it does not depend on where the set lies.
+    :ivar fingerprint: a hash of the set's content, whatever its place.
     :ivar summary: what was read, ready for JSON: "source", "images", "bytes" (in memory), "sizes" (of the
         files, "WxH": "min" and "max" by area, "most_common"), "modes" and "classes" (name -> number of
         images), "skipped" (reason -> number of files), "skipped_names" (reason -> the first few) and
@@ -63,10 +63,9 @@ class ImageSet:
         return np.stack([self._decode(int(index)) for index in indices])
 
     def _decode(self, index: int) -> np.ndarray:
-        """Image `index` of a streamed set or, if its file turns out damaged, the next good one of its class.
+        """Image `index` of a streamed set or, if its file is damaged, the next good one of its class.
 
-        Of a streamed set only the headers were read at the start, and days of training must not end at one
-        file.
+        At the start only the headers were read, and one damaged file must not end days of training.
         """
         label = self.labels[index] if self.labels is not None else None
         following = itertools.chain(range(index, len(self)), range(index))

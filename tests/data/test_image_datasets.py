@@ -681,7 +681,7 @@ def test_mistakes_in_a_stream_name_the_flag(tmp_path):
     (tmp_path / "plain").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "plain" / "one.png")
     images = read(tmp_path / "plain")
-    with pytest.raises(ValueError, match="class_cond True: needs classes, and "):
+    with pytest.raises(ValueError, match="class_cond True: needs classes, and the images in "):
         BatchStream(images, 1, class_cond=True)
     with pytest.raises(ValueError, match="batch_size 1: "):
         BatchStream(images, 1, shard=1, num_shards=2)

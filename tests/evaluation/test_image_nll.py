@@ -143,8 +143,8 @@ def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, call_scri
         (["--num_channels", "64"], "--num_channels 64: contradicts the checkpoint"),
         (["--timestep_respacing", "21"], "--timestep_respacing"),
         (["--model_path", "SUPER"], "holds a super-resolution model"),
-        (["--model_path", "CLASSIFIED", "--data_dir", "PLAIN"], "the images there tell none"),
-        (["--model_path", "CLASSIFIED", "--data_dir", "STRANGE"], "class 'cat', and the model knows circle"),
+        (["--model_path", "CLASSIFIED", "--data_dir", "PLAIN"], "these images have none"),
+        (["--model_path", "CLASSIFIED", "--data_dir", "STRANGE"], "class 'cat', but the model knows circle"),
     ],
 )
 def test_mistakes(model, classified, tmp_path, call_script, flags, message):
