@@ -119,9 +119,9 @@ def test_sampling_from_damaged_weights_is_an_error(run, run_script):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # within a weight, which the file format itself does not notice
     path.write_bytes(content)
-    done = run_script("image_sample.py", "--model_path", path, "--log_dir", run / "samples", check=2)
+    done = run_script("image_sample.py", "--model_path", path, "--log_dir", run / "drawn", check=2)
     assert str(path) in done.stderr and "damaged" in done.stderr and done.stderr.count("\n") == 1
-    assert not (run / "samples").exists()
+    assert not (run / "drawn").exists()
 
 
 # -- state files that are sound JSON, with a matching checksum, and absurd ---------------------------------
