@@ -237,7 +237,7 @@ def damaged_within(draw, archives):
 def test_damaged_npz(folder, content):
     path = folder / "set.npz"
     path.write_bytes(content)
-    with clean("npz files", name=f"--data_dir {path}"):
+    with clean("npz files", name=str(path)):
         images = read_images(str(path), 8)
         assert images.get(np.arange(len(images))).shape == (len(images), 8, 8, 3)
         assert images.labels is None or len(images.labels) == len(images)
