@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from improved_diffusion.flags import Flags, Role, flag, named
+from improved_diffusion.learning_rate import LR_DECAYS, check_lr_schedule
 from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers
 
 NOISE_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("epsilon", "x_start", "v", "edm")
-SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
+SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "log-normal")
+LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
 PRECISIONS = ("auto", "fp32", "bf16")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m", "unipc", "deis", "ipndm")
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 AUTO = "auto"
 MOST_IMAGES = 10_000_000
+SHORTEST, LONGEST = 0.01, 0.28  # of --ema_lengths; a flat profile, with gamma 0, has 0.2887
 MOST_STEPS = 10**9
 
 
@@ -49,6 +52,42 @@ def ema_rates(text: str | float) -> list[str]:
     if len(set(rates)) != len(rates):
         raise ValueError("a rate is named twice")
     return rates
+
+
+def power_lengths(text: str) -> list[str]:
+    """The lengths of power-function averages in a comma-separated list, as they stand in file names; none in "".
+
+    :raises ValueError: one is no number from `SHORTEST` to `LONGEST`; the message is the end of a sentence.
+    """
+    lengths = [part.strip() for part in text.split(",")] if text.strip() else []
+    for length in lengths:
+        if not (re.fullmatch(r"0\.[0-9]{1,8}", length) and SHORTEST <= float(length) <= LONGEST):
+            raise ValueError(f"expected numbers from {SHORTEST} to {LONGEST}, separated by commas")
+    if len({float(length) for length in lengths}) != len(lengths):
+        raise ValueError("a length is named twice")
+    return lengths
+
+
+def _check_length(length: float) -> str | None:
+    if length == 0 or SHORTEST <= length <= LONGEST:
+        return None
+    return f"expected a number from {SHORTEST} to {LONGEST}, or 0"
+
+
+def interval(text: str) -> tuple[float, float] | None:
+    """The two numbers in "0.2,3"; None for an empty text.
+
+    :raises ValueError: they are not two rising numbers from 0 on; the message is the end of a sentence.
+    """
+    if not text:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0 <= low < high < float("inf"):
+        raise ValueError("expected two numbers, the first one smaller, separated by a comma")
+    return low, high
 
 
 def _check_cores(text: str) -> str | None:
@@ -133,6 +172,14 @@ class UNetFlags(Flags):
         role=Role.ARCHITECTURE,
     )
     num_res_blocks: int = flag(2, "residual blocks per level", low=1, high=32, role=Role.ARCHITECTURE)
+    patch_size: int = flag(
+        1,
+        "side of the squares of pixels that the UNet sees as one position: 2 saves the cost of the level of full "
+        "resolution; --channel_mult and --attention_resolutions are then those of the smaller image",
+        low=1,
+        high=64,
+        role=Role.ARCHITECTURE,
+    )
     channel_mult: str = flag(
         "",
         "comma-separated channel multipliers, one per level (1,2,2,2); chosen by image size where not given",
@@ -185,6 +232,30 @@ class ProcessFlags(Flags):
         "what the model predicts: the noise, the clean image, v (Salimans & Ho 2022) or EDM's F (Karras et al. 2022)",
         choices=PREDICTIONS,
         role=Role.PROCESS,
+    )
+    loss_weighting: str = flag(
+        "none",
+        "weights of the timesteps in the loss: none, min_snr (Hang et al. 2023) or edm (Karras et al. 2022)",
+        choices=LOSS_WEIGHTINGS,
+        role=Role.TRAINING,
+    )
+    sigma_mean: float = flag(
+        -1.2,
+        "mean of ln sigma, for --schedule_sampler log-normal and --loss_weighting edm; sigma is the noise relative to "
+        "the image",
+        low=-20,
+        high=20,
+        role=Role.TRAINING,
+    )
+    sigma_std: float = flag(
+        1.2, "standard deviation of ln sigma, likewise", low=0.01, high=100, role=Role.TRAINING
+    )
+    uniform_share: float = flag(
+        0.1,
+        "share of uniform timesteps among the log-normal ones, likewise",
+        low=0,
+        high=1,
+        role=Role.TRAINING,
     )
     rescale_timesteps: bool = flag(True, "tell the model timesteps scaled to 0..1000", role=Role.PROCESS)
     sigma_small: bool = flag(False, "draw with the smaller of the two fixed variances")
@@ -312,6 +383,22 @@ class LearningFlags(Flags):
     lr_anneal_steps: int = flag(
         0, "lower the learning rate linearly to zero over this many steps; 0: do not", low=0, high=MOST_STEPS
     )
+    lr_decay: str = flag(
+        "none", "how the learning rate falls to zero at the end of --total_steps", choices=LR_DECAYS
+    )
+    lr_decay_share: float = flag(
+        1.0,
+        "last share of the run over which it falls, with --lr_decay; 1: from the end of the warm-up on",
+        low=0,
+        high=1,
+        check=lambda share: None if share else "must be above 0",
+    )
+    ema_lengths: str = flag(
+        "",
+        "comma-separated lengths, relative to the run so far, of power-function averages that are kept as well, such "
+        "as 0.05,0.1; afterwards --ema_length of image_sample.py and publish_model.py makes one of any length of them",
+        check=_problem(power_lengths),
+    )
     weight_decay: float = flag(0.0, "decoupled weight decay of AdamW", low=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no limit", low=0)
     schedule_sampler: str = flag(
@@ -394,6 +481,11 @@ class TrainingFlags(
             raise ValueError("--use_fp16 True and --precision fp32 contradict each other; leave one out")
         check_classes(self)
         levels_of(self)
+        names = ("lr_warmup_steps", "lr_anneal_steps", "lr_decay", "lr_decay_share", "total_steps")
+        try:
+            check_lr_schedule(*(getattr(self, name) for name in names))
+        except ValueError as error:
+            raise named(error, {name: name for name in names}) from None
 
 
 def check_classes(config: ClassFlags) -> None:
@@ -409,6 +501,9 @@ def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
     :raises ValueError: they do not fit the size; the message names the flag.
     """
     size = config.output_size
+    if size % config.patch_size:
+        raise ValueError(f"--patch_size {config.patch_size}: must divide the image size {size}")
+    size //= config.patch_size
     try:
         multipliers = channel_multipliers(config.channel_mult, size)
         return multipliers, attention_factors(config.attention_resolutions, size, len(multipliers))
@@ -451,6 +546,12 @@ class DrawingFlags(Flags):
     FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
     model_path: str = flag("", MODEL_PATH, per_machine=True)
     num_samples: int = flag(64, "number of images to draw", low=1, high=MOST_IMAGES)
+    ema_length: float = flag(
+        0.0,
+        "draw with a power-function average of this length relative to the run, from 0.01 to 0.28, made of all "
+        "checkpoints of a run with --ema_lengths; 0: with the average of --ema_rate",
+        check=_check_length,
+    )
     batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
     log_dir: str = flag(
         "", "directory for the images; where not given, $OPENAI_LOGDIR or a new directory samples/DATE"
@@ -475,6 +576,18 @@ class GuidanceFlags(Flags):
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
         "--class_dropout; 1: as trained",
     )
+    guidance_interval: str = flag(
+        "",
+        "guide only where the noise sigma, relative to the image, lies between two numbers, such as 0.2,3; elsewhere "
+        "a step costs half; everywhere where not given",
+        check=_problem(interval),
+    )
+    autoguidance_path: str = flag(
+        "",
+        "a worse model to be guided away from (autoguidance, Karras et al. 2024), such as an early checkpoint",
+        per_machine=True,
+    )
+    autoguidance_scale: float = flag(2.0, "how far from it: 1 not at all")
     interpolate: bool = flag(
         False,
         "draw --num_samples (10 where not given) images that lead from image 0 to image 1 of the seed, in a row; "
@@ -752,9 +865,19 @@ class PublishConfig(Flags):
     model_path: str = flag("", "directory of the run whose model is to be published")
     log_dir: str = flag("", "new folder for the copy")
     ema_rate: str = flag("", "which moving average to publish; the one of the largest rate where not given")
+    ema_length: float = flag(
+        0.0,
+        "publish a power-function average of this length relative to the run instead, made of all checkpoints of a run "
+        "with --ema_lengths",
+        check=_check_length,
+    )
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
         for name, what in (("model_path", "the directory of a run"), ("log_dir", "a new folder")):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: give {what}")
+        if self.ema_rate and self.ema_length:
+            raise ValueError(
+                f"--ema_rate {self.ema_rate}: contradicts --ema_length {self.ema_length}; leave one out"
+            )

@@ -10,6 +10,7 @@ import torch as th
 from improved_diffusion import dist_util, weighting
 from improved_diffusion import gaussian_diffusion as gd
 from improved_diffusion.config import (
+    LOSS_WEIGHTINGS,
     ClassFlags,
     DiffusionFlags,
     ModelAndDiffusion,
@@ -35,7 +36,6 @@ MEAN_TYPES = {
     "v": gd.ModelMeanType.VELOCITY,
     "edm": gd.ModelMeanType.EDM,
 }
-LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
 SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as in Karras et al. 2022
 MAX_PARAMETERS = 2_000_000_000
 MAX_IMAGES_GB = 16
@@ -146,9 +146,17 @@ def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
             # A command that takes no steps, such as a conversion, has no such flag.
             timestep_respacing=getattr(config, "timestep_respacing", ""),
             prediction=config.prediction,
+            loss_weighting=config.loss_weighting,
+            sigma_mean=config.sigma_mean,
+            sigma_std=config.sigma_std,
+            uniform_share=config.uniform_share,
         )
     except ValueError as error:
-        arguments = {"section_counts": "timestep_respacing", "loss_weighting": "loss_weighting"}
+        arguments = {
+            "section_counts": "timestep_respacing",
+            "loss_weighting": "loss_weighting",
+            "mean": "sigma_mean",
+        }
         raise named(error, arguments) from None
 
 
@@ -236,6 +244,7 @@ def _unet_arguments(config: ModelFlags | SuperResModelFlags) -> dict[str, Any]:
         "num_heads_upsample": config.num_heads_upsample,
         "use_scale_shift_norm": config.use_scale_shift_norm,
         "ddpm_details": config.ddpm_details,
+        "patch_size": config.patch_size,
     }
 
 

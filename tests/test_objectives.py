@@ -16,6 +16,7 @@ OBJECTIVES = {
     "xstart": "--predict_xstart True",
     "v": "--prediction v",
     "edm": "--prediction edm --learn_sigma True",
+    "log-normal": "--prediction v --schedule_sampler log-normal --loss_weighting edm",
 }
 
 

@@ -15,7 +15,8 @@ FILES = {
 }
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
-    {"kernels", "losses", "weighting", "nn", "flags", "config", "levels", "progress", "seeding", "storage"},
+    {"kernels", "losses", "weighting", "nn", "storage", "seeding", "progress"}
+    | {"flags", "config", "levels", "learning_rate"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"benchmark"},
 ]
 MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}
-WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "levels"}
+WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "learning_rate", "levels"}
 
 
 def room(module: str) -> str:

@@ -319,16 +319,16 @@ def test_learning_rate_decays_to_zero_at_the_end():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"lr_decay": "exponential"}, "--lr_decay 'exponential'.*none, linear, cosine"),
-        ({"lr_decay": "linear", "lr_decay_share": 0.0}, "--lr_decay_share 0.0"),
-        ({"lr_decay": "linear", "lr_decay_share": 1.1}, "--lr_decay_share 1.1"),
-        ({"lr_decay_share": 0.5}, "--lr_decay_share 0.5: needs --lr_decay"),
-        ({"lr_decay": "cosine", "lr_anneal_steps": 50}, "--lr_decay cosine.*--lr_anneal_steps 50"),
+        ({"lr_decay": "exponential"}, "lr_decay 'exponential'.*none, linear, cosine"),
+        ({"lr_decay": "linear", "lr_decay_share": 0.0}, "lr_decay_share 0.0"),
+        ({"lr_decay": "linear", "lr_decay_share": 1.1}, "lr_decay_share 1.1"),
+        ({"lr_decay_share": 0.5}, "lr_decay_share 0.5: needs lr_decay"),
+        ({"lr_decay": "cosine", "lr_anneal_steps": 50}, "lr_decay cosine.*lr_anneal_steps 50"),
         (
             {"lr_decay": "linear", "lr_warmup_steps": 30, "total_steps": 30},
-            "--lr_warmup_steps 30.*--total_steps 30",
+            "lr_warmup_steps 30.*total_steps 30",
         ),
-        ({"ema_lengths": "0.5"}, "--ema_lengths 0.5"),
+        ({"ema_lengths": "0.5"}, "ema_lengths 0.5"),
     ],
 )
 def test_impossible_schedules_and_averages(tmp_path, options, words):

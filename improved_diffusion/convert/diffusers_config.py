@@ -108,6 +108,8 @@ def unet_config(model: UNetModel, flags: dict[str, Any]) -> dict[str, Any]:
             f"--channel_mult {flags['channel_mult']}: diffusers' UNet2DModel starts with as many channels as its "
             "first level has, so the first multiplier would have to be 1"
         )
+    if flags["patch_size"] > 1:
+        raise ValueError(f"--patch_size {flags['patch_size']}: diffusers' UNet2DModel knows no patches")
     attentions = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     if len({attention.attention.num_heads for attention in attentions}) > 1:
         raise ValueError(

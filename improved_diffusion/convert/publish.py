@@ -12,7 +12,8 @@ import torch as th
 from improved_diffusion.config import PublishConfig
 from improved_diffusion.evaluation.report import FILE_NAME as EVALUATION
 from improved_diffusion.run import checkpoint
-from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.run.averages import reconstruct, with_averages
+from improved_diffusion.run.checkpoint import Checkpoint, power_kind
 from improved_diffusion.run.remote import PICTURES
 from improved_diffusion.storage import TEMPORARY_PREFIX, absolute, write_json
 
@@ -24,8 +25,10 @@ TRAINING_STATE = ("log", "schedule_sampler", "logged_step", "skipped")
 FOLDERS = re.compile(r"(?<![^\s'\"=])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+(?=[^\s'\"/\\])")
 
 
-def publish(run_dir: str, rate: str, out_dir: str) -> Checkpoint:
+def publish(run_dir: str, rate: str, out_dir: str, length: float = 0.0) -> Checkpoint:
     """Write the moving average of `rate` of a run's newest checkpoint into the new folder `out_dir`.
+
+    :param length: above 0: write the power-function average of this length instead (see `averages.reconstruct`).
 
     Arguments, metrics and pictures are copied. So one can draw from the folder and make its workbook as with a
     run, but not train it further. Paths are shortened to their last part, because the rest describes this machine
@@ -39,10 +42,14 @@ def publish(run_dir: str, rate: str, out_dir: str) -> Checkpoint:
     if os.path.exists(out_dir):
         raise ValueError(f"--log_dir {out_dir}: already exists; give a new folder")
     source = checkpoint.find(run_dir)
-    if rate not in source.ema_rates:
+    if length:
+        kind, weights = power_kind(f"{length:g}"), reconstruct(with_averages(run_dir), length, source.step)[0]
+    elif rate in source.ema_rates:
+        kind, weights = rate, source.load(rate)
+    else:
         present = ", ".join(source.ema_rates) or "none"
         raise ValueError(f"--ema_rate {rate}: {run_dir} has moving averages of {present}")
-    weights = {name: _in_16_bits(name, tensor) for name, tensor in source.load(rate).items()}
+    weights = {name: _in_16_bits(name, tensor) for name, tensor in weights.items()}
     records = {name: _read(os.path.join(run_dir, name)) for name in RECORDS}
 
     os.makedirs(out_dir)
@@ -58,7 +65,7 @@ def publish(run_dir: str, rate: str, out_dir: str) -> Checkpoint:
     state = {
         key: value for key, value in source.state.items() if key not in (*TRAINING_STATE, "files", "sha256")
     }
-    return checkpoint.save(out_dir, source.step, {rate: weights}, without_folders(state))
+    return checkpoint.save(out_dir, source.step, {kind: weights}, without_folders(state))
 
 
 def without_folders(content: Any) -> Any:
@@ -94,7 +101,9 @@ def run_publishing(config: PublishConfig) -> None:
     if not os.path.isdir(config.model_path):
         raise ValueError(f"--model_path {config.model_path}: there is no such directory")
     rates = sorted(checkpoint.find(config.model_path).ema_rates, key=float)
-    published = publish(config.model_path, config.ema_rate or (rates or ["none"])[-1], config.log_dir)
+    published = publish(
+        config.model_path, config.ema_rate or (rates or ["none"])[-1], config.log_dir, config.ema_length
+    )
     size = sum(entry["bytes"] for entry in published.state["files"].values())
     print(f"{published.folder}: step {published.step:,}, {size / 1e6:.1f} MB of weights")
     print(f"To draw from it: {shlex.join(['python', 'image_sample.py', '--model_path', published.folder])}")

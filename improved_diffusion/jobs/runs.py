@@ -21,8 +21,8 @@ from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.flags import Flags, Role, declared, defaults, names_of, with_defaults
 from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.respace import SpacedDiffusion
-from improved_diffusion.run import checkpoint
-from improved_diffusion.run.checkpoint import Checkpoint
+from improved_diffusion.run import averages, checkpoint
+from improved_diffusion.run.checkpoint import Checkpoint, power_kind
 from improved_diffusion.script_util import (
     create_from_flags,
     is_super_resolution,
@@ -169,6 +169,7 @@ OTHER_FILES = {
     ".zip": "an archive",
     ".safetensors": "a file of diffusers (convert_checkpoint.py --from_diffusers takes its folder)",
 }
+POOR_AVERAGE = 0.1  # distance of a profile from the one wanted, relative to its norm
 SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
 
 
@@ -302,41 +303,70 @@ class Trained:
     compute: Compute | None = None
 
 
+def _best_kind(source: Checkpoint) -> str:
+    """The weights of a checkpoint that draw best: the longest average, where it has one."""
+    if source.ema_rates:
+        return max(source.ema_rates, key=float)
+    if source.power_lengths:  # of a published model
+        return power_kind(max(source.power_lengths, key=float))
+    return "model"
+
+
+def _average(folder: str, length: float, step: int, log: Callable[[str], None]) -> dict[str, th.Tensor]:
+    """The weights of --ema_length, made of the averages in the checkpoints of a run up to `step`."""
+    weights, distance = averages.reconstruct(averages.with_averages(folder), length, step)
+    if distance > POOR_AVERAGE:
+        log(
+            f"WARNING: --ema_length {length}: the checkpoints make this average only roughly (its profile is "
+            f"{distance:.0%} off); save more of them, or more --ema_lengths"
+        )
+    return weights
+
+
 def load_trained(
-    model_path: str, config: Flags, given: set[str], log: Callable[[str], None] = print
+    model_path: str,
+    config: Flags,
+    given: set[str],
+    log: Callable[[str], None] = print,
+    flag_name: str = "model_path",
 ) -> Trained:
     """Build the model that `model_path` holds the weights of, and its diffusion.
 
     :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
     :param config: the flags of this command; `given` names those that the user gave.
+    :param flag_name: the flag that names it.
     :raises ValueError: there are no such weights, or a given flag contradicts them.
     """
     path = absolute(model_path)
     if not bf.exists(path):
-        raise ValueError(f"--model_path {model_path}: there is no such file or directory")
+        raise ValueError(f"--{flag_name} {model_path}: there is no such file or directory")
     if bf.isdir(path):
         inside = [] if is_remote(path) or checkpoint.steps(path) else _newest_runs(path)
         if inside:
             raise ValueError(
-                f"--model_path {model_path}: is a folder of runs; the newest of them is {inside[0]}"
+                f"--{flag_name} {model_path}: is a folder of runs; the newest of them is {inside[0]}"
             )
         source = checkpoint.find(path, log=log)
-        rates = sorted(source.ema_rates, key=float)
-        kind = rates[-1] if rates else "model"
-        path, weights = source.path(kind), source.load(kind)
+        if length := getattr(config, "ema_length", 0.0):
+            weights = _average(path, length, source.step, log)
+        else:
+            kind = _best_kind(source)
+            path, weights = source.path(kind), source.load(kind)
     else:
+        if length := getattr(config, "ema_length", 0.0):
+            raise ValueError(f"--ema_length {length}: needs the directory of a run, not a file")
         kind = checkpoint.kind_of(path)
         what = OTHER_FILES.get(os.path.splitext(path)[1].lower())
         if what and kind is None:
-            raise ValueError(f"--model_path {model_path}: is {what}; give a run directory or a .pt file")
+            raise ValueError(f"--{flag_name} {model_path}: is {what}; give a run directory or a .pt file")
         if kind in ("opt", "state"):
             raise ValueError(
-                f"--model_path {model_path}: holds no weights; give a model or ema file, or the directory"
+                f"--{flag_name} {model_path}: holds no weights; give a model or ema file, or the directory"
             )
         source = checkpoint.state_beside(path)
         weights = source.load(kind) if source else checkpoint.load_weights(path)
     stored = _stored_arguments(source, config) if source else {}
-    _check_same_kind(f"--model_path {path}", stored, config)
+    _check_same_kind(f"--{flag_name} {path}", stored, config)
     if not stored:
         log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
     # Which timesteps are drawn at is for this command to say.
@@ -348,7 +378,7 @@ def load_trained(
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip()
         raise ValueError(
-            f"--model_path {path}: its weights do not fit the model that the flags describe ({first}); give the "
+            f"--{flag_name} {path}: its weights do not fit the model that the flags describe ({first}); give the "
             "flags it was trained with"
         ) from None
     log(
@@ -374,3 +404,23 @@ def open_model(config: Flags, given: set[str], project: str) -> Trained:
     model = fast_model(trained.model, compute.precision, compute.workers)
     print(f"computing in {compute}")
     return replace(trained, model=model, compute=compute)
+
+
+def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tensor]:
+    """Open another model, to be asked the same as the one that `config` describes.
+
+    :param path: as `model_path` of `load_trained`. :param flag_name: the flag that names it.
+    :return: a function like the one of `open_model`.
+    :raises ValueError: it is another kind of model, or there is none; the message names the flag.
+    """
+    own = {"precision": config.precision, "num_workers": config.num_workers}
+    other = load_trained(path, type(config)(**own), set(), flag_name=flag_name)
+    same = [*names_of(type(config), Role.PROCESS), "image_size", "learn_sigma", "class_cond", "num_classes"]
+    for name in [*same, "class_dropout"]:
+        ours, theirs = getattr(config, name), getattr(other.config, name)
+        if ours != theirs and not (name == "class_dropout" and bool(ours) == bool(theirs)):
+            raise ValueError(
+                f"--{flag_name} {path}: has --{name} {theirs}, and the model {ours}; they must agree"
+            )
+    chosen = choose(config.precision, config.num_workers)
+    return fast_model(other.model, dist_util.broadcast(chosen.precision), chosen.workers)

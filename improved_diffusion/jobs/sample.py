@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import torch as th
 
-from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags
+from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags, interval
 from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.flags import Flags
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
-from improved_diffusion.jobs.runs import choose_out_dir, open_model
+from improved_diffusion.jobs.runs import choose_out_dir, open_like, open_model
 from improved_diffusion.pictures import save_samples
 from improved_diffusion.sample_util import (
     DEFAULT_PLAN,
     DETERMINISTIC_PLAN,
     Plan,
     Subject,
+    autoguide,
+    guidance_interval,
     guide,
     interpolate,
     per_image_noise,
@@ -51,12 +53,7 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     check_images_fit(config, "num_samples", bytes_per_number=1)
     warn_of_youth(opened.step)
     labels = choose_labels(config, opened.class_names)
-    if config.guidance_scale != 1:
-        if not config.class_dropout:
-            raise ValueError(
-                f"--guidance_scale {config.guidance_scale}: this model was trained without --class_dropout"
-            )
-        model = guide(model, config.guidance_scale, null_label=count_classes(config))
+    model = _guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
 
@@ -65,6 +62,28 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     return draw_into(
         out_dir, model, diffusion, plan, subject, config, count=count, rows=rows, doing="drawing"
     )
+
+
+def _guided(
+    model: Callable[..., th.Tensor], config: SampleConfig, diffusion: GaussianDiffusion
+) -> Callable[..., th.Tensor]:
+    """`model` with the guidance that the flags ask for. :raises ValueError: it cannot be guided so."""
+    given = interval(config.guidance_interval)
+    within = None if given is None else guidance_interval(diffusion, *given)
+    if config.autoguidance_path and config.autoguidance_scale != 1:
+        worse = open_like(config.autoguidance_path, config, "autoguidance_path")
+        model = autoguide(model, worse, config.autoguidance_scale, within)
+    if config.guidance_scale != 1:
+        if not config.class_dropout:
+            raise ValueError(
+                f"--guidance_scale {config.guidance_scale}: this model was trained without --class_dropout"
+            )
+        model = guide(model, config.guidance_scale, count_classes(config), within)
+    elif given is not None and not config.autoguidance_path:
+        raise ValueError(
+            f"--guidance_interval {config.guidance_interval}: needs --guidance_scale or --autoguidance_path"
+        )
+    return model
 
 
 def describe_images(

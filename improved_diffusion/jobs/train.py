@@ -31,7 +31,12 @@ from improved_diffusion.jobs.runs import (
 )
 from improved_diffusion.jobs.script import OUT_OF_MEMORY, is_out_of_memory
 from improved_diffusion.low_res import LowResStream, shrink
-from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.resample import (
+    LogNormalSampler,
+    LossSecondMomentResampler,
+    UniformSampler,
+    create_named_schedule_sampler,
+)
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run.checkpoint import Checkpoint
 from improved_diffusion.run.interrupts import exit_code
@@ -82,7 +87,7 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
         config.check(given)
         compute = _choose_compute(config, source)
         # A model that cannot be built is reported before any data are read.
-        create_from_flags(config)
+        _schedule_sampler(config, create_from_flags(config)[1])
         check_images_fit(config, "batch_size", bytes_per_number=4)
         with dist_util.rank_0_first():
             config = replace(config, data_dir=find_data(config.data_dir, os.path.join(project, "datasets")))
@@ -172,7 +177,7 @@ def _train(
         model=model,
         diffusion=diffusion,
         data=data,
-        schedule_sampler=create_named_schedule_sampler(config.schedule_sampler, diffusion),
+        schedule_sampler=_schedule_sampler(config, diffusion),
         resume_checkpoint=source or "",
         publish=publish,
         check_folder=check_folder,
@@ -211,6 +216,17 @@ def _train(
     command = ["python", os.path.join(project, "scripts", sampler), *images, "--model_path", log_dir]
     logger.log(f"To draw images: {shlex.join(command)}")
     return 0
+
+
+def _schedule_sampler(
+    config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion
+) -> UniformSampler | LossSecondMomentResampler | LogNormalSampler:
+    """What draws the timesteps. :raises ValueError: it cannot; the message names the flag."""
+    numbers = (config.sigma_mean, config.sigma_std, config.uniform_share)
+    try:
+        return create_named_schedule_sampler(config.schedule_sampler, diffusion, *numbers)
+    except ValueError as error:
+        raise named(error, {"mean": "sigma_mean"}) from None
 
 
 def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:

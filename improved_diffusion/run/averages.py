@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch as th
 
+from improved_diffusion.config import LONGEST, SHORTEST, power_lengths
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint
 
-SHORTEST, LONGEST = 0.01, 0.28  # a flat profile, gamma 0, has 0.2887
 SMALLEST_EIGENVALUE = 1e-11  # what is told apart by less is lost in the rounding of the weights
 
 
@@ -46,15 +46,10 @@ def parse_lengths(text: str) -> list[str]:
 
     :raises ValueError: one is no number from 0.01 to 0.28.
     """
-    lengths = [part.strip() for part in text.split(",")] if text.strip() else []
-    for length in lengths:
-        if not (checkpoint.POWER_LENGTH.fullmatch(length) and SHORTEST <= float(length) <= LONGEST):
-            raise ValueError(
-                f"--ema_lengths {text}: expected numbers from {SHORTEST} to {LONGEST}, separated by commas"
-            )
-    if len({float(length) for length in lengths}) != len(lengths):
-        raise ValueError(f"--ema_lengths {text}: a length is named twice")
-    return lengths
+    try:
+        return power_lengths(text)
+    except ValueError as error:
+        raise ValueError(f"ema_lengths {text}: {error}") from None
 
 
 def combine(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[np.ndarray, float]:

@@ -126,5 +126,5 @@ def test_what_cannot_be_reconstructed(run, tmp_path):
 def test_lengths_as_text():
     assert averages.parse_lengths("") == [] and averages.parse_lengths(" 0.05, 0.10") == ["0.05", "0.10"]
     for text in ("0.3", "0.005", "-0.1", "x", "0.1,", "0.1,0.10", "1e-1", "0.05/../x", "nan"):
-        with pytest.raises(ValueError, match="--ema_lengths"):
+        with pytest.raises(ValueError, match="ema_lengths"):
             averages.parse_lengths(text)

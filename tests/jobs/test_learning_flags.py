@@ -1,0 +1,124 @@
+"""Flags that say how a model learns and is guided, from training to drawing."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import read_json
+from training_process import run_training
+
+from improved_diffusion.run import averages, checkpoint
+
+MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
+LEARNING = "--prediction v --schedule_sampler log-normal --sigma_mean -1 --sigma_std 1.4 --uniform_share 0.2"
+LEARNING += " --loss_weighting edm --lr 1e-3 --lr_warmup_steps 4 --lr_decay linear --lr_decay_share 0.5"
+LEARNING += " --ema_lengths 0.05,0.1 --batch_size 8 --microbatch 8"
+RUNNING = "--total_steps 16 --save_interval 4 --log_interval 1 --sample_interval 0"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learning") / "run"
+    run_training(folder, *f"{MODEL} {LEARNING} {RUNNING}".split())
+    return folder
+
+
+def draw(call_script, run, out, *flags):
+    flags = ["--num_samples", 4, "--sample_steps", 3, "--precision", "fp32", *flags]
+    done = call_script("image_sample.py", "--model_path", run, "--log_dir", out, *flags)
+    assert done.returncode == 0, done.stderr
+    return np.load(next(Path(out).glob("*.npz")))["arr_0"].astype(int)
+
+
+def test_what_the_flags_say_is_recorded_and_done(run):
+    arguments = read_json(run / "args.json")
+    assert (arguments["prediction"], arguments["loss_weighting"], arguments["patch_size"]) == ("v", "edm", 2)
+    with open(run / "progress.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    rise, fall = [2.5e-4, 5e-4, 7.5e-4], [1e-3 * left / 8 for left in range(8, 0, -1)]
+    assert rates == pytest.approx([*rise, *[1e-3] * 5, *fall])
+    newest = checkpoint.find(str(run))
+    assert newest.power_lengths == ["0.05", "0.1"]
+    assert newest.load("model")["input_blocks.0.0.weight"].shape == (32, 3 * 2 * 2, 3, 3)
+
+
+def test_an_average_of_any_length_is_drawn_with(run, tmp_path, call_script):
+    pictures = draw(call_script, run, tmp_path / "made", "--ema_length", 0.15)
+    kept = draw(call_script, run / "power_0.1_000016.pt", tmp_path / "kept")
+    again = draw(call_script, run, tmp_path / "again", "--ema_length", 0.1)
+    assert (pictures != kept).any()
+    # What is kept is made of itself, up to rounding.
+    assert np.abs(again - kept).max() <= 1
+    weights, distance = averages.reconstruct(averages.with_averages(str(run)), 0.15, 16)
+    assert distance < 0.3 and weights.keys() == checkpoint.find(str(run)).load("model").keys()
+
+
+def test_an_average_of_any_length_is_published(run, tmp_path, call_script):
+    flags = ["--model_path", run, "--log_dir", tmp_path / "small", "--ema_length", 0.15]
+    assert call_script("publish_model.py", *flags).returncode == 0
+    published = draw(call_script, tmp_path / "small", tmp_path / "published")
+    drawn = draw(call_script, run, tmp_path / "drawn", "--ema_length", 0.15)
+    assert np.abs(published - drawn).max() <= 16, "the weights have 16 bits"
+
+
+def test_guidance_in_an_interval(run, tmp_path, call_script):
+    plain = draw(call_script, run, tmp_path / "plain")
+    everywhere = draw(call_script, run, tmp_path / "everywhere", "--guidance_scale", 3)
+    within = ["--guidance_scale", 3, "--guidance_interval"]
+    all_of_it = draw(call_script, run, tmp_path / "all", *within, "0,1000")
+    nowhere = draw(call_script, run, tmp_path / "nowhere", *within, "1000,1001")
+    assert (plain != everywhere).any()
+    np.testing.assert_array_equal(all_of_it, everywhere)
+    np.testing.assert_array_equal(nowhere, plain)
+
+
+def test_autoguidance_by_an_earlier_checkpoint(run, tmp_path, call_script):
+    plain = draw(call_script, run, tmp_path / "plain")
+    early = ["--autoguidance_path", run / "model000004.pt"]
+    guided = draw(call_script, run, tmp_path / "guided", *early, "--autoguidance_scale", 3)
+    not_at_all = draw(call_script, run, tmp_path / "not", *early, "--autoguidance_scale", 1)
+    assert (guided != plain).any()
+    np.testing.assert_array_equal(not_at_all, plain)
+
+
+MISTAKES = {
+    "--guidance_interval 3,1": "--guidance_interval 3,1: expected two numbers",
+    "--guidance_interval 1,3": "--guidance_interval 1,3: needs --guidance_scale or --autoguidance_path",
+    "--ema_length 0.5": "--ema_length 0.5: expected a number from 0.01 to 0.28",
+    "--autoguidance_path nowhere": "--autoguidance_path nowhere: there is no such file",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes_in_drawing(run, tmp_path, call_script, flags):
+    done = call_script("image_sample.py", "--model_path", run, "--log_dir", tmp_path / "out", *flags.split())
+    assert done.returncode == 2 and MISTAKES[flags] in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
+    flags = ["--model_path", run / "model000016.pt", "--ema_length", 0.1]
+    done = call_script("image_sample.py", *flags, "--log_dir", tmp_path)
+    assert done.returncode == 2 and "--ema_length 0.1: needs the directory of a run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lr_decay_share 0.5", "--lr_decay_share 0.5: needs"),
+        ("--lr_decay cosine --lr_anneal_steps 5", "--lr_decay cosine: contradicts lr_anneal_steps 5"),
+        ("--lr_decay linear --lr_warmup_steps 9 --total_steps 9", "--lr_warmup_steps 9: leaves nothing"),
+        ("--ema_lengths 0.05,0.5", "--ema_lengths 0.05,0.5: expected numbers from 0.01 to 0.28"),
+        ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
+        ("--loss_weighting edm --use_kl True", "--loss_weighting: weighs squared errors"),
+        ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
+        ("--prediction noise", "--prediction noise: use one of epsilon, x_start, v, edm"),
+    ],
+)
+def test_mistakes_in_training(tmp_path, call_script, flags, message):
+    done = call_script(
+        "image_train.py", "--data_dir", "builtin", "--log_dir", tmp_path / "run", *flags.split()
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert not list(tmp_path.glob("run/*.pt"))
