@@ -426,6 +426,12 @@ class RunFlags(Flags):
         low=0,
         high=MOST_STEPS,
     )
+    heldout_dir: str = flag(
+        "",
+        "other images, whose loss is measured at every checkpoint: a folder, an .npz file, or none; where not given, "
+        "CIFAR-10's test images if the model is trained on CIFAR-10",
+        per_machine=True,
+    )
     keep_last: int = flag(
         0, "delete all but this many of the newest checkpoints; 0: keep all", low=0, high=MOST_STEPS
     )

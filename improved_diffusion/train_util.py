@@ -20,6 +20,7 @@ from improved_diffusion.cpu.gradients import Gradients
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.cpu.machine import release_memory
 from improved_diffusion.cpu.optimizer import Optimizer
+from improved_diffusion.evaluation.heldout import columns as heldout_columns
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.learning_rate import check_lr_schedule, learning_rate
 from improved_diffusion.logger import CsvTable
@@ -101,6 +102,9 @@ class TrainLoop:
     :param sample_interval: steps between calls of `preview`, which is called at the last step as well; 0: none.
     :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
         the first moving average, and the step.
+    :param heldout: called by rank 0 before every checkpoint with the model as a function, its weights the first moving
+        average, and a function that tells whether to stop; returns what it has measured, by the names of
+        `heldout.columns`, for checkpoints.csv.
     :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
     :param num_workers: cores to compute on; a pass takes a microbatch for each.
     :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
@@ -142,6 +146,7 @@ class TrainLoop:
         data_facts: dict[str, Any] | None = None,
         sample_interval: int = 0,
         preview: Callable[[Callable[..., th.Tensor], int], object] | None = None,
+        heldout: Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None = None,
         precision: str = "fp32",
         num_workers: int = 1,
         publish: Callable[[], object] | None = None,
@@ -176,6 +181,7 @@ class TrainLoop:
         self.data_facts = data_facts or {}
         self.sample_interval = sample_interval
         self.preview = preview
+        self.heldout = heldout
         self.precision = precision
         self.publish = publish
         self.check_folder = check_folder or (lambda: None)
@@ -483,9 +489,7 @@ class TrainLoop:
         due = self.step % self.sample_interval == 0 or self.step == self.total_steps
         if not due or self.step == self.previewed_step:
             return
-        release_memory()
-        averaged = next(iter(self.ema_params.values()))
-        model = fast_model(self.model, self.precision, self.num_workers, averaged)
+        model = self._averaged_model()
 
         def stoppable(*args, **kwargs) -> th.Tensor:
             self.interrupts.check()
@@ -497,11 +501,24 @@ class TrainLoop:
             return
         self.previewed_step = self.step
 
+    def _averaged_model(self) -> Callable[..., th.Tensor]:
+        """The model as a function, with the first moving average as its weights."""
+        release_memory()
+        averaged = next(iter(self.ema_params.values()))
+        return fast_model(self.model, self.precision, self.num_workers, averaged)
+
+    def _measure_heldout(self) -> dict[str, float]:
+        """The held-out loss; empty where there is none, or a signal has asked to stop."""
+        if self.heldout is None or self.interrupts.stop in Signals.__members__:
+            return {}
+        return self.heldout(self._averaged_model(), lambda: self.interrupts.stop in Signals.__members__)
+
     # -- state on disk -----------------------------------------------------------------------------------
 
     def _continue_checkpoint_table(self) -> None:
         self.checkpoint_table = CsvTable(
-            os.path.join(logger.get_dir(), "checkpoints.csv"), CHECKPOINT_COLUMNS
+            os.path.join(logger.get_dir(), "checkpoints.csv"),
+            [*CHECKPOINT_COLUMNS, *(heldout_columns() if self.heldout is not None else ())],
         )
         last = self.checkpoint_table.keep_until(self.step)
         if last != self.step and self.resumed_here is not None and self.step > 0:
@@ -525,6 +542,7 @@ class TrainLoop:
         self.saved_step = self.step
         if not self.writes:
             return
+        measured = self._measure_heldout()
         self.check_folder()  # drawing the preview may have taken minutes
         before = time.monotonic()
         self.elapsed = before - self.started
@@ -546,6 +564,7 @@ class TrainLoop:
             "skipped": self.skipped,
             "previewed_step": self.previewed_step,
             "precision": self.precision,
+            "heldout": measured,
             "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
         }
@@ -559,7 +578,7 @@ class TrainLoop:
 
     def _add_row_of(self, saved: Checkpoint, seconds: float | None = None) -> None:
         """Add the row of a checkpoint to checkpoints.csv; `seconds` is what saving took, where that is known."""
-        files = saved.state["files"]
+        files, measured = saved.state["files"], saved.state.get("heldout", {})
         self.checkpoint_table.append(
             {
                 "step": saved.step,
@@ -569,6 +588,7 @@ class TrainLoop:
                 "seconds": seconds,
                 "megabytes": sum(entry["bytes"] for entry in files.values()) / 1e6,
                 "files": " ".join(files),
+                **{name: value for name, value in measured.items() if name in self.checkpoint_table.columns},
             }
         )
 

@@ -17,6 +17,8 @@ from improved_diffusion import dist_util, kernels, logger
 from improved_diffusion.config import SuperResTrainConfig, TrainConfig
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
+from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss
+from improved_diffusion.evaluation.measuring import read_flag
 from improved_diffusion.flags import defaults, named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
@@ -154,12 +156,13 @@ def _train(
         data = LowResStream(data, config.small_size)
     th.manual_seed(config.seed)
     model, diffusion = create_from_flags(config)
+    first = dist_util.get_rank() == 0
+    heldout = _heldout(config, diffusion, images, project) if first else None
     keep_memory()
     machine = {**describe_machine(), "precision": compute.precision, "workers": compute.workers}
     machine["kernels"] = kernels.generation()
     parameters = sum(p.numel() for p in model.parameters())
 
-    first = dist_util.get_rank() == 0
     if first:
         check_folder()
         logger.configure(folder)
@@ -182,6 +185,7 @@ def _train(
         publish=publish,
         check_folder=check_folder,
         preview=_preview(config, diffusion, images, folder) if first and config.sample_interval else None,
+        heldout=heldout,
         precision=compute.precision,
         num_workers=compute.workers,
         arguments=config.to_dict(),
@@ -216,6 +220,29 @@ def _train(
     command = ["python", os.path.join(project, "scripts", sampler), *images, "--model_path", log_dir]
     logger.log(f"To draw images: {shlex.join(command)}")
     return 0
+
+
+def _heldout(
+    config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion, images: ImageSet, project: str
+) -> Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None:
+    """What measures the held-out loss, or None. :raises ValueError: --heldout_dir is unusable."""
+    path, datasets = config.heldout_dir, os.path.join(project, "datasets")
+    if not path and config.data_dir == os.path.join(datasets, "cifar_train"):
+        test = os.path.join(datasets, "cifar_test")
+        path = test if os.path.exists(os.path.join(test, ".complete")) else ""
+    if path in ("", "none"):
+        return None
+    if is_super_resolution(config):
+        if config.heldout_dir:
+            raise ValueError(f"--heldout_dir {path}: is for image_train.py only; leave it out")
+        return None
+    others = read_flag("heldout_dir", path, config.output_size)
+    if config.class_cond and others.class_names != images.class_names:
+        raise ValueError(f"--heldout_dir {path}: its classes are not those of the training images")
+    chosen = choose_images(len(others))
+    labels = th.from_numpy(others.labels[chosen]) if config.class_cond else None
+    heldout = HeldOut(from_uint8(others.get(chosen)), labels)
+    return lambda model, stop: heldout_loss(model, diffusion, heldout, stop=stop)
 
 
 def _schedule_sampler(

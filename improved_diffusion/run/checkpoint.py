@@ -33,6 +33,7 @@ _STATE_TYPES = {
     "data": dict,
     "schedule_sampler": dict,
     "log": dict,
+    "heldout": dict,
     "logged_step": int,
     "skipped": int,
     "files": dict,

@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import read_json
+from openpyxl import load_workbook
 from training_process import run_training
 
+from improved_diffusion.evaluation.heldout import columns
 from improved_diffusion.run import averages, checkpoint
 
 MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
 LEARNING = "--prediction v --schedule_sampler log-normal --sigma_mean -1 --sigma_std 1.4 --uniform_share 0.2"
 LEARNING += " --loss_weighting edm --lr 1e-3 --lr_warmup_steps 4 --lr_decay linear --lr_decay_share 0.5"
 LEARNING += " --ema_lengths 0.05,0.1 --batch_size 8 --microbatch 8"
-RUNNING = "--total_steps 16 --save_interval 4 --log_interval 1 --sample_interval 0"
+RUNNING = "--total_steps 16 --save_interval 4 --log_interval 1 --sample_interval 0 --heldout_dir builtin"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,17 @@ def test_what_the_flags_say_is_recorded_and_done(run):
     newest = checkpoint.find(str(run))
     assert newest.power_lengths == ["0.05", "0.1"]
     assert newest.load("model")["input_blocks.0.0.weight"].shape == (32, 3 * 2 * 2, 3, 3)
+
+
+def test_the_held_out_loss_falls(run):
+    with open(run / "checkpoints.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in table] == ["4", "8", "12", "16"]
+    assert set(columns()) - set(table[0]) == set()
+    losses = [float(row["heldout_loss"]) for row in table]
+    assert losses[-1] < losses[0]
+    sheet = load_workbook(run / "results.xlsx")["Checkpoints"]
+    assert "best" in str([cell.value for row in sheet.iter_rows() for cell in row])
 
 
 def test_an_average_of_any_length_is_drawn_with(run, tmp_path, call_script):
@@ -110,6 +123,7 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
         ("--lr_decay cosine --lr_anneal_steps 5", "--lr_decay cosine: contradicts lr_anneal_steps 5"),
         ("--lr_decay linear --lr_warmup_steps 9 --total_steps 9", "--lr_warmup_steps 9: leaves nothing"),
         ("--ema_lengths 0.05,0.5", "--ema_lengths 0.05,0.5: expected numbers from 0.01 to 0.28"),
+        ("--heldout_dir nowhere", "nowhere does not exist"),
         ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
         ("--loss_weighting edm --use_kl True", "--loss_weighting: weighs squared errors"),
         ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
