@@ -441,6 +441,13 @@ class RunFlags(Flags):
         low=0,
         high=MOST_STEPS,
     )
+    hours: float = flag(
+        0.0,
+        "train for this many hours, all sessions together: after a minute, the speed so far decides --total_steps, at "
+        "which --lr_decay ends; 0: for --total_steps",
+        low=0,
+        high=100_000,
+    )
     max_hours: float = flag(0.0, "save and stop after this many hours of this session; 0: no limit", low=0)
     resume_checkpoint: str = flag(
         "",
@@ -485,6 +492,10 @@ class TrainingFlags(
             raise ValueError("--fp16_scale_growth: belongs to --use_fp16 True; leave it out")
         if self.use_fp16 and self.precision == "fp32":
             raise ValueError("--use_fp16 True and --precision fp32 contradict each other; leave one out")
+        if self.hours and "total_steps" in given:
+            raise ValueError(
+                f"--total_steps {self.total_steps}: contradicts --hours {self.hours}; leave one of them out"
+            )
         check_classes(self)
         levels_of(self)
         names = ("lr_warmup_steps", "lr_anneal_steps", "lr_decay", "lr_decay_share", "total_steps")

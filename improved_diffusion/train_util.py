@@ -35,6 +35,11 @@ from improved_diffusion.seeding import Purpose
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher has passed on a signal
+NO_END = 10**9  # of `total_steps`, until --hours have decided
+PLANNING_SECONDS = 60.0  # of training that decide how many steps --hours are
+PLANNING_STEPS = 5  # at the least; as many before them do not count, in which memory and caches fill
+RESERVE = 0.01  # share of the hours for what cannot be foreseen
+PREVIEW_IMAGES = 110  # training images that take as long as a preview
 EXPORT_SECONDS = 3.0  # longer exports of the workbook are left out when a signal has asked to stop
 CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
 
@@ -91,6 +96,9 @@ class TrainLoop:
     :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
     :param class_dropout: share of the images whose class is withheld (Ho & Salimans 2022, algorithm 1): their
         label becomes the model's last one.
+    :param hours: instead of `total_steps`: let the speed of the first minute decide them, so that training takes
+        this many hours, all sessions together. A resumed run keeps what was decided. 0: do not.
+    :param on_plan: called by rank 0 with the `total_steps` that were decided.
     :param max_hours: save and stop after so many hours of this session, as a batch system's limit demands;
         0: unlimited.
     :param keep_last: keep this many of the newest checkpoints and those whose step `keep_every` divides; 0:
@@ -138,6 +146,8 @@ class TrainLoop:
         seed: int = 0,
         skip_nonfinite: int = 0,
         class_dropout: float = 0.0,
+        hours: float = 0.0,
+        on_plan: Callable[[int], object] | None = None,
         max_hours: float = 0.0,
         keep_last: int = 0,
         keep_every: int = 0,
@@ -173,6 +183,9 @@ class TrainLoop:
         self.seed = seed
         self.skip_nonfinite = skip_nonfinite
         self.class_dropout = class_dropout
+        self.hours = hours
+        self.on_plan = on_plan
+        self.plan: dict[str, float] = {}  # what `hours` have led to
         self.max_hours = max_hours
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -225,6 +238,9 @@ class TrainLoop:
                 ) from error
         if dist_util.get_world_size() > 1:
             self._make_all_alike()
+        if hours and self.plan.get("hours") != hours:
+            self.plan = {}
+            self.total_steps = NO_END
         self.gradients = Gradients(model, precision)
         if self.samples and hasattr(data, "seek"):
             data.seek(self.samples)
@@ -255,7 +271,9 @@ class TrainLoop:
         self.interval = _Stopwatch()
         session_started = time.monotonic()
         self.started = session_started - self.elapsed
-        logger.log(f"training from step {self.step} to {self.total_steps}; the first step is under way...")
+        end = f"to {self.total_steps}" if self.total_steps != NO_END else f"for {self.hours:g} hours in all"
+        logger.log(f"training from step {self.step} {end}; the first step is under way...")
+        pace = _Pace()
         with self.interrupts:
             self._draw_preview()  # again, if the last session was stopped while it drew
             stopped_by, save = self._requests(session_started)
@@ -269,6 +287,10 @@ class TrainLoop:
                     failure = error
                     break
                 self.check_folder()
+                if self.total_steps == NO_END and self._agree(pace.is_known()):
+                    self._plan(pace.seconds_per_step)
+                    if bar is not None:
+                        bar.total = self.total_steps
                 if bar is not None:
                     bar.update(self.step - bar.n)
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
@@ -304,6 +326,31 @@ class TrainLoop:
                 f"{failure}; {kept}. To go on, resume with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
             )
         return stopped_by
+
+    def _agree(self, ready: bool) -> bool:
+        """Whether rank 0 is `ready`, which measures for all."""
+        return dist_util.broadcast(ready) if dist_util.get_world_size() > 1 else ready
+
+    def _plan(self, seconds_per_step: float) -> None:
+        """Decide `total_steps` by the speed so far, and save what was decided."""
+        before = time.monotonic()
+        self.save(logger.state())
+        per_save = time.monotonic() - before
+        extra = per_save / self.save_interval
+        if self.preview is not None and self.sample_interval:
+            extra += seconds_per_step * PREVIEW_IMAGES / self.global_batch / self.sample_interval
+        left = self.hours * 3600 * (1 - RESERVE) - (time.monotonic() - self.started) - 2 * per_save
+        steps = steps_within(left, seconds_per_step + extra)
+        self.total_steps = dist_util.broadcast(max(self.step + steps, self.lr_warmup_steps + 1))
+        self.plan = {"hours": self.hours, "seconds_per_step": seconds_per_step, "seconds_per_save": per_save}
+        self.arguments = {**self.arguments, "total_steps": self.total_steps}
+        logger.log(
+            f"--hours {self.hours:g}: at {self.global_batch / seconds_per_step:.1f} images/s, and {per_save:.1f} s "
+            f"for each checkpoint, that is --total_steps {self.total_steps}"
+        )
+        if self.writes and self.on_plan is not None:
+            self.on_plan(self.total_steps)
+        self.save(logger.state())
 
     def _is_finite(self) -> bool:
         """Whether all that is trained consists of finite numbers; an update with a huge --lr may overflow."""
@@ -565,6 +612,7 @@ class TrainLoop:
             "previewed_step": self.previewed_step,
             "precision": self.precision,
             "heldout": measured,
+            "plan": self.plan,
             "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
         }
@@ -646,6 +694,7 @@ class TrainLoop:
         self.skipped = state["skipped"]
         self.previewed_step = state.get("previewed_step", self.step)
         self.log_state = state["log"]
+        self.plan = state.get("plan", {})
         before = state.get("global_batch", self.global_batch)
         if before != self.global_batch:
             logger.log(
@@ -669,7 +718,8 @@ class TrainLoop:
     def _make_all_alike(self) -> None:
         """Give every process what rank 0 has, which may have read a checkpoint."""
         position = {
-            name: getattr(self, name) for name in ("step", "samples", "logged_step", "saved_step", "skipped")
+            name: getattr(self, name)
+            for name in ("step", "samples", "logged_step", "saved_step", "skipped", "plan")
         }
         position, history = dist_util.broadcast([position, self.schedule_sampler.state_dict()])
         vars(self).update(position)
@@ -704,6 +754,30 @@ def ema_decay(rate: float, step: int) -> float:
     run so far, instead of within a fixed 1 / (1 - rate) steps.
     """
     return min(rate, (1 + step) / (10 + step))
+
+
+def steps_within(seconds: float, seconds_per_step: float) -> int:
+    """How many whole steps fit into some time; at least one."""
+    return max(1, int(seconds / seconds_per_step))
+
+
+class _Pace:
+    """Measures the seconds per step, from the first steps of a session on."""
+
+    def __init__(self):
+        self._steps, self._started = 0, 0.0
+
+    def is_known(self) -> bool:
+        """To be asked after every step: whether enough of them were measured."""
+        self._steps += 1
+        if self._steps == PLANNING_STEPS:
+            self._started = time.monotonic()
+        counted = self._steps - PLANNING_STEPS
+        seconds = time.monotonic() - self._started
+        if counted < PLANNING_STEPS or seconds < PLANNING_SECONDS:
+            return False
+        self.seconds_per_step = seconds / counted
+        return True
 
 
 class _Stopwatch:

@@ -278,8 +278,13 @@ def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) ->
         "sessions": sessions,
         "command": shlex.join(["python", *sys.argv]),
     }
-    for name, content in (("args.json", config.to_dict()), ("run.json", facts)):
-        write_json(os.path.join(log_dir, name), content)
+    record_arguments(log_dir, config)
+    write_json(path, facts)
+
+
+def record_arguments(log_dir: str, config: Flags) -> None:
+    """Write ``args.json`` into `log_dir`."""
+    write_json(os.path.join(log_dir, "args.json"), config.to_dict())
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from improved_diffusion.jobs.runs import (
     find_data,
     find_unfinished,
     merge_for_resume,
+    record_arguments,
     record_run,
 )
 from improved_diffusion.jobs.script import OUT_OF_MEMORY, is_out_of_memory
@@ -186,6 +187,7 @@ def _train(
         check_folder=check_folder,
         preview=_preview(config, diffusion, images, folder) if first and config.sample_interval else None,
         heldout=heldout,
+        on_plan=lambda steps: record_arguments(folder, replace(config, total_steps=steps)),
         precision=compute.precision,
         num_workers=compute.workers,
         arguments=config.to_dict(),

@@ -34,6 +34,7 @@ _STATE_TYPES = {
     "schedule_sampler": dict,
     "log": dict,
     "heldout": dict,
+    "plan": dict,
     "logged_step": int,
     "skipped": int,
     "files": dict,

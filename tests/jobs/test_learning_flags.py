@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_json
+from conftest import TINY_FLAGS, read_json
 from openpyxl import load_workbook
 from training_process import run_training
 
+from improved_diffusion import train_util
 from improved_diffusion.evaluation.heldout import columns
 from improved_diffusion.run import averages, checkpoint
 
@@ -124,6 +125,7 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
         ("--lr_decay linear --lr_warmup_steps 9 --total_steps 9", "--lr_warmup_steps 9: leaves nothing"),
         ("--ema_lengths 0.05,0.5", "--ema_lengths 0.05,0.5: expected numbers from 0.01 to 0.28"),
         ("--heldout_dir nowhere", "nowhere does not exist"),
+        ("--hours 2 --total_steps 30", "--total_steps 30: contradicts --hours 2.0"),
         ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
         ("--loss_weighting edm --use_kl True", "--loss_weighting: weighs squared errors"),
         ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
@@ -136,3 +138,49 @@ def test_mistakes_in_training(tmp_path, call_script, flags, message):
     )
     assert done.returncode == 2 and message in done.stderr
     assert not list(tmp_path.glob("run/*.pt"))
+
+
+def test_hours_decide_the_steps(tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr(train_util, "PLANNING_SECONDS", 0.3)
+    flags = [
+        "--data_dir",
+        "builtin",
+        *TINY_FLAGS,
+        "--hours",
+        "0.001",
+        "--lr_decay",
+        "linear",
+        "--log_interval",
+        1,
+    ]
+    flags += ["--sample_interval", 0, "--precision", "fp32", "--log_dir", tmp_path / "run"]
+    done = call_script("image_train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    total = read_json(tmp_path / "run" / "args.json")["total_steps"]
+    assert f"that is --total_steps {total}" in done.stdout
+    newest = checkpoint.find(str(tmp_path / "run"))
+    assert newest.step == total != 30000 and newest.state["plan"]["hours"] == 0.001
+    with open(tmp_path / "run" / "progress.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert len(rates) == total
+    assert rates[0] == pytest.approx(1e-4, rel=1e-6) and rates[-1] == pytest.approx(1e-4 / total)
+    # What was decided stays.
+    done = call_script("image_train.py", *flags)
+    assert "nothing left to do" in done.stdout and checkpoint.find(str(tmp_path / "run")).step == total
+
+
+def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr(train_util, "PLANNING_SECONDS", 0.3)
+    flags = ["--data_dir", "builtin", *TINY_FLAGS, "--hours", "0.002", "--sample_interval", 0]
+    flags += ["--precision", "fp32", "--log_dir", tmp_path / "run"]
+    call_script("image_train.py", *flags, "--max_hours", "0.0006")
+    stopped = checkpoint.find(str(tmp_path / "run"))
+    assert stopped.step < stopped.state["arguments"]["total_steps"] < 10**9
+    monkeypatch.setattr(train_util, "steps_within", lambda *arguments: 1)
+    call_script("image_train.py", *flags, "--max_hours", 0)
+    assert checkpoint.find(str(tmp_path / "run")).step == stopped.state["arguments"]["total_steps"]
+
+
+def test_steps_within_hours():
+    assert train_util.steps_within(3600, 0.5) == 7200
+    assert train_util.steps_within(-5, 0.5) == 1
