@@ -771,6 +771,11 @@ class EvalConfig(ReferenceFlags):
     samples: str = flag(
         "", "images to measure: an .npz file (such as image_sample.py writes) or a folder of images"
     )
+    classifier: str = flag(
+        "",
+        "file of train_classifier.py: also measure what share of the samples is of the class that was asked for "
+        "(class_accuracy)",
+    )
     batch_size: int = flag(4, "images measured at a time", low=1, high=MOST_IMAGES)
     output: str = flag("", "JSON file to write; where not given, evaluation.json beside the samples")
     run_dir: str = flag("", "also add the result to this run's directory and workbook")
@@ -780,6 +785,25 @@ class EvalConfig(ReferenceFlags):
         if not self.samples:
             raise ValueError("--samples is missing: give an .npz file or a folder of images")
         super().check(given)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(ComputeFlags):
+    """train_classifier.py."""
+
+    TITLE: ClassVar[str] = "classifier"
+    data_dir: str = flag("", "training images with classes: a folder, an .npz file or builtin")
+    test_dir: str = flag("", "images to test it on; where not given, it is not tested")
+    output: str = flag("classifier.pt", "file to write")
+    image_size: int = flag(32, "side in pixels of the images", low=16, high=1024)
+    epochs: float = flag(12.0, "how often it sees every image", low=0.01, high=1000)
+    batch_size: int = flag(512, "images per training step", low=1, high=MOST_IMAGES)
+    seed: int = flag(0, "of the initial weights, the order of the images and their changes", **SEED_RANGE)
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        if not self.data_dir:
+            raise ValueError("--data_dir is missing: give images with classes, such as datasets/cifar_train")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ import glob
 import os
 import time
 
+import numpy as np
+
 from improved_diffusion.config import EvalConfig, ImageFlags
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation import report
+from improved_diffusion.evaluation.classifier import class_accuracy, classify, load_classifier
 from improved_diffusion.evaluation.features import load_extractor
 from improved_diffusion.evaluation.measuring import read_flag, reference_statistics, statistics_of
 from improved_diffusion.evaluation.metrics import InceptionScore, compare
@@ -28,6 +31,7 @@ def run_evaluation(config: EvalConfig) -> None:
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
+    accuracy = _class_accuracy(config.classifier, samples) if config.classifier else {}
     extractor = load_extractor(config.features, config.inception_weights)
 
     real = reference_statistics(reference, extractor, config.batch_size)
@@ -40,6 +44,7 @@ def run_evaluation(config: EvalConfig) -> None:
     if score is not None:
         metrics["inception_score"], metrics["inception_score_std"] = score.result()
 
+    metrics = {extractor.metric(name): value for name, value in metrics.items()} | accuracy
     record = {
         "evaluated_at": datetime.datetime.now().isoformat(timespec="seconds"),
         "features": extractor.name,
@@ -51,7 +56,7 @@ def run_evaluation(config: EvalConfig) -> None:
         "reference_path": reference.summary["source"],
         "compared_images": min(len(drawn.kept), len(real.kept)),
         "image_size": samples.image_size,
-        "metrics": {extractor.metric(name): value for name, value in metrics.items()},
+        "metrics": metrics,
         "warnings": report.warnings(drawn, real),
         "images_per_minute": round(60 * len(samples) / seconds, 1),
     }
@@ -61,6 +66,34 @@ def run_evaluation(config: EvalConfig) -> None:
     if config.run_dir:
         report.append(config.run_dir, record)
         print(f"written: {export(config.run_dir)}")
+
+
+def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
+    """What share of the samples is of the class that was asked for.
+
+    :raises ValueError: the classifier or the classes are unusable.
+    """
+    try:
+        model, names = load_classifier(absolute(path))
+    except ValueError as error:
+        raise ValueError(f"--classifier {error}") from None
+    if samples.labels is None:
+        raise ValueError(f"--classifier {path}: needs samples with classes; these have none")
+    told = samples.class_names
+    # An .npz file of image_sample.py knows the classes by number only.
+    numbered = all(name.isdecimal() for name in told)
+    try:
+        asked = [int(name) if numbered else names.index(name) for name in told]
+    except ValueError:
+        raise ValueError(
+            f"--classifier {path}: knows the classes {', '.join(names)}, not those of --samples"
+        ) from None
+    if max(asked) >= len(names):
+        raise ValueError(
+            f"--classifier {path}: knows {len(names)} classes; the samples have class {max(asked)}"
+        )
+    found = classify(model, samples.get(np.arange(len(samples))))
+    return {"class_accuracy": class_accuracy(found, np.array(asked)[samples.labels])}
 
 
 def read_samples(path: str) -> ImageSet:

@@ -1,9 +1,12 @@
 """The classifier that tells whether a drawn image is of the class asked for."""
 
+import re
+
 import numpy as np
 import pytest
 import torch as th
 import torch.nn.functional as F
+from conftest import read_json
 
 from improved_diffusion.data.builtin_images import CLASS_NAMES, draw_builtin
 from improved_diffusion.evaluation.classifier import (
@@ -80,3 +83,61 @@ def test_no_images():
 
 def test_the_share_of_images_that_are_of_the_class():
     assert class_accuracy(np.array([1, 2, 0, 0]), np.array([1, 2, 3, 0])) == 0.75
+
+
+@pytest.fixture(scope="module")
+def files(shapes, tmp_path_factory):
+    """Images with classes as image_sample.py writes them: for training, and others to measure."""
+    folder = tmp_path_factory.mktemp("shapes")
+    images, labels = shapes
+    np.savez(folder / "train.npz", images[:300], labels[:300])
+    np.savez(folder / "drawn.npz", images[600:700], labels[600:700])
+    np.savez(folder / "wrong.npz", images[600:700], (labels[600:700] + 1) % 10)
+    np.savez(folder / "plain.npz", images[600:700])
+    return folder
+
+
+def test_the_scripts_train_it_and_measure_with_it(files, call_script):
+    path = files / "classifier.pt"
+    flags = ["--data_dir", files / "train.npz", "--test_dir", files / "drawn.npz", "--output", path]
+    flags += ["--image_size", 16, "--epochs", 8, "--batch_size", 25, "--precision", "fp32"]
+    done = call_script("train_classifier.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "of 100 test images are classified right" in done.stdout
+
+    measured = {}
+    for name in ("drawn", "wrong"):
+        flags = [
+            "--samples",
+            files / f"{name}.npz",
+            "--reference",
+            files / "train.npz",
+            "--features",
+            "pixel",
+        ]
+        done = call_script("image_eval.py", *flags, "--classifier", path, "--output", files / "result.json")
+        assert done.returncode == 0, done.stderr
+        measured[name] = read_json(files / "result.json")["metrics"]["class_accuracy"]
+    assert measured["drawn"] > 0.6 and measured["wrong"] < 0.3
+
+
+@pytest.mark.parametrize(
+    "samples, classifier, message",
+    [
+        ("plain", "classifier.pt", "--classifier .*classifier.pt: needs samples with classes"),
+        ("drawn", "absent.pt", "--classifier .*absent.pt: there is no such file"),
+        ("drawn", "train.npz", "--classifier .*train.npz"),
+        ("drawn", "small.pt", "--classifier .*small.pt: knows 2 classes; the samples have class 9"),
+    ],
+)
+def test_mistakes_with_a_classifier(files, call_script, samples, classifier, message):
+    save_classifier(Classifier(10, WIDTHS), str(files / "classifier.pt"), CLASS_NAMES)
+    save_classifier(Classifier(2, WIDTHS), str(files / "small.pt"), ["a", "b"])
+    flags = ["--samples", files / f"{samples}.npz", "--reference", files / "train.npz", "--features", "pixel"]
+    done = call_script("image_eval.py", *flags, "--classifier", files / classifier)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+
+def test_images_without_classes_train_none(files, call_script):
+    done = call_script("train_classifier.py", "--data_dir", files / "plain.npz", "--image_size", 16)
+    assert done.returncode == 2 and "needs images of two or more classes" in done.stderr

@@ -1,0 +1,50 @@
+"""The training of the classifier that tells the class of drawn images: what train_classifier.py does."""
+
+import numpy as np
+import torch as th
+
+from improved_diffusion.config import ClassifierConfig
+from improved_diffusion.cpu.compute import choose
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.evaluation.classifier import (
+    class_accuracy,
+    classify,
+    save_classifier,
+    train_classifier,
+)
+from improved_diffusion.evaluation.measuring import read_flag
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.storage import absolute
+
+
+def run_classifier_training(config: ClassifierConfig) -> None:
+    """Do what the command line of train_classifier.py asks for. :raises ValueError: a flag is unusable."""
+    images = _read("data_dir", config.data_dir, config)
+    test = _read("test_dir", config.test_dir, config) if config.test_dir else None
+    if test is not None and test.class_names != images.class_names:
+        raise ValueError(f"--test_dir {config.test_dir}: its classes are not those of --data_dir")
+    compute = choose(config.precision, config.num_workers)
+    print(f"{describe(images)}\ncomputing in {compute}")
+    th.set_num_threads(compute.workers)
+    model = train_classifier(
+        images.get(np.arange(len(images))),
+        images.labels,
+        classes=images.num_classes,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        precision=compute.precision,
+    )
+    if test is not None:
+        found = classify(model, test.get(np.arange(len(test))))
+        print(f"{class_accuracy(found, test.labels):.2%} of {len(test):,} test images are classified right")
+    output = absolute(config.output)
+    save_classifier(model, output, images.class_names)
+    print(f"written: {output}")
+
+
+def _read(flag_name: str, path: str, config: ClassifierConfig) -> ImageSet:
+    images = read_flag(flag_name, path, config.image_size)
+    if images.labels is None or images.num_classes < 2:
+        raise ValueError(f"--{flag_name} {path}: needs images of two or more classes")
+    return images
