@@ -517,17 +517,18 @@ class TrainLoop:
         self.interval.reset()
         row = logger.dumpkvs()
         pace, left = "", ""
+        end = "" if self.total_steps == NO_END else f"/{self.total_steps}"
         if speed is not None:
             pace = f"{speed:.1f} images/s"
-            left = (self.total_steps - self.step) * self.global_batch / speed
-            left = datetime.timedelta(seconds=round(left))
+            if self.total_steps != NO_END:
+                left = (self.total_steps - self.step) * self.global_batch / speed
+                left = f"{datetime.timedelta(seconds=round(left))} left"
         if bar is not None:
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
         elif self.step == self.total_steps or time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + SECONDS_PER_LINE
             logger.log(
-                f"step {self.step}/{self.total_steps}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  "
-                f"{pace}  {left} left"
+                f"step {self.step}{end}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  {pace}  {left}"
             )
 
     def _draw_preview(self) -> None:
@@ -580,7 +581,12 @@ class TrainLoop:
         logger.load_state(self.log_state)
         if not sys.stderr.isatty():
             return None
-        return tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        return tqdm(
+            total=None if self.total_steps == NO_END else self.total_steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+        )
 
     def save(self, unfinished_row: dict[str, Any]) -> None:
         """Write a checkpoint of this step, with the state of the logger, and bring the workbook up to date."""
