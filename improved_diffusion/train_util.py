@@ -333,6 +333,7 @@ class TrainLoop:
 
     def _plan(self, seconds_per_step: float) -> None:
         """Decide `total_steps` by the speed so far, and save what was decided."""
+        seconds_per_step = dist_util.broadcast(seconds_per_step)
         before = time.monotonic()
         self.save(logger.state())
         per_save = time.monotonic() - before
@@ -772,6 +773,7 @@ class _Pace:
 
     def __init__(self):
         self._steps, self._started = 0, 0.0
+        self.seconds_per_step = 0.0
 
     def is_known(self) -> bool:
         """To be asked after every step: whether enough of them were measured."""
