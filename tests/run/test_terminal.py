@@ -21,6 +21,7 @@ FLAGS = {
     "compare_samplers.py": "--reference folder",
     "image_eval.py": "--samples folder --reference folder",
     "image_nll.py": "--data_dir folder",
+    "train_classifier.py": "--data_dir folder",
     "publish_model.py": "--model_path folder --log_dir folder",
     "super_res_sample.py": "--model_path folder --base_samples folder",
 }
