@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from signal import Signals
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from improved_diffusion import dist_util, logger, seeding
 from improved_diffusion.config import ema_rates
-from improved_diffusion.cpu.gradients import Gradients
+from improved_diffusion.cpu.gradients import Gradients, plan_passes
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.cpu.machine import release_memory
 from improved_diffusion.cpu.optimizer import Optimizer
+from improved_diffusion.cpu.workers import Workers
 from improved_diffusion.evaluation.heldout import columns as heldout_columns
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
 from improved_diffusion.learning_rate import check_lr_schedule, learning_rate
@@ -114,7 +116,7 @@ class TrainLoop:
         average, and a function that tells whether to stop; returns what it has measured, by the names of
         `heldout.columns`, for checkpoints.csv.
     :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
-    :param num_workers: cores to compute on; a pass takes a microbatch for each.
+    :param num_workers: cores to compute on, with passes of their own (see `plan_passes`).
     :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
     :param check_folder: called by rank 0 before anything is written; raises an OSError that ends the run when the
         directory is no longer its own (see `run_lock`).
@@ -216,7 +218,9 @@ class TrainLoop:
         self.model.train()
         self.has_dropout = any(layer.p > 0 for layer in model.modules() if isinstance(layer, Dropout))
         self.num_workers = num_workers
-        self.opt = Optimizer(self.params, lr, weight_decay)
+        self.passes = plan_passes(batch_size, self.microbatch, num_workers)
+        self.workers = Workers(self.passes.side_by_side, self.passes.cores)
+        self.opt = Optimizer(self.params, lr, weight_decay, self.workers.run)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
@@ -241,7 +245,7 @@ class TrainLoop:
         if hours and self.plan.get("hours") != hours:
             self.plan = {}
             self.total_steps = NO_END
-        self.gradients = Gradients(model, precision)
+        self.gradients = Gradients(model, precision, self.workers)
         if self.samples and hasattr(data, "seek"):
             data.seek(self.samples)
 
@@ -400,7 +404,8 @@ class TrainLoop:
         means += [
             (mean, averages.decay(float(length), self.step)) for length, mean in self.power_params.items()
         ]
-        self.opt.step(self.gradients.values, means, self.gradients.copies.in_16_bits, factor)
+        gradients = self.gradients
+        self.opt.step(gradients.values, means, gradients.copies.in_16_bits, factor, gradients.more)
         self.gradients.clear()
         self._log_losses(t, {key: value * weights for key, value in losses.items()})
         logger.logkv_mean("grad_norm", grad_norm)
@@ -412,24 +417,25 @@ class TrainLoop:
         :return: the loss terms of all images, each [R * B].
         """
         self.gradients.clear()
-        terms = []
-        size = self.microbatch * self.num_workers  # a pass for each core would read the weights once for each
-        for start in range(0, len(drawn.images), size):
-            part = slice(start, start + size)
-            # Gradient checkpointing evaluates layers again on the way back, with the same dropout masks.
-            with dropout_seeds(drawn.masks[part]):
-                losses = self.diffusion.training_losses(
-                    self.gradients.model,
-                    drawn.images[part],
-                    drawn.t[part],
-                    model_kwargs={key: value[part] for key, value in drawn.cond.items()},
-                    noise=drawn.noise[part],
-                )
-                # The sum over all passes and processes is the mean over the batch, whatever the sizes of passes.
-                share = (losses["loss"] * drawn.weights[part]).sum() / len(drawn.all_t)
-                self.gradients.add(share)
-            terms.append({key: value.detach() for key, value in losses.items()})
+        parts = self.passes.slices(len(drawn.images))
+        terms = self.workers.run([partial(self._pass, drawn, *numbered) for numbered in enumerate(parts)])
         return self._exchange({key: th.cat([some[key] for some in terms]) for key in terms[0]})
+
+    def _pass(self, drawn: "Draws", number: int, part: slice) -> dict[str, th.Tensor]:
+        """Compute the losses of one part of the batch, each [B'], and add their gradient."""
+        # Gradient checkpointing evaluates layers again on the way back, with the same dropout masks.
+        with self.gradients.model() as model, dropout_seeds(drawn.masks[part]):
+            losses = self.diffusion.training_losses(
+                model,
+                drawn.images[part],
+                drawn.t[part],
+                model_kwargs={key: value[part] for key, value in drawn.cond.items()},
+                noise=drawn.noise[part],
+            )
+            # The sum over all passes and processes is the mean over the batch, whatever the sizes of passes.
+            share = (losses["loss"] * drawn.weights[part]).sum() / len(drawn.all_t)
+            self.gradients.add(share, model, number)
+        return {key: value.detach() for key, value in losses.items()}
 
     def draw(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> "Draws":
         """Draw what is random in a step: timesteps, noise, withheld classes, dropout masks."""
@@ -468,7 +474,7 @@ class TrainLoop:
         mine = th.stack(list(losses.values()))
         table = th.zeros(len(mine), ranks, mine.shape[1])
         table[:, dist_util.get_rank()] = mine
-        message = th.cat([*(value.float().flatten() for value in self.gradients.values), table.flatten()])
+        message = th.cat([*(value.float().flatten() for value in self.gradients.total()), table.flatten()])
         dist_util.all_reduce(message)
         *gradients, table = message.split([*(p.numel() for p in self.params), table.numel()])
         self.gradients.values = [value.view_as(p) for value, p in zip(gradients, self.params)]

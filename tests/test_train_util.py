@@ -58,7 +58,7 @@ def make_loop(folder, *, sampler="uniform", model_flags=None, batch_size=6, data
 def gradient(folder, microbatch):
     loop = make_loop(folder, microbatch=microbatch, batch_size=7)
     loop.compute_gradient(loop.draw(*next(loop.data)))
-    return th.cat([value.flatten() for value in loop.gradients.values])
+    return th.cat([value.flatten() for value in loop.gradients.total()])
 
 
 def rows(folder):
@@ -91,9 +91,9 @@ def test_grad_norm_is_that_of_the_mean_loss_before_clipping(tmp_path):
     loop = make_loop(tmp_path / "b", microbatch=3, batch_size=7, grad_clip=1e-3, total_steps=1)
     step, clipped = loop.opt.step, []
 
-    def spy(gradient, averages, copies, factor):
+    def spy(gradient, averages, copies, factor, more):
         clipped.append(factor * loop.gradients.norm())
-        step(gradient, averages, copies, factor)
+        step(gradient, averages, copies, factor, more)
 
     loop.opt.step = spy
     loop.run_loop()
@@ -396,7 +396,7 @@ def test_metrics_are_means_over_the_interval(tmp_path):
 def test_gradients_reach_every_parameter(tmp_path):
     loop = make_loop(tmp_path, model_flags={"class_cond": True, "num_classes": 10, "learn_sigma": True})
     loop.compute_gradient(loop.draw(*next(loop.data)))
-    values = loop.gradients.values
+    values = loop.gradients.total()
     names = [name for (name, _), value in zip(loop.model.named_parameters(), values) if not value.any()]
     assert names == []
 

@@ -11,7 +11,9 @@ from improved_diffusion import kernels
 from improved_diffusion.benchmark.plain import usual_memory
 from improved_diffusion.benchmark.settings import NAMES, Settings, stepping, training_loop
 from improved_diffusion.benchmark.timing import Contender, interleave, ratios, spread
+from improved_diffusion.cpu.gradients import Passes
 from improved_diffusion.cpu.machine import keep_memory
+from improved_diffusion.cpu.workers import Workers
 from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d, update_ema
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.unet import QKVAttention, ResBlock, Upsample
@@ -46,7 +48,7 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
     loop = partial(training_loop, settings, precision)
     step = partial(stepping, settings)
     found = {
-        "a microbatch for each core in a pass": lambda: step(_with_small_passes(loop())),
+        "a pass for each core": lambda: step(_in_one_pass(loop())),
         "attention as one operation": lambda: step(loop(plain=[QKVAttention])),
         "normalisation and activation as one operation": lambda: step(loop(plain=[ResBlock])),
         "one operation for AdamW and averages": lambda: step(_with_torch_optimizer(loop())),
@@ -73,9 +75,11 @@ def _without_kernels(loop: Callable[[], TrainLoop], step: Callable[[TrainLoop], 
     return Contender(partial(run_without, contender.run))
 
 
-def _with_small_passes(loop: TrainLoop) -> TrainLoop:
-    """A pass for each microbatch, as with one core."""
-    loop.microbatch = max(1, loop.microbatch // loop.num_workers)
+def _in_one_pass(loop: TrainLoop) -> TrainLoop:
+    """Passes on all cores together, which take a microbatch for each."""
+    cores = loop.num_workers
+    loop.passes = Passes(1, cores, loop.microbatch * cores)
+    loop.workers = loop.gradients.workers = Workers(1, cores)
     return loop
 
 
@@ -96,10 +100,13 @@ class _TorchOptimizer:
         averages: Sequence[tuple[Sequence[th.Tensor], float]],
         copies: Sequence[th.Tensor | None],
         factor: float,
+        more: Sequence[th.Tensor],
     ) -> None:
         assert factor == 1, "the benchmark does not clip"
         for p, value in zip(self.params, gradient):
             p.grad = value.to(p.dtype)
+        for p, value in zip(self.params, more):
+            p.grad += value
         self.adamw.step()
         for tensors, decay in averages:
             update_ema(tensors, self.params, decay)

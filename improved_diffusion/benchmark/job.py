@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 
 from improved_diffusion.benchmark.ablation import measure_ablation
+from improved_diffusion.benchmark.busy import measure_busy
 from improved_diffusion.benchmark.cost import measure_cost, measure_memory
 from improved_diffusion.benchmark.parts import measure_parts
 from improved_diffusion.benchmark.peaks import measure_peaks
@@ -27,6 +28,7 @@ MEASUREMENTS = {
     "command": measure_command,
     "parts": measure_parts,
     "sampling": measure_sampling,
+    "busy": measure_busy,
     "ablation": measure_ablation,
     "cost": measure_cost,
 }

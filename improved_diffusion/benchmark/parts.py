@@ -69,13 +69,16 @@ def _time_parts(settings: Settings, loop: TrainLoop, stream: BatchStream) -> dic
     microbatches = settings.batch_size / settings.microbatch
     step = seconds_of(lambda: loop.run_step(batch, {}))
     seconds = {part: microbatches * value for part, value in _profile(settings, loop).items()}
-    loop.gradients.values = [th.full_like(p, 1e-3) for p in loop.gradients.model.parameters()]
+    gradients = loop.gradients
+    weights = list(gradients.copies.models[0].parameters())
+    gradients.values = [th.full_like(p, 1e-3) for p in weights]
+    gradients.more = [th.full_like(p, 1e-3) for p in weights if microbatches > 1]
     averages = [(average, 0.9999) for average in loop.ema_params.values()]
-    seconds["gradient norm"] = seconds_of(loop.gradients.norm)
+    seconds["gradient norm"] = seconds_of(gradients.norm)
     seconds["AdamW and moving average"] = seconds_of(
-        lambda: loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits)
+        lambda: loop.opt.step(gradients.values, averages, gradients.copies.in_16_bits, more=gradients.more)
     )
-    loop.gradients.clear()
+    gradients.clear()
     rest = step - sum(seconds.values())
     return {
         **seconds,
@@ -88,7 +91,7 @@ def _profile(settings: Settings, loop: TrainLoop) -> dict[str, float]:
     """The seconds that each of `PARTS` takes in the passes of a microbatch."""
     images = random_images(settings, settings.microbatch)
     timesteps = th.arange(settings.microbatch) % loop.diffusion.num_timesteps
-    model = loop.gradients.model
+    model = loop.gradients.copies.models[0]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler would print every start and end
     threads = th.get_num_threads()
     th.set_num_threads(1)

@@ -141,7 +141,8 @@ def _bare_step(loop: TrainLoop) -> Callable[[], None]:
     def step() -> None:
         compute(*latest)
         averages = [(average, float(rate)) for rate, average in loop.ema_params.items()]
-        loop.opt.step(loop.gradients.values, averages, loop.gradients.copies.in_16_bits)
+        gradients = loop.gradients
+        loop.opt.step(gradients.values, averages, gradients.copies.in_16_bits, more=gradients.more)
         loop.gradients.clear()
 
     loop.compute_gradient = remember

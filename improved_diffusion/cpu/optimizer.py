@@ -1,6 +1,7 @@
 """AdamW and the moving averages of the weights, block by block of the parameters."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -34,12 +35,17 @@ class Optimizer:
 
     Its time goes into moving numbers between memory and cores, so each is fetched once for all that is done to
     it. (`torch.optim.AdamW` itself goes through all parameters at once, and loads PyTorch's compiler: 66 MB.)
+
+    :param run: what runs the parts of an update, perhaps side by side, such as `Workers.run`.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(
+        self, params: Sequence[nn.Parameter], lr: float, weight_decay: float, run: update.Run = update.in_turn
+    ):
         self.params = list(params)
         self.lr = lr
         self.weight_decay = weight_decay
+        self.run = run
         self.blocks = blocks_of(self.params)
         self.counts = th.zeros(len(self.params))
         self.steps = list(self.counts.unbind())  # views: they count together
@@ -52,6 +58,7 @@ class Optimizer:
         averages: Sequence[tuple[Sequence[th.Tensor], float]] = (),
         copies: Sequence[th.Tensor | None] = (),
         factor: float = 1.0,
+        more: Sequence[th.Tensor] = (),
     ) -> None:
         """Update the parameters with learning rate `lr`, then the moving averages and copies by them.
 
@@ -59,35 +66,53 @@ class Optimizer:
         :param averages: of each moving average, the tensors, in the order of the parameters, and the decay.
         :param copies: in the order of the parameters, what is to be a copy of them in 16 bits, or None.
         :param factor: what the gradient is multiplied by.
+        :param more: a second part of the gradient, to be added to the first, or nothing.
         """
         copies = copies or [None] * len(self.params)
         moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
         settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
-        if update.adamw(self.params, gradient, moments, self.counts + 1, settings, averages, copies):
+        tensors = self.params, gradient, moments, self.counts + 1, settings, averages, copies
+        if update.adamw(*tensors, more, self.run):
             self.counts += 1
             return
-        for block in self.blocks:
-            params = [self.params[i] for i in block]
-            adamw(
-                params,
-                [gradient[i].float() * factor for i in block],
-                *([tensors[i] for i in block] for tensors in moments),
-                [],
-                [self.steps[i] for i in block],  # it counts them
-                fused=True,
-                lr=self.lr,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                weight_decay=self.weight_decay,
-                eps=EPSILON,
-                amsgrad=False,
-                maximize=False,
-            )
-            for tensors, decay in averages:
-                update_ema([tensors[i] for i in block], params, decay)
-            for i in block:
-                if copies[i] is not None:
-                    copies[i].copy_(self.params[i])
+        whole = (averages, copies, factor, more)
+        self.run([partial(self._step_block, block, gradient, *whole) for block in self.blocks])
+
+    @th.no_grad()
+    def _step_block(
+        self,
+        block: Sequence[int],
+        gradient: Sequence[th.Tensor],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]],
+        copies: Sequence[th.Tensor | None],
+        factor: float,
+        more: Sequence[th.Tensor],
+    ) -> None:
+        """`step` for the parameters whose numbers are in `block`, by operations of PyTorch."""
+        params = [self.params[i] for i in block]
+        gradients = [gradient[i].float() for i in block]
+        if more:
+            gradients = [value + more[i] for value, i in zip(gradients, block)]
+        adamw(
+            params,
+            [value * factor for value in gradients],
+            *([self.moments[name][i] for i in block] for name in MOMENTS),
+            [],
+            [self.steps[i] for i in block],  # it counts them
+            fused=True,
+            lr=self.lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=self.weight_decay,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
+        for tensors, decay in averages:
+            update_ema([tensors[i] for i in block], params, decay)
+        for i in block:
+            if copies[i] is not None:
+                copies[i].copy_(self.params[i])
 
     def state_tensors(self) -> list[th.Tensor]:
         """All that changes from step to step, in an order that depends on the parameters alone."""

@@ -1,4 +1,4 @@
-"""Threads that compute side by side, one core each, and the copies of a model that they compute with."""
+"""Threads that compute side by side, each on cores of its own, and the copies of a model that they compute with."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -13,13 +13,16 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`count` threads with a single core each, for work that falls into independent parts."""
+    """`count` threads with a core each, for work that falls into independent parts.
 
-    def __init__(self, count: int):
+    :param cores: of each thread.
+    """
+
+    def __init__(self, count: int, cores: int = 1):
         self.count = count
         # What the workers set becomes the default of every thread that has not set or used its own number yet.
         th.set_num_threads(th.get_num_threads())
-        self._pool = ThreadPoolExecutor(count, "worker", initializer=th.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(count, "worker", initializer=th.set_num_threads, initargs=(cores,))
 
     def run(self, tasks: Iterable[Callable[[], Result]]) -> list[Result]:
         """Run all `tasks`, at most `count` at a time.

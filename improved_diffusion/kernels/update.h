@@ -1,29 +1,44 @@
 // The gradient's norm, and AdamW with moving averages and the weights' copy in 16 bits: each number is fetched from
 // memory once. Tensors are given as arrays of addresses and sizes; addresses of gradients in 16 bits are marked.
 
-static inline vec LEVEL(load_gradient)(const void *from, size_t at, int is_bf16) {
+// A gradient has one or two parts, the second NULL if there is none; kinds: 1 where the first has 16 bits, plus 2 where
+// the second has.
+static inline vec LEVEL(load_part)(const void *from, int is_bf16, size_t at) {
     return is_bf16 ? LEVEL(load_bf16)((const uint16_t *)from + at) : get((const float *)from + at);
 }
+static inline vec LEVEL(load_gradient)(const void *part, const void *other, int kinds, size_t at) {
+    vec g = LEVEL(load_part)(part, kinds & 1, at);
+    if (other) g += LEVEL(load_part)(other, kinds & 2, at);
+    return g;
+}
+static inline float LEVEL(part_at)(const void *from, int is_bf16, size_t at) {
+    return is_bf16 ? bf16_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+static inline float LEVEL(gradient_at)(const void *part, const void *other, int kinds, size_t at) {
+    float g = LEVEL(part_at)(part, kinds & 1, at);
+    return other ? g + LEVEL(part_at)(other, kinds & 2, at) : g;
+}
 
+// Both functions work on the tensors from number `begin` on, up to but not with `end`.
 void LEVEL(squares)(
-    int count, const int64_t *sizes, const void *const *values, const uint8_t *is_bf16, double *squares, int threads
+    int begin, int end, const int64_t *sizes, const void *const *parts, const void *const *others, const uint8_t *kinds,
+    double *squares
 ) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int i = 0; i < count; i++) {
+    for (int i = begin; i < end; i++) {
         double sum = 0;
         for (int64_t start = 0; start < sizes[i]; start += PIECE) {
-            int64_t end = start + PIECE < sizes[i] ? start + PIECE : sizes[i], at = start;
+            int64_t stop = start + PIECE < sizes[i] ? start + PIECE : sizes[i], at = start;
             vec part = {0}, other = {0};
-            for (; at + 2 * WIDTH <= end; at += 2 * WIDTH) {
-                vec v = LEVEL(load_gradient)(values[i], at, is_bf16[i]);
-                vec w = LEVEL(load_gradient)(values[i], at + WIDTH, is_bf16[i]);
+            for (; at + 2 * WIDTH <= stop; at += 2 * WIDTH) {
+                vec v = LEVEL(load_gradient)(parts[i], others[i], kinds[i], at);
+                vec w = LEVEL(load_gradient)(parts[i], others[i], kinds[i], at + WIDTH);
                 part += v * v;
                 other += w * w;
             }
             part += other;
             for (int k = 0; k < WIDTH; k++) sum += part[k];
-            for (; at < end; at++) {
-                float v = is_bf16[i] ? bf16_to_float(((const uint16_t *)values[i])[at]) : ((const float *)values[i])[at];
+            for (; at < stop; at++) {
+                float v = LEVEL(gradient_at)(parts[i], others[i], kinds[i], at);
                 sum += (double)v * v;
             }
         }
@@ -44,29 +59,27 @@ static inline LEVEL(adam_result) LEVEL(adam)(vec p, vec g, vec m, vec v, const s
     return r;
 }
 
-// averages: those of the first rate for all tensors, then those of the second, and so on. copies: of the weights in
+// averages: those of the first rate for all `count` tensors, then those of the second, and so on. copies: of the weights in
 // 16 bits, NULL where there is none. corrections: 1 - beta1^step and sqrt(1 - beta2^step) of each tensor.
 void LEVEL(adamw)(
-    int count, const int64_t *sizes, float *const *params, const void *const *gradients, const uint8_t *is_bf16,
-    float *const *first, float *const *second, uint16_t *const *copies, int rates, float *const *averages,
-    const float *shares, const float *corrections, const struct adamw *settings, int threads
+    int begin, int end, int count, const int64_t *sizes, float *const *params, const void *const *parts,
+    const void *const *others, const uint8_t *kinds, float *const *first, float *const *second, uint16_t *const *copies,
+    int rates, float *const *averages, const float *shares, const float *corrections, const struct adamw *settings
 ) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int i = 0; i < count; i++) {
+    for (int i = begin; i < end; i++) {
         float c1 = corrections[2 * i], c2 = corrections[2 * i + 1];
         for (int64_t at = 0; at < sizes[i]; at += WIDTH) {
             int full = at + WIDTH <= sizes[i], left = full ? WIDTH : (int)(sizes[i] - at);
             vec p = {0}, g = {0}, m = {0}, v = {0};
             if (full) {
                 p = get(params[i] + at);
-                g = LEVEL(load_gradient)(gradients[i], at, is_bf16[i]);
+                g = LEVEL(load_gradient)(parts[i], others[i], kinds[i], at);
                 m = get(first[i] + at);
                 v = get(second[i] + at);
             } else
                 for (int k = 0; k < left; k++) {
                     p[k] = params[i][at + k];
-                    g[k] = is_bf16[i] ? bf16_to_float(((const uint16_t *)gradients[i])[at + k])
-                                      : ((const float *)gradients[i])[at + k];
+                    g[k] = LEVEL(gradient_at)(parts[i], others[i], kinds[i], at + k);
                     m[k] = first[i][at + k];
                     v[k] = second[i][at + k];
                 }

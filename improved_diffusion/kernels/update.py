@@ -1,16 +1,20 @@
 """The norm of a gradient, and AdamW together with all that follows it, reading every number from memory once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int, c_void_p
+from functools import partial
 
 import numpy as np
 import torch as th
 
 from improved_diffusion import kernels
 
-SQUARES = (c_int, *[c_void_p] * 4, c_int)
-ADAMW = (c_int, *[c_void_p] * 7, c_int, *[c_void_p] * 4, c_int)
+# Of the compiled functions: the first tensor and the end of those to work on, then arrays.
+SQUARES = (c_int, c_int, *[c_void_p] * 5)
+ADAMW = (c_int, c_int, c_int, *[c_void_p] * 8, c_int, *[c_void_p] * 4)
+SHARE = 2**20  # numbers that a core works on at a time
+Run = Callable[[Sequence[Callable[[], object]]], object]
 NUMBERS = ("lr", "beta1", "beta2", "rest1", "rest2", "epsilon", "weight_decay", "factor")
 
 
@@ -33,14 +37,25 @@ def suits(tensors: Sequence[th.Tensor]) -> bool:
     )
 
 
-def norm(values: Sequence[th.Tensor]) -> float:
-    """The Euclidean norm of all numbers in `values`."""
+def in_turn(tasks: Sequence[Callable[[], object]]) -> None:
+    """Run `tasks` one after the other."""
+    for task in tasks:
+        task()
+
+
+def norm(values: Sequence[th.Tensor], more: Sequence[th.Tensor] = (), run: Run = in_turn) -> float:
+    """The Euclidean norm of all numbers in `values`.
+
+    :param more: tensors of the same shapes that are to be added to them.
+    :param run: what runs the parts of the work, perhaps side by side.
+    """
     values = [t if kernels.in_one_piece(t) else t.contiguous() for t in values]
+    more = _in_order(more, values)
     squares = np.empty(len(values))
-    kernel = kernels.function("squares", SQUARES)
-    found = kernels.addresses(values, kernels.TYPES, values)
-    arrays = (_sizes(values), found, _in_16_bits(values), squares)
-    kernel(len(values), *(array.ctypes.data for array in arrays), th.get_num_threads())
+    arrays = (_sizes(values), *_gradient(values, more, values), squares)
+    _run_shares(
+        run, kernels.function("squares", SQUARES), arrays[0], *(array.ctypes.data for array in arrays)
+    )
     return math.sqrt(squares.sum())
 
 
@@ -52,27 +67,26 @@ def adamw(
     settings: AdamWSettings,
     averages: Sequence[tuple[Sequence[th.Tensor], float]],
     copies: Sequence[th.Tensor | None],
+    more: Sequence[th.Tensor] = (),
+    run: Run = in_turn,
 ) -> bool:
     """One update of `params`, in place; then of the moving averages, and of the `copies` in bfloat16.
 
     :param gradient: in 16 or 32 bits; all other tensors are in 32, and lie in memory as the parameters do.
     :param steps: of each parameter, the number of this update, from 1 on: [number of parameters].
     :param averages: the tensors of each, and its decay.
+    :param more: a second part of the gradient, to be added to the first, or nothing.
+    :param run: what runs the parts of the work, perhaps side by side.
     :return: whether it was done: nothing is where there are no kernels, or none for tensors like these.
     """
-    if not suits(gradient):
+    if not suits([*gradient, *more]):
         return False
     single = (th.float32,)
     try:
         of_params = kernels.addresses(params, single, params)
-        # What autograd returns may lie in memory in another order.
-        gradient = [
-            th.empty_like(p, dtype=g.dtype).copy_(g) if g.shape == p.shape and g.stride() != p.stride() else g
-            for g, p in zip(gradient, params)
-        ]
+        gradient, more = _in_order(gradient, params), _in_order(more, params)
         arrays = [
-            *(_sizes(params), of_params),
-            *(kernels.addresses(gradient, kernels.TYPES, params), _in_16_bits(gradient)),
+            *(_sizes(params), of_params, *_gradient(gradient, more, params)),
             *(kernels.addresses(tensors, single, params) for tensors in moments),
             kernels.addresses(copies, (th.bfloat16,), params, optional=True),
         ]
@@ -85,18 +99,45 @@ def adamw(
     corrections[1] **= 0.5
     shares = np.array([1 - decay for _, decay in averages], np.float32)
     kernel = kernels.function("adamw", ADAMW)
-    more = [
+    others = [
         np.concatenate(averaged) if averaged else np.empty(0, np.uintp),
         shares,
         corrections.T.astype(np.float32, order="C"),
         np.frombuffer(settings, np.float32),
     ]
-    kernel(
-        *(len(params), *(array.ctypes.data for array in arrays)),
-        *(len(averages), *(array.ctypes.data for array in more)),
-        th.get_num_threads(),
+    _run_shares(
+        run,
+        *(kernel, arrays[0], len(params), *(array.ctypes.data for array in arrays)),
+        *(len(averages), *(array.ctypes.data for array in others)),
     )
     return True
+
+
+def _in_order(gradient: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """`gradient` in the order in which `params` lie in memory: what autograd returns may lie in another."""
+    return [
+        th.empty_like(p, dtype=g.dtype).copy_(g) if g.shape == p.shape and g.stride() != p.stride() else g
+        for g, p in zip(gradient, params)
+    ]
+
+
+def _gradient(
+    values: Sequence[th.Tensor], more: Sequence[th.Tensor], like: Sequence[th.Tensor]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The addresses of both parts of a gradient, and which of them have 16 bits (see update.h)."""
+    kinds = _in_16_bits(values)
+    if not more:
+        return kernels.addresses(values, kernels.TYPES, like), np.zeros(len(values), np.uintp), kinds
+    others = kernels.addresses(more, kernels.TYPES, like)
+    return kernels.addresses(values, kernels.TYPES, like), others, kinds + 2 * _in_16_bits(more)
+
+
+def _run_shares(run: Run, kernel: Callable, sizes: np.ndarray, *arguments) -> None:
+    """Call `kernel` for shares of the tensors of these `sizes`, each with the same `arguments`."""
+    ends = np.cumsum(sizes)
+    marks = np.arange(SHARE, ends[-1], SHARE) if len(ends) else []
+    cuts = [0, *np.searchsorted(ends, marks), len(sizes)]
+    run([partial(kernel, int(a), int(b), *arguments) for a, b in zip(cuts, cuts[1:]) if a < b])
 
 
 def _sizes(tensors: Sequence[th.Tensor]) -> np.ndarray:

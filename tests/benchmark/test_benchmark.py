@@ -22,7 +22,7 @@ from improved_diffusion.cpu.gradients import Gradients
 SETTINGS = Settings(
     model=TINY, batch_size=4, microbatch=2, data_dir="builtin", compute=Compute("fp32", 2), rounds=2
 )
-BY_DEFAULT = ["memory", "peaks", "training", "command", "parts", "sampling"]
+BY_DEFAULT = ["memory", "peaks", "training", "command", "parts", "sampling", "busy"]
 
 
 def numbers(value):
@@ -95,12 +95,13 @@ def test_plain_path_is_the_same_mathematics(scale_shift):
     plain.add_gradients(images, timesteps, noise)
 
     gradients = Gradients(build(settings)[0], "fp32")
-    for part in (slice(0, 2), slice(2, 4)):
-        terms = diffusion.training_losses(gradients.model, images[part], timesteps[part], noise=noise[part])
-        gradients.add(terms["loss"].sum() / len(images))
+    for number, part in enumerate((slice(0, 2), slice(2, 4))):
+        with gradients.model() as fast:
+            terms = diffusion.training_losses(fast, images[part], timesteps[part], noise=noise[part])
+            gradients.add(terms["loss"].sum() / len(images), fast, number)
 
     expected = th.cat([p.grad.flatten() for p in plain.params])
-    found = th.cat([value.flatten() for value in gradients.values])
+    found = th.cat([value.flatten() for value in gradients.total()])
     assert th.cosine_similarity(found, expected, dim=0) > 0.9999
     assert found.norm().item() == pytest.approx(expected.norm().item(), rel=1e-3)
 

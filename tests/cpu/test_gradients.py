@@ -1,10 +1,15 @@
 """Gradients in several passes, on several cores and in 16 bits: the same as in one, on one core, in 32."""
 
+import threading
+import time
+from functools import partial
+
 import pytest
 import torch as th
 from conftest import TINY
 
-from improved_diffusion.cpu.gradients import Gradients
+from improved_diffusion.cpu.gradients import Gradients, Passes, plan_passes
+from improved_diffusion.cpu.workers import Workers
 from improved_diffusion.nn import dropout_seeds
 from improved_diffusion.script_util import create_model_and_diffusion
 
@@ -21,9 +26,8 @@ CASES = {
 }
 
 
-def gradient(case, precision="fp32", cores=1, part=4):
+def gradient(case, precision="fp32", cores=1, part=4, side_by_side=1, before_pass=lambda number: None):
     """The gradient of one batch as a vector, in double precision, and the engine that made it."""
-    th.set_num_threads(cores)
     flags = {**TINY, **CASES[case]}
     th.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**flags)
@@ -37,16 +41,21 @@ def gradient(case, precision="fp32", cores=1, part=4):
     t = th.randint(0, diffusion.num_timesteps, (BATCH,), generator=rng)
     y = th.arange(BATCH) % 10
 
-    engine = Gradients(model, precision)
-    for start in range(0, BATCH, part):
-        where = slice(start, start + part)
+    engine = Gradients(model, precision, Workers(side_by_side, cores))
+
+    def compute_pass(number, where):
+        before_pass(number)
         kwargs = {"y": y[where]} if flags.get("class_cond") else {}
-        with dropout_seeds(range(BATCH)[where]):
-            terms = diffusion.training_losses(
-                engine.model, images[where], t[where], kwargs, noise=noise[where]
-            )
-            engine.add(terms["loss"].sum() / BATCH)
-    return th.cat([value.flatten() for value in engine.values]).double(), engine
+        with engine.model() as copy, dropout_seeds(range(BATCH)[where]):
+            terms = diffusion.training_losses(copy, images[where], t[where], kwargs, noise=noise[where])
+            engine.add(terms["loss"].sum() / BATCH, copy, number)
+
+    parts = [slice(start, min(start + part, BATCH)) for start in range(0, BATCH, part)]
+    engine.workers.run([partial(compute_pass, *numbered) for numbered in enumerate(parts)])
+    norm = engine.norm()
+    vector = th.cat([value.flatten() for value in engine.total()]).double()
+    assert norm == pytest.approx(vector.norm().item(), rel=1e-6)
+    return vector, engine
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.01)])
@@ -56,6 +65,62 @@ def test_the_number_of_cores_changes_nothing_but_rounding(case, precision, toler
     two, _ = gradient(case, precision, cores=2)
     assert th.equal(gradient(case, precision, cores=2)[0], two)
     assert (two - one).norm() < tolerance * one.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["plain", "dropout", "checkpointing"])
+def test_how_many_passes_run_side_by_side_changes_no_bit(case, precision):
+    one, _ = gradient(case, precision, part=2)
+    for side_by_side in (2, 3, 8):
+        assert th.equal(gradient(case, precision, part=2, side_by_side=side_by_side)[0], one)
+
+
+def test_the_order_in_which_passes_end_changes_no_bit():
+    """As if another program had taken the cores of the first ones."""
+    ended, begun = [threading.Event() for _ in range(4)], []
+
+    def wait_for_the_next(number):
+        begun.append(number)
+        if number > 0:
+            ended[number - 1].set()
+        if number < 3:
+            assert ended[number].wait(timeout=60)
+            time.sleep(0.05 * (3 - number))
+
+    late, _ = gradient("plain", "bf16", part=2, side_by_side=4, before_pass=wait_for_the_next)
+    assert sorted(begun) == [0, 1, 2, 3]
+    assert th.equal(late, gradient("plain", "bf16", part=2)[0])
+
+
+def test_a_pass_that_fails_is_reported_and_the_next_batch_computed():
+    def fail(number):
+        if number == 1:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        gradient("plain", part=2, side_by_side=2, before_pass=fail)
+
+
+@pytest.mark.parametrize(
+    ("size", "microbatch", "cores", "expected"),
+    [
+        (8, 4, 1, (1, 1, 4)),
+        (8, 4, 2, (2, 1, 4)),
+        (8, 8, 2, (2, 1, 4)),  # rather a smaller pass than a core without one
+        (8, 4, 3, (3, 1, 3)),
+        (8, 4, 4, (4, 1, 2)),
+        (32, 4, 4, (4, 1, 4)),
+        (32, 4, 16, (4, 4, 8)),
+        (128, 4, 16, (4, 4, 16)),
+        (1, 1, 2, (1, 2, 1)),
+        (10, 4, 6, (3, 2, 4)),
+        (10, 4, 5, (1, 5, 10)),
+    ],
+)
+def test_passes(size, microbatch, cores, expected):
+    passes = plan_passes(size, microbatch, cores)
+    assert passes == Passes(*expected)
+    assert [i for part in passes.slices(size) for i in range(size)[part]] == list(range(size))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,5 +158,6 @@ def test_gradients_are_of_the_weights_as_they_are_now():
             if copy is not None:
                 copy.copy_(p)
     engine.clear()
-    engine.add(sum((p.float() ** 2).sum() for p in engine.model.parameters()))
+    with engine.model() as copy:
+        engine.add(sum((p.float() ** 2).sum() for p in copy.parameters()), copy, 0)
     assert engine.norm() == 0

@@ -121,9 +121,9 @@ for dtype in (th.float32, th.bfloat16):
     copies = [p.bfloat16() for p in params]
     settings = update.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.1, 1.0)
     assert update.adamw(
-        params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies
+        params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies, params
     )
-    update.norm(gradient)
+    update.norm(gradient, params)
 print("clean")
 """
 
@@ -430,6 +430,53 @@ def test_tensors_that_do_not_belong_together_are_left_alone(generation, which, s
     )
     assert not done
     assert all((t == 1).all() for t in found if t.layout == th.strided and not t.is_meta)
+
+
+@pytest.mark.parametrize("other", list(CLOSE))
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_a_gradient_in_two_parts_is_their_sum(generation, dtype, other):
+    gradient, more = tensors(dtype), [t.contiguous() for t in tensors(other)]
+    total = [g.float() + m for g, m in zip(gradient, more)]
+    settings = update.AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1, 0.5)
+    assert update.norm(gradient, more) == update.norm(total)
+    results = []
+    start = tensors()
+    for parts in ((gradient, more), (total, ())):
+        params = [p.clone() for p in start]
+        moments, average = (
+            tuple([th.zeros_like(p) for p in start] for _ in range(2)),
+            [p.clone() for p in start],
+        )
+        assert update.adamw(
+            *(params, parts[0], moments, th.ones(len(params)), settings, [(average, 0.9)]),
+            *([None] * len(params), parts[1]),
+        )
+        results.append([*params, *moments[0], *moments[1], *average])
+    assert all(map(th.equal, *results))
+
+
+def test_shares_of_an_update_are_the_whole(generation, monkeypatch):
+    """However the tensors are shared out, and in which order the shares are worked on."""
+    results = []
+    gradient, start = tensors(), tensors()
+    for share in (2**20, 5000, 1):
+        monkeypatch.setattr(update, "SHARE", share)
+        params, counts = [p.clone() for p in start], []
+
+        def backwards(tasks, counts=counts):
+            counts.append(len(tasks))
+            update.in_turn(tasks[::-1])
+
+        moments = tuple([th.zeros_like(p) for p in start] for _ in range(2))
+        settings = update.AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1, 0.5)
+        none = [None] * len(params)
+        assert update.adamw(
+            params, gradient, moments, th.ones(len(params)), settings, [], none, run=backwards
+        )
+        results.append([*params, th.tensor(update.norm(gradient, run=backwards))])
+        assert counts[0] == counts[1] == {2**20: 1, 5000: 3, 1: len(SHAPES)}[share]
+    for others in results[1:]:
+        assert all(map(th.equal, results[0], others))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
