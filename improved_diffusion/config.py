@@ -854,7 +854,7 @@ class BenchmarkConfig(ComputeFlags, ImageFlags, UNetFlags):
 
     TITLE: ClassVar[str] = "measurement"
     only: str = flag(
-        "memory,peaks,training,command,parts,sampling",
+        "memory,peaks,training,command,parts,sampling,busy",
         "comma-separated: what to measure; there are also ablation (what each optimisation gains) and cost (how "
         "time and memory grow with the configuration), of ten minutes each",
     )
