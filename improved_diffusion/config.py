@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from improved_diffusion.flags import Flags, Role, flag, named
+from improved_diffusion.flags import Flags, Role, flag, named, with_defaults
 from improved_diffusion.learning_rate import LR_DECAYS, check_lr_schedule
 from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers
+from improved_diffusion.recipes import RECIPES, explain
 
 NOISE_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("epsilon", "x_start", "v", "edm")
@@ -432,6 +433,13 @@ class RunFlags(Flags):
         "CIFAR-10's test images if the model is trained on CIFAR-10",
         per_machine=True,
     )
+    heldout_share: float = flag(
+        0.0,
+        "instead, withhold this share of the training images for that, such as 0.02",
+        low=0,
+        high=0.5,
+        role=Role.TRAINING,
+    )
     keep_last: int = flag(
         0, "delete all but this many of the newest checkpoints; 0: keep all", low=0, high=MOST_STEPS
     )
@@ -496,6 +504,11 @@ class TrainingFlags(
             raise ValueError(
                 f"--total_steps {self.total_steps}: contradicts --hours {self.hours}; leave one of them out"
             )
+        if self.heldout_share and self.heldout_dir:
+            raise ValueError(
+                f"--heldout_share {self.heldout_share}: contradicts --heldout_dir {self.heldout_dir}; leave one of "
+                "them out"
+            )
         check_classes(self)
         levels_of(self)
         names = ("lr_warmup_steps", "lr_anneal_steps", "lr_decay", "lr_decay_share", "total_steps")
@@ -533,6 +546,22 @@ def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @dataclass(frozen=True)
 class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
     """image_train.py."""
+
+    TITLE: ClassVar[str] = "what to set first"
+    recipe: str = flag(
+        "",
+        "set the flags that are not given to what was found to learn best in hours on a CPU: cifar10, or small for "
+        f"other images of 32 to 64 pixels; {explain()}",
+        choices=("", *RECIPES),
+        role=Role.TRAINING,
+    )
+
+    def completed(self, given: set[str]) -> "TrainConfig":
+        """See `Flags.completed`."""
+        recipe = RECIPES.get(self.recipe, {})
+        if "class_cond" in given and not self.class_cond:
+            recipe = {**recipe, "class_dropout": 0.0}
+        return with_defaults(self, given, recipe)
 
 
 @dataclass(frozen=True)

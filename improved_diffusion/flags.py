@@ -68,6 +68,9 @@ def flag(default: Any, help: str, **declaration: Any) -> Any:
     return field(default=default, metadata={"flag": Declaration(help, **declaration)})
 
 
+F = TypeVar("F", bound="Flags")
+
+
 @dataclass(frozen=True)
 class Flags:
     """The values of a command's flags. Subclasses declare fields with `flag`, or combine other subclasses.
@@ -86,6 +89,10 @@ class Flags:
             if problem := declaration.problem(value):
                 raise ValueError(f"--{name} {str(value)[:80]}: {problem}")
 
+    def completed(self: F, given: set[str]) -> F:
+        """With what some flags decide about others that were not `given`."""
+        return self
+
     def check(self, given: set[str]) -> None:
         """Check flags against each other. :raises ValueError: two contradict each other; the message names them.
 
@@ -95,9 +102,6 @@ class Flags:
     def to_dict(self) -> dict[str, Any]:
         """All values by name, as `args.json` has them."""
         return {name: getattr(self, name) for name in declared(type(self))}
-
-
-F = TypeVar("F", bound=Flags)
 
 
 def _own(cls: type[Flags]) -> Iterator[tuple[type[Flags], dataclasses.Field]]:
@@ -213,7 +217,7 @@ class Parser(argparse.ArgumentParser):
             self.error(self._describe_unknown(unknown[0]))
         try:
             given = {name: _convert(name, self._types[name], text) for name, text in vars(values).items()}
-            config = self.config(**given)
+            config = self.config(**given).completed(set(given))
             config.check(set(given))
         except ValueError as error:
             self.error(str(error))

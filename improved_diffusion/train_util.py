@@ -355,6 +355,8 @@ class TrainLoop:
         )
         if self.writes and self.on_plan is not None:
             self.on_plan(self.total_steps)
+        if self.writes:
+            self.checkpoint_table.keep_until(self.step - 1)  # the same step is saved again, with the plan
         self.save(logger.state())
 
     def _is_finite(self) -> bool:

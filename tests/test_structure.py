@@ -16,7 +16,7 @@ FILES = {
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
     {"kernels", "losses", "weighting", "nn", "storage", "seeding", "progress"}
-    | {"flags", "config", "levels", "learning_rate"},
+    | {"flags", "config", "levels", "learning_rate", "recipes"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"benchmark"},
 ]
 MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}
-WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "learning_rate", "levels"}
+WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "learning_rate", "levels", "recipes"}
 
 
 def room(module: str) -> str:

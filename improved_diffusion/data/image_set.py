@@ -56,6 +56,18 @@ class ImageSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def subset(self, indices: np.ndarray) -> "ImageSet":
+        """The images `indices`, an integer array, as a set with the same classes, fingerprint and source."""
+        return ImageSet(
+            image_size=self.image_size,
+            images=None if self._images is None else self._images[indices],
+            files=None if self._files is None else [self._files[index] for index in indices],
+            labels=None if self.labels is None else self.labels[indices],
+            class_names=self.class_names,
+            fingerprint=self.fingerprint,
+            summary=self.summary,
+        )
+
     def get(self, indices: np.ndarray) -> np.ndarray:
         """The images `indices`, an integer array [B], as a new array: uint8 [B, S, S, 3]."""
         if self._images is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import seeding
+from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.losses import mean_flat
 from improved_diffusion.samplers import log_signal_to_noise
@@ -45,6 +46,18 @@ def columns(sigmas: Sequence[float] = SIGMAS) -> list[str]:
 def choose_images(count: int, wanted: int = IMAGES_PER_SIGMA * len(SIGMAS)) -> np.ndarray:
     """Which of `count` images to denoise: `wanted` at the most, spread evenly, so that all classes are among them."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def withhold(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+    """Split a set into what remains and `share` of it, at least one image, spread evenly.
+
+    :raises ValueError: the set has one image only; the message begins with ``share``.
+    """
+    if len(images) < 2:
+        raise ValueError(f"share {share}: of one image, none can be withheld")
+    withheld = choose_images(len(images), max(1, round(share * len(images))))
+    remaining = np.setdiff1d(np.arange(len(images)), withheld)
+    return images.subset(remaining), images.subset(withheld)
 
 
 @th.no_grad()

@@ -17,7 +17,7 @@ from improved_diffusion import dist_util, kernels, logger
 from improved_diffusion.config import SuperResTrainConfig, TrainConfig
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
-from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss
+from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss, withhold
 from improved_diffusion.evaluation.measuring import read_flag
 from improved_diffusion.flags import defaults, named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
@@ -140,6 +140,12 @@ def _train(
     if config.class_cond and images.num_classes > config.num_classes:
         raise ValueError(f"--num_classes {config.num_classes}: the data have {images.num_classes} classes")
     processes = dist_util.get_world_size()
+    others = None
+    if config.heldout_share:
+        try:
+            images, others = withhold(images, config.heldout_share)
+        except ValueError as error:
+            raise named(error, {"share": "heldout_share"}) from None
     try:
         data = BatchStream(
             images,
@@ -158,7 +164,7 @@ def _train(
     th.manual_seed(config.seed)
     model, diffusion = create_from_flags(config)
     first = dist_util.get_rank() == 0
-    heldout = _heldout(config, diffusion, images, project) if first else None
+    heldout = _heldout(config, diffusion, images, others, project) if first else None
     keep_memory()
     machine = {**describe_machine(), "precision": compute.precision, "workers": compute.workers}
     machine["kernels"] = kernels.generation()
@@ -169,6 +175,8 @@ def _train(
         logger.configure(folder)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
+    if others is not None:
+        logger.log(f"  withheld for the held-out loss: {len(others):,} more")
     logger.log(f"model: {parameters:,} parameters")
     logger.log(f"computing in {compute}, of {machine['processor']}")
     if processes > 1:
@@ -225,20 +233,30 @@ def _train(
 
 
 def _heldout(
-    config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion, images: ImageSet, project: str
+    config: TrainConfig | SuperResTrainConfig,
+    diffusion: SpacedDiffusion,
+    images: ImageSet,
+    others: ImageSet | None,
+    project: str,
 ) -> Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None:
-    """What measures the held-out loss, or None. :raises ValueError: --heldout_dir is unusable."""
+    """What measures the held-out loss, or None.
+
+    :param others: the images withheld from training, if any were.
+    :raises ValueError: --heldout_dir is unusable.
+    """
     path, datasets = config.heldout_dir, os.path.join(project, "datasets")
-    if not path and config.data_dir == os.path.join(datasets, "cifar_train"):
+    if not path and others is None and config.data_dir == os.path.join(datasets, "cifar_train"):
         test = os.path.join(datasets, "cifar_test")
         path = test if os.path.exists(os.path.join(test, ".complete")) else ""
-    if path in ("", "none"):
+    if others is None and path in ("", "none"):
         return None
     if is_super_resolution(config):
-        if config.heldout_dir:
-            raise ValueError(f"--heldout_dir {path}: is for image_train.py only; leave it out")
+        if config.heldout_dir or config.heldout_share:
+            name = "heldout_share" if config.heldout_share else "heldout_dir"
+            raise ValueError(f"--{name} {getattr(config, name)}: is for image_train.py only; leave it out")
         return None
-    others = read_flag("heldout_dir", path, config.output_size)
+    if others is None:
+        others = read_flag("heldout_dir", path, config.output_size)
     if config.class_cond and others.class_names != images.class_names:
         raise ValueError(f"--heldout_dir {path}: its classes are not those of the training images")
     chosen = choose_images(len(others))

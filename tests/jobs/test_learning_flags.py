@@ -10,7 +10,8 @@ from openpyxl import load_workbook
 from training_process import run_training
 
 from improved_diffusion import train_util
-from improved_diffusion.evaluation.heldout import columns
+from improved_diffusion.evaluation.heldout import columns, withhold
+from improved_diffusion.image_datasets import read_images
 from improved_diffusion.run import averages, checkpoint
 
 MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
@@ -125,6 +126,11 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
         ("--lr_decay linear --lr_warmup_steps 9 --total_steps 9", "--lr_warmup_steps 9: leaves nothing"),
         ("--ema_lengths 0.05,0.5", "--ema_lengths 0.05,0.5: expected numbers from 0.01 to 0.28"),
         ("--heldout_dir nowhere", "nowhere does not exist"),
+        (
+            "--heldout_dir nowhere --heldout_share 0.1",
+            "--heldout_share 0.1: contradicts --heldout_dir nowhere",
+        ),
+        ("--recipe cifar", "--recipe cifar: use one of cifar10, small; did you mean cifar10?"),
         ("--hours 2 --total_steps 30", "--total_steps 30: contradicts --hours 2.0"),
         ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
         ("--loss_weighting edm --use_kl True", "--loss_weighting: weighs squared errors"),
@@ -158,6 +164,9 @@ def test_hours_decide_the_steps(tmp_path, call_script, monkeypatch):
     assert done.returncode == 0, done.stderr
     total = read_json(tmp_path / "run" / "args.json")["total_steps"]
     assert f"that is --total_steps {total}" in done.stdout
+    with open(tmp_path / "run" / "checkpoints.csv", newline="") as file:
+        saved = [int(row["step"]) for row in csv.DictReader(file)]
+    assert len(saved) == len(set(saved)) and saved[-1] == total
     newest = checkpoint.find(str(tmp_path / "run"))
     assert newest.step == total != 30000 and newest.state["plan"]["hours"] == 0.001
     with open(tmp_path / "run" / "progress.csv", newline="") as file:
@@ -184,3 +193,27 @@ def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_sc
 def test_steps_within_hours():
     assert train_util.steps_within(3600, 0.5) == 7200
     assert train_util.steps_within(-5, 0.5) == 1
+
+
+def test_a_share_of_the_images_is_withheld(tmp_path, call_script):
+    pixels = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "ten.npz", arr_0=pixels, arr_1=np.arange(10) // 5)
+    flags = ["--data_dir", tmp_path / "ten.npz", *TINY_FLAGS, "--class_cond", True, "--sample_interval", 0]
+    flags += ["--heldout_share", 0.2, "--total_steps", 2, "--log_dir", tmp_path / "run"]
+    done = call_script("image_train.py", *flags, check=0)
+    assert "8 images from" in done.stdout and "withheld for the held-out loss: 2 more" in done.stdout
+    with open(tmp_path / "run" / "checkpoints.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["heldout_loss"]) > 0
+    # It is a part of what the run is.
+    done = call_script("image_train.py", "--heldout_share", 0.3, "--log_dir", tmp_path / "run", check=2)
+    assert "--heldout_share 0.3: the run to resume was started with 0.2" in done.stderr
+
+
+def test_no_withheld_image_is_trained_on():
+    images = read_images("builtin", 8)
+    remaining, withheld = withhold(images, 0.01)
+    assert len(remaining) + len(withheld) == len(images) and len(withheld) == round(0.01 * len(images))
+    assert len(set(withheld.labels)) == images.num_classes
+    first = withheld.get(np.array([0]))
+    assert (first == images.get(np.array([0]))).all()
+    assert (remaining.get(np.array([0])) == images.get(np.array([1]))).all()
