@@ -1,4 +1,4 @@
-"""Drawing images from a trained model: each image has its own random stream, so batches do not matter."""
+"""Drawing images from a trained model. Each image has its own random stream, whatever batch it is drawn in."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from improved_diffusion.respace import log_signal_to_noise
 from improved_diffusion.samplers import sample_progressive
 from improved_diffusion.seeding import Purpose
 
-# For each sampler the spacing that was measured to be best (docs/sampling.md); with noise, that of RANDOM.
+# The spacings that were measured to be best (docs/sampling.md): of deterministic samplers, and of those that add noise.
 SPACING = "logsnr"
 SPACING_OF = {"ipndm": "quadratic"}
 SPACING_OF_RANDOM = "quadratic"
-ETA_OF = {"sde_dpmpp_2m": 1.0}  # of the others: 0
+ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
 def suitable_spacing(sampler: str, eta: float = 0.0) -> str:
-    """The spacing that suits a sampler best, one of `samplers.SPACINGS`."""
+    """The default spacing of a sampler, one of `samplers.SPACINGS`."""
     if eta or sampler == "ddpm":
         return SPACING_OF_RANDOM
     return SPACING_OF.get(sampler, SPACING)
@@ -32,11 +32,10 @@ class Plan:
     """How to get from noise to an image.
 
     :ivar sampler: one of `samplers.SAMPLERS`.
-    :ivar steps: how many; None, with ddpm and ddim: one at every timestep of the diffusion, as improved-diffusion
-        does it.
-    :ivar spacing: one of `samplers.SPACINGS`: how the steps are spread; when not given, what suits the sampler.
-    :ivar eta: with ddim and sde_dpmpp_2m, how random a step is, from 0, not at all, to 1; when not given,
-        that of `ETA_OF`.
+    :ivar steps: the number of steps. None, for ddpm and ddim only: a step for every timestep of the diffusion, as in
+        improved-diffusion.
+    :ivar spacing: one of `samplers.SPACINGS`; empty: that of `suitable_spacing`.
+    :ivar eta: with ddim and sde_dpmpp_2m, how much noise is replaced in each step, from 0 to 1; None: that of `ETA_OF`.
     :ivar clip_denoised: whether the predicted image is clipped to [-1, 1] in every step.
     """
 
@@ -52,29 +51,28 @@ class Plan:
         object.__setattr__(self, "spacing", self.spacing or suitable_spacing(self.sampler, self.eta))
 
     def count_steps(self, diffusion: GaussianDiffusion) -> int:
-        """The steps that an image takes."""
+        """The number of steps from noise to image."""
         return self.steps or diffusion.num_timesteps
 
     @property
     def is_random(self) -> bool:
-        """Whether noise is added on the way."""
+        """Whether the steps add noise."""
         return self.sampler == "ddpm" or self.eta > 0
 
 
-# What was measured to be best at 20 steps (docs/sampling.md), and what is best where the noise alone is to decide.
-DEFAULT_PLAN = Plan("ddim", 20, eta=1.0)
-DETERMINISTIC_PLAN = Plan("unipc", 20)
+DEFAULT_PLAN = Plan("ddim", 20, eta=1.0)  # measured to be best at 20 steps (docs/sampling.md)
+DETERMINISTIC_PLAN = Plan("unipc", 20)  # where the image must be a function of the starting noise
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the images are to be, each by its number.
+    """Which images to draw. Images are numbered from 0.
 
     :ivar image_size: side in pixels.
-    :ivar seed: image i starts from the noise of (`seed`, i).
+    :ivar seed: image i has the random stream of (`seed`, i), which also gives the noise that it starts from.
     :ivar labels: the class of each image, for a class-conditional model.
     :ivar low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
-    :ivar latents: noise [N, 3, image_size, image_size] to start from instead.
+    :ivar latents: [N, 3, image_size, image_size], what the images start from instead of the noise of `seed`.
     """
 
     image_size: int
@@ -84,19 +82,19 @@ class Subject:
     latents: th.Tensor | None = None
 
     def latent(self, numbers: range, randn_like: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
-        """What the images `numbers` start from."""
+        """The noise that the n images `numbers` start from, [n, 3, image_size, image_size]."""
         if self.latents is not None:
             return self.latents[numbers.start : numbers.stop]
         return randn_like(th.empty(len(numbers), 3, self.image_size, self.image_size))
 
     def model_kwargs(self, numbers: range) -> dict[str, th.Tensor]:
-        """What a model is told of the images `numbers`."""
-        told = {}
+        """The model's arguments for the n images `numbers`: labels `y` [n] and `low_res` [n, 3, s, s], where given."""
+        kwargs = {}
         if self.labels is not None:
-            told["y"] = th.tensor([self.labels[i] for i in numbers])
+            kwargs["y"] = th.tensor([self.labels[i] for i in numbers])
         if self.low_res is not None:
-            told["low_res"] = self.low_res[numbers.start : numbers.stop]
-        return told
+            kwargs["low_res"] = self.low_res[numbers.start : numbers.stop]
+        return kwargs
 
 
 def draw(
@@ -106,9 +104,9 @@ def draw(
     subject: Subject,
     numbers: range,
 ) -> Iterator[th.Tensor]:
-    """Draw the images `numbers` of `subject`.
+    """Draw the n images `numbers` of `subject`.
 
-    :yield: the noise they start from, and what it has become after each step, [n, 3, S, S]; the last is the images.
+    :yield: tensors [n, 3, S, S]: the starting noise, then the state after each step. The last one holds the images.
     """
     randn_like = per_image_noise(subject.seed, numbers)
     x = subject.latent(numbers, randn_like)
@@ -129,7 +127,7 @@ def draw(
             eta=plan.eta,
             **options,
         )
-    elif plan.sampler == "ddim":
+    elif plan.sampler == "ddim":  # at all timesteps
         states = diffusion.ddim_sample_loop_progressive(model, tuple(x.shape), eta=plan.eta, **options)
     else:
         assert plan.sampler == "ddpm"
@@ -149,15 +147,15 @@ def sample_images(
     frames: int = 1,
     progress: str = "",
 ) -> Iterator[np.ndarray]:
-    """Draw images, batch by batch.
+    """Draw `num_samples` images, batch by batch.
 
-    Image i is a function of `plan`, its number and `subject`, and the model, not of `batch_size`, up to rounding.
-    With several processes each draws its share, `batch_size` images at a time, and rank 0 gets them all.
+    Image i depends on i, `plan`, `subject` and the model only. `batch_size` changes at most its rounding.
+    With several processes, each draws its share, `batch_size` images at a time, and rank 0 receives all of them.
 
-    :param frames: how many states on the way from noise to image are wanted, if there are so many; 1: the image.
-    :param progress: a word for what is being done, to show how far it is; empty: show nothing.
-    :yield: uint8 [n, F, S, S, 3], F at most `frames` and n = `batch_size` times the number of processes but for the
-        last batch; on other ranks than 0, their share of these.
+    :param frames: the number of states to return of each image, evenly spread from noise to image; 1: only the image.
+    :param progress: the label of a progress display; empty: no display.
+    :yield: uint8 [n, F, S, S, 3]. n is `batch_size` times the number of processes, or less in the last batch. F is
+        `frames`, or the number of states if that is smaller. Ranks other than 0 yield only their share.
     """
     steps = plan.count_steps(diffusion)
     kept = set(np.linspace(steps, 0, min(frames, steps + 1)).round().astype(int).tolist())
@@ -166,7 +164,7 @@ def sample_images(
         for start in batches:
             batch = range(start, min(start + batches.step, num_samples))
             mine = dist_util.share(batch)
-            # A process without a share draws something, and drops it.
+            # A process without a share in the last batch draws one image and drops it.
             numbers = mine or range(start, start + 1)
             states = []
             for step, x in enumerate(draw(model, diffusion, plan, subject, numbers)):
@@ -181,8 +179,8 @@ def sample_images(
 def interpolate(first: th.Tensor, last: th.Tensor, count: int) -> th.Tensor:
     """`count` latents [count, ...] from `first` to `last`, both included, along the great circle through them.
 
-    Noise in so many dimensions lies on a sphere around zero. A straight line between two points leaves it, and
-    becomes a grey image (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3).
+    Noise with many dimensions lies near a sphere around zero. The points of a straight line between two latents are
+    inside the sphere, and become grey images. (Shoemake 1985, "Animating rotation with quaternion curves", sec. 3.3.)
     """
     a, b = first.double(), last.double()
     angle = th.acos((a * b).sum() / (a.norm() * b.norm()))
@@ -198,13 +196,13 @@ def guide(
 ) -> Callable[..., th.Tensor]:
     """`model` with classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
 
-    Its prediction is moved from that without a class towards, and for `scale` > 1 beyond, that for the class
-    given. A learned variance is taken from the latter as it is.
+    The prediction is f + `scale` (c - f), where c is the model's prediction for the class, and f that for "no class".
+    A learned variance is that for the class.
 
     :param model: a class-conditional model that was trained with class dropout.
     :param null_label: the label that stands for "no class".
-    :param within: tells for timesteps, as the model is told them, where to guide (see `guidance_interval`);
-        elsewhere `model` is called for the class alone, which costs half. None: everywhere.
+    :param within: a function from the model's timesteps [N] to bool [N]: where to guide (see `guidance_interval`).
+        Elsewhere `model` is called for the class only, which halves the cost. None: guide everywhere.
     """
 
     def guided(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor) -> th.Tensor:
@@ -226,23 +224,20 @@ def autoguide(
 ) -> Callable[..., th.Tensor]:
     """`model` guided by a `worse` one, such as an earlier checkpoint of its run (Karras et al. 2024, arXiv 2406.02507).
 
-    Its prediction is moved away from that of the worse model: D + (`scale` - 1) (D - D_worse). To guide by the class
-    as well, give the result to `guide`: then both the prediction for the class and that without are improved first,
-    and each scale means what it means alone.
+    The prediction is w + `scale` (p - w), where p is that of `model`, and w that of `worse`. A learned variance is that
+    of `model`. To guide by the class as well, pass the result to `guide`: then autoguidance improves the prediction
+    for the class and that for "no class".
 
-    :param worse: told the same as `model`; it must predict the same, on the same schedule. A learned variance is that
-        of `model`.
+    :param worse: a model with the same prediction type, noise schedule and arguments as `model`.
     :param within: as in `guide`; elsewhere `worse` is not called.
     """
 
-    def guided(x: th.Tensor, timesteps: th.Tensor, **told: th.Tensor) -> th.Tensor:
+    def guided(x: th.Tensor, timesteps: th.Tensor, **kwargs: th.Tensor) -> th.Tensor:
         inside = None if within is None else within(timesteps)
-        prediction = model(x, timesteps, **told)
+        better = model(x, timesteps, **kwargs)
         if inside is not None and not inside.any():
-            return prediction
-        return _extrapolate(
-            worse(x, timesteps, **told).float(), prediction.float(), scale, x.shape[1], inside
-        )
+            return better
+        return _extrapolate(worse(x, timesteps, **kwargs).float(), better.float(), scale, x.shape[1], inside)
 
     return guided
 
@@ -250,21 +245,22 @@ def autoguide(
 def guidance_interval(
     diffusion: GaussianDiffusion, low: float, high: float
 ) -> Callable[[th.Tensor], th.Tensor]:
-    """Where `guide` is to guide: where the noise lies in an interval (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """The argument `within` of `guide`: guide where the noise sigma lies in an interval (Kynkäänniemi et al. 2024,
+    arXiv 2404.07724).
 
-    :return: tells for timesteps [N], as the model is told them, whether theirs does: bool [N].
-    :param diffusion: that of the model, which is told timesteps as it tells them.
-    :param low, high: of sigma = sqrt((1 - alpha_bar) / alpha_bar), noise relative to an undiminished image.
-    :raises ValueError: there is no number between them.
+    :param diffusion: the diffusion that samples, with the timesteps that it gives to the model.
+    :param low, high: the interval of sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise relative to the image.
+    :return: a function from the model's timesteps [N] to bool [N].
+    :raises ValueError: `low` is negative or not below `high`.
     """
     if not 0 <= low < high:
         raise ValueError(f"--guidance_interval {low},{high}: expected two numbers, the first one smaller")
-    told = diffusion.model_timesteps(th.arange(diffusion.num_timesteps)).double().numpy()
+    model_timesteps = diffusion.model_timesteps(th.arange(diffusion.num_timesteps)).double().numpy()
     # The samplers interpolate lambda = -log sigma linearly between timesteps.
-    known = -log_signal_to_noise(diffusion)
+    log_sigma = -log_signal_to_noise(diffusion)
 
     def within(timesteps: th.Tensor) -> th.Tensor:
-        sigma = np.exp(np.interp(timesteps.double().cpu().numpy(), told, known))
+        sigma = np.exp(np.interp(timesteps.double().cpu().numpy(), model_timesteps, log_sigma))
         return th.from_numpy((low <= sigma) & (sigma <= high)).to(timesteps.device)
 
     return within
@@ -273,9 +269,9 @@ def guidance_interval(
 def _extrapolate(
     start: th.Tensor, end: th.Tensor, scale: float, channels: int, inside: th.Tensor | None
 ) -> th.Tensor:
-    """From `start` towards, or beyond, `end` in the first channels, the prediction, and `end` in those of the variance.
+    """start + scale (end - start) in the first `channels` channels, the prediction; `end` in the rest, the variance.
 
-    :param inside: bool [N], for which images; for the others it is `end`.
+    :param inside: bool [N]: for which images. For the others, the result is `end`. None: for all.
     """
     prediction = th.lerp(start[:, :channels], end[:, :channels], scale)
     if inside is not None:
@@ -284,7 +280,8 @@ def _extrapolate(
 
 
 def per_image_noise(seed: int, numbers: Sequence[int]) -> Callable[[th.Tensor], th.Tensor]:
-    """A stand-in for `torch.randn_like` on a batch whose image k gets the random stream of image `numbers[k]`."""
+    """A function like `torch.randn_like` for a batch [N, ...], whose row k draws from the random stream of image
+    `numbers[k]` of `seed`."""
     streams = [seeding.generator(seed, Purpose.SAMPLE, number) for number in numbers]
 
     def randn_like(x: th.Tensor) -> th.Tensor:
@@ -300,5 +297,5 @@ def to_uint8(x: th.Tensor) -> np.ndarray:
 
 
 def from_uint8(pixels: np.ndarray) -> th.Tensor:
-    """Images uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [-1, 1]: what models are trained on."""
+    """Images uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [-1, 1], the range that models are trained in."""
     return th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

@@ -1,18 +1,18 @@
-"""Samplers that need few steps: solvers of the way from noise to image, and the levels at which they stop.
+"""Samplers that need few steps: solvers of the ODE from noise to image, and the levels of noise they step through.
 
-Notation of Lu et al. 2022. At every level an image x_0 and standard normal noise eps are mixed to
+The notation is that of Lu et al. 2022. At every level, x is a mixture of an image x_0 and standard normal noise eps:
 
-    x = alpha x_0 + sigma eps,  alpha^2 + sigma^2 = 1,  lambda = log(alpha / sigma),  h = lambda' - lambda,
+    x = alpha x_0 + sigma eps,  alpha^2 + sigma^2 = 1,  lambda = log(alpha / sigma),  h = lambda' - lambda.
 
-where a prime marks the next, less noisy level; alpha^2 is the alpha_bar of `gaussian_diffusion`. A model of x_0
-(and so of eps, by the mixture above) defines the probability-flow ODE of Song et al. 2021, along which
+A prime marks the next level, which has less noise. alpha^2 is the alpha_bar of `gaussian_diffusion`. A model that
+predicts x_0 or eps, and so the other one as well, defines the probability-flow ODE of Song et al. 2021:
 
-    d(x / alpha) = eps d(sigma / alpha),    d(x / sigma) = x_0 d(alpha / sigma):
+    d(x / alpha) = eps d(sigma / alpha),    d(x / sigma) = x_0 d(alpha / sigma).
 
-if eps, or x_0, did not change, a step of any length would be exact. A solver differs from the others in how it
-foresees the change. It is a generator that takes a `Path` and the noise at its first level, and yields, for each
-level that it reaches, x there and the predicted x_0 with which it set off. At the last level, that of timestep 0,
-x_0 itself is the result, whatever the solver.
+If eps (or x_0) were constant, a step of any length would be exact. The solvers differ in how they extrapolate it.
+Each solver is a generator function of a `Path` and the noise at its first level. For every further level, it yields
+x there and the x_0 that was predicted at the level before. The last level is timestep 0; there, every solver ends
+with the predicted x_0.
 
 Ho et al. 2020: "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
 Song et al. 2020: "Denoising Diffusion Implicit Models" (DDIM), arXiv 2010.02502.
@@ -35,12 +35,12 @@ from torch import Tensor
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.respace import InterpolatedDiffusion, log_signal_to_noise, space_timesteps
 
-Moves = Iterator[tuple[Tensor, Tensor]]  # x at the next level, and the x_0 before it
-Known = list[tuple[int, Tensor]]  # levels and the values found there, the newest first
+Moves = Iterator[tuple[Tensor, Tensor]]  # x at the next level, and the x_0 predicted at the level before it
+Known = list[tuple[int, Tensor]]  # levels, and the x_0 or eps predicted there, the newest first
 
-# Below this lambda nothing is left of the image (Lu et al. 2022), and steps spent there are lost: the cosine
-# schedule has a third of its range of lambda there, in its last timesteps of a thousand. At the very last, 1 / alpha
-# is 20,000, and so is the factor of whatever error a model of eps makes.
+# Below this lambda nothing is left of the image (Lu et al. 2022), and steps there are wasted. In the cosine schedule,
+# the last few of a thousand timesteps cover a third of the range of lambda there. In the very last one, 1 / alpha is
+# 20,000, which multiplies the error of a model of eps.
 NOISIEST_LAMBDA = -5.1
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -48,12 +48,12 @@ GAUSS_NODES, GAUSS_WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # quadrature on [0,
 
 
 class Path:
-    """The levels from noise to image and the model's view at each: all that a solver knows.
+    """The levels from noise to image, and the model: all that a solver needs.
 
     :param model, diffusion, clip_denoised, model_kwargs, eta, randn_like: as in `sample_progressive`.
-    :param timesteps: of the levels, falling; they may lie between whole ones.
+    :param timesteps: those of the levels, float64 [steps], falling; they need not be whole numbers.
 
-    `alpha`, `sigma` and `lam` (lambda) hold a number per level. `diffusion` is the one between the levels.
+    `alpha`, `sigma` and `lam` (lambda) hold one number per level. `diffusion` has the levels as its timesteps.
     """
 
     def __init__(
@@ -71,60 +71,60 @@ class Path:
         self.eta = eta
         self.randn_like = randn_like
         self.diffusion = InterpolatedDiffusion(diffusion, timesteps[::-1])
-        self._model = model
-        self._model_kwargs = model_kwargs
-        self._clip_denoised = clip_denoised
+        self.model = model
+        self.model_kwargs = model_kwargs
+        self.clip_denoised = clip_denoised
+        # The arguments of p_sample and ddim_sample that are the same in all steps.
+        self.options = {
+            "clip_denoised": clip_denoised,
+            "model_kwargs": model_kwargs,
+            "randn_like": randn_like,
+        }
         self.lam: list[float] = log_signal_to_noise(self.diffusion)[::-1].tolist()
         self.alpha: list[float] = self.diffusion.sqrt_alphas_cumprod[::-1].tolist()
         self.sigma: list[float] = self.diffusion.sqrt_one_minus_alphas_cumprod[::-1].tolist()
 
     def timestep(self, x: Tensor, i: int) -> Tensor:
-        """Level i as a timestep of `diffusion`, for each image in x."""
+        """Level i as a timestep of `diffusion`, int64 [N], for the N images in x."""
         return th.full((len(x),), self.steps - 1 - i, device=x.device)
 
     def denoise(self, x: Tensor, i: int) -> Tensor:
-        """The x_0 that the model sees in x at level i."""
-        return self.predict(x, i)[0]
-
-    def predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """`denoise`, and the model's values for the variance, where it learns that."""
+        """The x_0 that the model predicts from x at level i, of x's shape."""
         t = self.timestep(x, i)
-        prediction, variance_values = self.diffusion.predict(self._model, x, t, self._model_kwargs)
-        return self.diffusion.predicted_x_start(prediction, x, t, self._clip_denoised), variance_values
+        prediction, _ = self.diffusion.predict(self.model, x, t, self.model_kwargs)
+        return self.diffusion.predicted_x_start(prediction, x, t, self.clip_denoised)
 
     def eps(self, x: Tensor, x0: Tensor, i: int) -> Tensor:
-        """The noise that makes x of `x0` at level i."""
+        """The noise in x at level i, given that its image is `x0`."""
         return self.diffusion.eps_of(x0, x, self.timestep(x, i))
 
     def order(self, highest: int, i: int) -> int:
-        """The order of a multistep solver's step from level i: as many levels as there are before and after."""
+        """The order of a multistep solver's step from level i: lower in the first steps, which know few levels, and
+        in the last ones (Lu et al. 2022, section 4)."""
         return min(highest, i + 1, self.steps - i)
 
 
 def ddpm(path: Path, x: Tensor) -> Moves:
     """Ancestral sampling: draw x' from p(x' | x) (Ho et al. 2020, algorithm 2)."""
     for i in range(path.steps - 1):
-        t = path.timestep(x, i)
-        x0, variance_values = path.predict(x, i)
-        mean, _, _ = path.diffusion.q_posterior_mean_variance(x0, x, t)
-        deviation = (path.diffusion.log_variance(variance_values, x, t) / 2).exp()
-        x = mean + deviation * path.randn_like(x)
-        yield x, x0
+        result = path.diffusion.p_sample(path.model, x, path.timestep(x, i), **path.options)
+        x = result["sample"]
+        yield x, result["pred_xstart"]
 
 
 def ddim(path: Path, x: Tensor) -> Moves:
     """DDIM (Song et al. 2020, eq. 12 and 16): keep x_0, and all of eps that fresh noise does not replace."""
     for i in range(path.steps - 1):
-        x0 = path.denoise(x, i)
-        noise = path.randn_like(x) if path.eta else None
-        x = path.diffusion.ddim_move(x, path.timestep(x, i), x0, path.eta, noise)
-        yield x, x0
+        t = path.timestep(x, i)
+        result = path.diffusion.ddim_sample(path.model, x, t, eta=path.eta, **path.options)
+        x = result["sample"]
+        yield x, result["pred_xstart"]
 
 
 def heun(path: Path, x: Tensor) -> Moves:
-    """Heun's method in x / alpha over sigma / alpha, whose slope is eps (Karras et al. 2022, algorithm 1).
+    """Heun's method for x / alpha as a function of sigma / alpha, with slope eps (Karras et al. 2022, algorithm 1).
 
-    It looks at both ends of a step, which takes a model call for each.
+    It averages the slopes at both ends of a step, which takes two calls of the model.
     """
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)
@@ -132,7 +132,7 @@ def heun(path: Path, x: Tensor) -> Moves:
         euler = path.alpha[i + 1] * x0 + path.sigma[i + 1] * eps
         next_x0 = path.denoise(euler, i + 1)
         if path.lam[i] < NOISIEST_LAMBDA:
-            # sigma / alpha can start at 20,000: times that, the least difference between the slopes is fatal.
+            # sigma / alpha can start at 20,000, which would multiply rounding errors of the slopes. So average x_0.
             x = _follow_x0(path, i, x, (x0 + next_x0) / 2)
         else:
             x = _follow_eps(path, i, x, (eps + path.eps(euler, next_x0, i + 1)) / 2)
@@ -140,23 +140,23 @@ def heun(path: Path, x: Tensor) -> Moves:
 
 
 def dpmpp_2m(path: Path, x: Tensor) -> Moves:
-    """DPM-Solver++(2M): x_0 foreseen on the line through two values (Lu et al. 2022, algorithm 2)."""
+    """DPM-Solver++(2M): extrapolate x_0 on the line through its last two values (Lu et al. 2022, algorithm 2)."""
     return _dpmpp(path, x, order=2)
 
 
 def dpmpp_3m(path: Path, x: Tensor) -> Moves:
-    """DPM-Solver++(3M): x_0 foreseen on the parabola through three values (Lu et al. 2022, section 4).
+    """DPM-Solver++(3M): extrapolate x_0 on the parabola through its last three values (Lu et al. 2022, section 4).
 
-    The whole parabola: diffusers takes half of its curvature, which leaves order 2.
+    It has order 3. The variant in diffusers halves the parabola's curvature, and has order 2.
     """
     return _dpmpp(path, x, order=3)
 
 
 def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
-    """SDE-DPM-Solver++(2M): DPM-Solver++(2M) with noise that is replaced (Lu et al. 2022).
+    """SDE-DPM-Solver++(2M): DPM-Solver++(2M) with fresh noise in every step (Lu et al. 2022, eq. 18).
 
-    In a step of length h in lambda, all noise but e^(-2 eta h) of its variance is replaced by fresh noise. With eta 1
-    this solves the diffusion SDE; with eta 0, the ODE, as DPM-Solver++(2M) does.
+    A step of length h in lambda keeps the share e^(-2 eta h) of the noise's variance and replaces the rest. With eta 1
+    this solves the diffusion SDE. With eta 0 it is DPM-Solver++(2M), which solves the ODE.
     """
     known: Known = []
     for i in range(path.steps - 1):
@@ -184,7 +184,7 @@ def _dpmpp(path: Path, x: Tensor, order: int) -> Moves:
 def unipc(path: Path, x: Tensor) -> Moves:
     """UniPC of order 3, for x_0 and with B(h) = e^h - 1 (Zhao et al. 2023, sections 3.1 to 3.3).
 
-    The value at a new level serves twice: first to correct the step that led there, then to go on.
+    The x_0 predicted at a new level is used twice: to correct the step to that level, and for the next step.
     """
     known: Known = []
     start, order = x, 0
@@ -199,9 +199,9 @@ def unipc(path: Path, x: Tensor) -> Moves:
 
 
 def deis(path: Path, x: Tensor) -> Moves:
-    """DEIS of order 3: eps foreseen on a parabola in lambda (Zhang & Chen 2022, eq. 14 and 15).
+    """DEIS of order 3: extrapolate eps on a parabola in lambda (Zhang & Chen 2022, eq. 14 and 15).
 
-    The paper's polynomials are in time (tAB) or in sigma / alpha (rhoAB); lambda is the choice of diffusers.
+    The paper's polynomials are in time (tAB) or in sigma / alpha (rhoAB). A polynomial in lambda is diffusers' variant.
     """
     known: Known = []
     for i in range(path.steps - 1):
@@ -220,9 +220,9 @@ ADAMS_BASHFORTH = (
 
 
 def ipndm(path: Path, x: Tensor) -> Moves:
-    """PNDM that starts at low order: DDIM's step with Adams and Bashforth's eps (Liu et al. 2022, section 3).
+    """PNDM without its Runge-Kutta start: DDIM steps, eps extrapolated by Adams-Bashforth (Liu et al. 2022, section 3).
 
-    Their weights are those of even steps, whatever the spacing, which leaves order 2.
+    The weights are those of steps of equal length. Other spacings reduce the order to 2.
     """
     past: list[Tensor] = []
     for i in range(path.steps - 1):
@@ -234,31 +234,31 @@ def ipndm(path: Path, x: Tensor) -> Moves:
 
 
 def _follow_eps(path: Path, i: int, x: Tensor, eps: Tensor) -> Tensor:
-    """x at level i + 1, if eps were `eps` all the way from level i."""
+    """x at level i + 1, if eps is constant from level i on."""
     ratio = path.alpha[i + 1] / path.alpha[i]
     return ratio * x + (path.sigma[i + 1] - ratio * path.sigma[i]) * eps
 
 
 def _follow_x0(path: Path, i: int, x: Tensor, x0: Tensor) -> Tensor:
-    """x at level i + 1, if x_0 were `x0` all the way from level i."""
+    """x at level i + 1, if x_0 is constant from level i on."""
     ratio = path.sigma[i + 1] / path.sigma[i]
     return ratio * x + (path.alpha[i + 1] - ratio * path.alpha[i]) * x0
 
 
 def _foresee_x0(path: Path, i: int, known: Known) -> Tensor:
-    """The x_0 that leads best from level i to level i + 1.
+    """The constant x_0 that is to replace the changing one between the levels i and i + 1.
 
-    Between two known values both papers take the line halfway, which is as good as the exact mean to its order.
+    For a line through two values, Lu et al. and Zhao et al. take its value halfway; the order is the same.
     """
     return _mean_ahead(path, i, known, exponent=1 if len(known) > 2 else 0)
 
 
 def _mean_ahead(path: Path, i: int, known: Known, exponent: int) -> Tensor:
-    """The mean from level i to level i + 1, weighted by e^(exponent lambda), of a polynomial in lambda.
+    """The mean of a polynomial in lambda between the levels i and i + 1, weighted by e^(exponent lambda).
 
-    With the right exponent, 1 for x_0 and -1 for eps, following that mean solves the ODE for the polynomial.
+    With exponent 1 for x_0, or -1 for eps, a step with this mean solves the ODE of that polynomial exactly.
 
-    :param known: the levels and values that the polynomial goes through.
+    :param known: levels, and the values there, through which the polynomial goes.
     """
     h = path.lam[i + 1] - path.lam[i]
     density = GAUSS_WEIGHTS * np.exp(exponent * h * GAUSS_NODES)
@@ -279,7 +279,7 @@ SAMPLERS: dict[str, Callable[[Path, Tensor], Moves]] = {
     "deis": deis,
     "ipndm": ipndm,
 }
-WITH_ETA = ("ddim", "sde_dpmpp_2m")  # that can be more or less random
+WITH_ETA = ("ddim", "sde_dpmpp_2m")  # samplers whose share of fresh noise can be chosen
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 
 
@@ -296,28 +296,29 @@ def sample_progressive(
     model_kwargs: dict | None = None,
     randn_like: Callable[[Tensor], Tensor] = th.randn_like,
 ) -> Iterator[dict[str, Tensor]]:
-    """Make images of noise in `steps` steps, yielding what is there after each.
+    """Turn noise into images in `steps` steps, and yield the state after each step.
 
-    :param model: as in `gaussian_diffusion`; it is told float timesteps, between the whole ones as well.
-    :param noise: standard normal, [N, C, H, W]; its dtype and device are those of the work.
+    :param model: as in `gaussian_diffusion`. It is given float timesteps, which need not be whole numbers.
+    :param noise: standard normal, [N, C, H, W]; all computations have its dtype and device.
     :param sampler: a name in `SAMPLERS`.
     :param steps: from 1 to the number of timesteps of `diffusion`.
     :param spacing: a name in `SPACINGS`; see `space_levels`.
-    :param eta: how random the samplers `WITH_ETA` are: 0 not at all; with 1, "ddim" is ancestral sampling with
+    :param eta: how much noise the samplers in `WITH_ETA` replace. 0: none. With 1, "ddim" is ancestral sampling with
         FIXED_SMALL, and "sde_dpmpp_2m" solves the diffusion SDE.
     :param clip_denoised: whether every predicted image is clipped to [-1, 1].
     :param model_kwargs: further arguments of the model, such as the labels `y`.
-    :param randn_like: draws the noise that a sampler adds, given a tensor of the shape wanted.
-    :return: `steps` results: `sample`, x after the step, the last one being the images; and `pred_xstart`, the
-        image that the model saw in x before it.
-    :raises ValueError: the sampler or spacing is unknown, or steps or eta out of range.
+    :param randn_like: draws the noise that a sampler adds; given a tensor, it returns noise of that shape.
+    :return: `steps` results. `sample` is x after the step; in the last result, the images. `pred_xstart` is the image
+        that the model predicted in this step. Both are [N, C, H, W].
+    :raises ValueError: the sampler or spacing is unknown, steps or eta are out of range, or the model predicts
+        x_{t-1}.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta}: use a value from 0 (deterministic) to 1 (ancestral sampling)")
     if eta and sampler not in WITH_ETA:
-        raise ValueError(f"eta {eta}: is for {' or '.join(WITH_ETA)}, not for {sampler}")
+        raise ValueError(f"eta {eta}: only {' and '.join(WITH_ETA)} take it, not {sampler}")
     path = Path(
         model,
         diffusion,
@@ -336,14 +337,15 @@ def evaluations(sampler: str, steps: int) -> int:
 
 
 def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.ndarray:
-    """The timesteps of a path, float64 [steps], falling from the first one below to 0.
+    """The timesteps of a path, float64 [steps], falling to 0.
 
-    ``"uniform"``: even, in whole timesteps, those of `space_timesteps`. The others also stop in between:
-    ``"quadratic"``: even in the square root of the timestep (Song et al. 2020, appendix D.2). These two begin at
-    T - 1. ``"logsnr"``: even in lambda (Lu et al. 2022). ``"karras"``: even in (sigma / alpha)^(1/7) (Karras et al.
-    2022, eq. 5). These two leave out what lies below `NOISIEST_LAMBDA`.
+    ``"uniform"``: whole timesteps from T - 1 on, evenly spaced (those of `space_timesteps`).
+    ``"quadratic"``: from T - 1 on, evenly spaced in the square root of the timestep (Song et al. 2020, appendix D.2).
+    ``"logsnr"``: evenly spaced in lambda (Lu et al. 2022). ``"karras"``: evenly spaced in (sigma / alpha)^(1/7)
+    (Karras et al. 2022, eq. 5). Both start at `NOISIEST_LAMBDA`, or at T - 1 where that has less noise.
+    All but "uniform" give timesteps between the whole ones.
 
-    :raises ValueError: the spacing is unknown; there are fewer timesteps than `steps`, or no step.
+    :raises ValueError: the spacing is unknown, or `steps` is below 1 or above the number of timesteps.
     """
     last = diffusion.num_timesteps - 1
     if not 1 <= steps <= last + 1:
@@ -364,7 +366,7 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
         lam = -7 * np.log(np.linspace(math.exp(-lowest / 7), math.exp(-highest / 7), steps))
     timesteps = np.interp(-lam, -known, np.arange(last + 1))
     if lowest == known[last]:
-        timesteps[0] = last  # up to rounding, it is
+        timesteps[0] = last  # without the rounding of np.interp
     if steps > 1:
         timesteps[-1] = 0
     return timesteps
@@ -372,7 +374,7 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
 
 def _results(path: Path, moves: Moves, x: Tensor) -> Iterator[dict[str, Tensor]]:
     for _ in range(path.steps - 1):
-        # Inside the loop, because a generator must not keep gradients off while its caller has control.
+        # Around each step, not around the loop: between steps the caller runs, whose gradients must stay on.
         with th.no_grad():
             x, x0 = next(moves)
         yield {"sample": x, "pred_xstart": x0}

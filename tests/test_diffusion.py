@@ -583,9 +583,9 @@ def test_malformed_respacing(text):
 def test_respacing_that_asks_for_too_much_names_the_limit():
     with pytest.raises(ValueError, match="section_counts ddim101: .* use ddim100 at most"):
         space_timesteps(100, "ddim101")
-    with pytest.raises(ValueError, match="section 2 of 3 covers 33 of the 100 timesteps and cannot give 34"):
+    with pytest.raises(ValueError, match="section 2 of 3 has only 33 of the 100 timesteps, not 34"):
         space_timesteps(100, "10,34,20")
-    with pytest.raises(ValueError, match="section 1 of 1 covers 100 .* cannot give 250"):
+    with pytest.raises(ValueError, match="section 1 of 1 has only 100 .* not 250"):
         space_timesteps(100, "250")
     with pytest.raises(ValueError, match="section_counts '': use a number"):
         space_timesteps(100, [])

@@ -195,15 +195,12 @@ def test_random_samplers_reach_mean_and_variance(sampler, eta):
 def test_what_the_model_predicts_makes_no_difference(sampler):
     x = noise(dtype=th.float64)
     images = []
-    for mean in (EPSILON, START_X, VELOCITY, EDM, PREVIOUS_X):
+    for mean in (EPSILON, START_X, VELOCITY, EDM):
         diffusion = build(100, mean=mean)
         model = perfect_model(diffusion, MIXTURE)
         images.append(run(model, diffusion, x, sampler, 12, clip_denoised=False, randn_like=stream())[-1])
     for others in images[1:]:
         th.testing.assert_close(images[0], others, rtol=0, atol=1e-9)
-
-
-# Ancestral sampling and DDIM as `GaussianDiffusion` has them
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -217,10 +214,16 @@ def test_nor_does_it_between_whole_timesteps(sampler, mean):
     th.testing.assert_close(*images, rtol=0, atol=1e-9)
 
 
+def test_a_model_of_the_previous_x_is_refused():
+    with pytest.raises(ValueError, match="PREVIOUS_X: .* sample with p_sample_loop"):
+        run(toy_model(), build(mean=PREVIOUS_X), noise(), "unipc", 10)
+
+
+# Ancestral sampling and DDIM as `GaussianDiffusion` has them
+
+
 @pytest.mark.parametrize("var", ModelVarType)
-@pytest.mark.parametrize(
-    "mean, clip", [(EPSILON, True), (VELOCITY, True), (EDM, True), (START_X, False), (PREVIOUS_X, False)]
-)
+@pytest.mark.parametrize("mean, clip", [(EPSILON, True), (VELOCITY, True), (EDM, True), (START_X, False)])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_ddpm_is_ancestral_sampling(var, mean, clip, rescale):
     settings = {"mean": mean, "var": var, "rescale_timesteps": rescale}
@@ -229,8 +232,7 @@ def test_ddpm_is_ancestral_sampling(var, mean, clip, rescale):
     x = noise()
     options = {"clip_denoised": clip, "randn_like": stream()}
     expected = spaced.p_sample_loop(model, x.shape, noise=x, **options)
-    # A model of x_{t-1} is one for the timesteps it was made for.
-    for diffusion in (spaced,) if mean is PREVIOUS_X else (spaced, build(40, **settings)):
+    for diffusion in (spaced, build(40, **settings)):
         options["randn_like"] = stream()
         th.testing.assert_close(
             run(model, diffusion, x, "ddpm", 10, **options)[-1], expected, rtol=0, atol=2e-4

@@ -133,7 +133,7 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
         ("--recipe cifar", "--recipe cifar: use one of cifar10, small; did you mean cifar10?"),
         ("--hours 2 --total_steps 30", "--total_steps 30: contradicts --hours 2.0"),
         ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
-        ("--loss_weighting edm --use_kl True", "--loss_weighting: weighs squared errors"),
+        ("--loss_weighting edm --use_kl True", "--loss_weighting: needs a loss with a squared error"),
         ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
         ("--prediction noise", "--prediction noise: use one of epsilon, x_start, v, edm"),
     ],
