@@ -620,7 +620,7 @@ class GuidanceFlags(Flags):
     guidance_scale: float = flag(
         1.0,
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
-        "--class_dropout; 1: as trained",
+        "--class_dropout; 1: as trained; where not given, what the model was published with",
     )
     guidance_interval: str = flag(
         "",
@@ -941,9 +941,17 @@ class PublishConfig(Flags):
         "with --ema_lengths",
         check=_check_length,
     )
+    guidance_scale: float = flag(1.0, "what image_sample.py takes for this model where it is not given")
+    guidance_interval: str = flag(
+        "",
+        "the interval of noise to which that is limited; everywhere where not given",
+        check=_problem(interval),
+    )
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
+        if self.guidance_interval and self.guidance_scale == 1:
+            raise ValueError(f"--guidance_interval {self.guidance_interval}: needs --guidance_scale")
         for name, what in (("model_path", "the directory of a run"), ("log_dir", "a new folder")):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: give {what}")

@@ -25,10 +25,13 @@ TRAINING_STATE = ("log", "schedule_sampler", "logged_step", "skipped")
 FOLDERS = re.compile(r"(?<![^\s'\"=])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\]+[/\\])+(?=[^\s'\"/\\])")
 
 
-def publish(run_dir: str, rate: str, out_dir: str, length: float = 0.0) -> Checkpoint:
+def publish(
+    run_dir: str, rate: str, out_dir: str, length: float = 0.0, drawing: dict[str, Any] | None = None
+) -> Checkpoint:
     """Write the moving average of `rate` of a run's newest checkpoint into the new folder `out_dir`.
 
     :param length: above 0: write the power-function average of this length instead (see `averages.reconstruct`).
+    :param drawing: flags of image_sample.py to be stored with the arguments, as its defaults for this model.
 
     Arguments, metrics and pictures are copied. So one can draw from the folder and make its workbook as with a
     run, but not train it further. Paths are shortened to their last part, because the rest describes this machine
@@ -51,6 +54,9 @@ def publish(run_dir: str, rate: str, out_dir: str, length: float = 0.0) -> Check
         raise ValueError(f"--ema_rate {rate}: {run_dir} has moving averages of {present}")
     weights = {name: _in_16_bits(name, tensor) for name, tensor in weights.items()}
     records = {name: _read(os.path.join(run_dir, name)) for name in RECORDS}
+    drawing = drawing or {}
+    if drawing.get("guidance_scale", 1) != 1 and not source.state.get("arguments", {}).get("class_dropout"):
+        raise ValueError(f"--guidance_scale: {run_dir} was trained without --class_dropout")
 
     os.makedirs(out_dir)
     for name in filter(lambda name: os.path.exists(os.path.join(run_dir, name)), TABLES):
@@ -65,6 +71,7 @@ def publish(run_dir: str, rate: str, out_dir: str, length: float = 0.0) -> Check
     state = {
         key: value for key, value in source.state.items() if key not in (*TRAINING_STATE, "files", "sha256")
     }
+    state["arguments"] = {**state.get("arguments", {}), **drawing}
     return checkpoint.save(out_dir, source.step, {kind: weights}, without_folders(state))
 
 
@@ -101,8 +108,13 @@ def run_publishing(config: PublishConfig) -> None:
     if not os.path.isdir(config.model_path):
         raise ValueError(f"--model_path {config.model_path}: there is no such directory")
     rates = sorted(checkpoint.find(config.model_path).ema_rates, key=float)
+    drawing = {name: getattr(config, name) for name in ("guidance_scale", "guidance_interval")}
     published = publish(
-        config.model_path, config.ema_rate or (rates or ["none"])[-1], config.log_dir, config.ema_length
+        config.model_path,
+        config.ema_rate or (rates or ["none"])[-1],
+        config.log_dir,
+        config.ema_length,
+        drawing if config.guidance_scale != 1 else {},
     )
     size = sum(entry["bytes"] for entry in published.state["files"].values())
     print(f"{published.folder}: step {published.step:,}, {size / 1e6:.1f} MB of weights")

@@ -67,7 +67,9 @@ def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) 
     known = (
         sr_model_and_diffusion_defaults() if is_super_resolution(config) else model_and_diffusion_defaults()
     )
-    stored = {name: stored[name] for name in known if name in stored}
+    # A published model may name the guidance that suits it.
+    guidance = () if "guidance_scale" in given else ("guidance_scale", "guidance_interval")
+    stored = {name: stored[name] for name in (*known, *guidance) if name in stored}
     for name in names_of(type(config), Role.ARCHITECTURE, Role.PROCESS):
         value = getattr(config, name)
         if name in given and name in stored and value != stored[name]:

@@ -97,6 +97,17 @@ def test_autoguidance_by_an_earlier_checkpoint(run, tmp_path, call_script):
     np.testing.assert_array_equal(not_at_all, plain)
 
 
+def test_a_model_is_published_with_its_guidance(run, tmp_path, call_script):
+    flags = ["--model_path", run, "--log_dir", tmp_path / "model", "--guidance_scale", 3]
+    call_script("publish_model.py", *flags, "--guidance_interval", "0.1,9", check=0)
+    drawn = draw(call_script, tmp_path / "model", tmp_path / "published")
+    guided = draw(
+        call_script, run, tmp_path / "guided", "--guidance_scale", 3, "--guidance_interval", "0.1,9"
+    )
+    plain = draw(call_script, tmp_path / "model", tmp_path / "plain", "--guidance_scale", 1)
+    assert abs(drawn - guided).mean() < 1 < abs(drawn - plain).mean()
+
+
 MISTAKES = {
     "--guidance_interval 3,1": "--guidance_interval 3,1: expected two numbers",
     "--guidance_interval 1,3": "--guidance_interval 1,3: needs --guidance_scale or --autoguidance_path",
