@@ -409,7 +409,7 @@ class TrainLoop:
         gradients = self.gradients
         self.opt.step(gradients.values, means, gradients.copies.in_16_bits, factor, gradients.more)
         self.gradients.clear()
-        self._log_losses(t, {key: value * weights for key, value in losses.items()})
+        self._log_losses(t, weights, losses)
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv("lr", self.opt.lr)
 
@@ -503,14 +503,16 @@ class TrainLoop:
         tail = ["grad_norm", "param_norm", "lr", "images_per_sec", "elapsed"]
         return ["step", "samples", *quartiles, *tail]
 
-    def _log_losses(self, t: th.Tensor, losses: dict[str, th.Tensor]) -> None:
+    def _log_losses(self, t: th.Tensor, weights: th.Tensor, losses: dict[str, th.Tensor]) -> None:
         if not self.writes:
             return
-        quartiles = (4 * t // self.diffusion.num_timesteps).tolist()
+        quarters = (4 * t // self.diffusion.num_timesteps).tolist()
         for key, values in losses.items():
-            for quartile, value in zip(quartiles, values.tolist()):
-                logger.logkv_mean(key, value)
-                logger.logkv_mean(f"{key}_q{quartile}", value)
+            # The weights make the mean over all timesteps independent of how often each is drawn. Within a quarter
+            # they would multiply the mean by the quarter's share of the draws.
+            for quarter, value, weighted in zip(quarters, values.tolist(), (values * weights).tolist()):
+                logger.logkv_mean(key, weighted)
+                logger.logkv_mean(f"{key}_q{quarter}", value)
 
     def _log_row(self, bar: tqdm | None) -> None:
         if not self.writes:

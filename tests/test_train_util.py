@@ -393,6 +393,27 @@ def test_metrics_are_means_over_the_interval(tmp_path):
         assert float(coarse[0][key]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_quarters_are_plain_means_of_the_losses_of_their_images(tmp_path):
+    flags = {"diffusion_steps": 20, "learn_sigma": True}
+    loop = make_loop(tmp_path, sampler="log-normal", model_flags=flags, batch_size=32, total_steps=1)
+    seen, compute = [], loop.compute_gradient
+
+    def spy(drawn):
+        losses = compute(drawn)
+        seen.append((drawn.t, drawn.weights, losses))
+        return losses
+
+    loop.compute_gradient = spy
+    loop.run_loop()
+    [(t, weights, losses)], [row] = seen, rows(tmp_path)
+    assert weights.std() > 0.1
+    for term in ("loss", "mse", "vb"):
+        assert float(row[term]) == pytest.approx((losses[term] * weights).mean().item(), rel=1e-5)
+        for quarter in range(4):
+            inside = losses[term][(5 * quarter <= t) & (t < 5 * quarter + 5)]
+            assert float(row[f"{term}_q{quarter}"]) == pytest.approx(inside.mean().item(), rel=1e-5)
+
+
 def test_gradients_reach_every_parameter(tmp_path):
     loop = make_loop(tmp_path, model_flags={"class_cond": True, "num_classes": 10, "learn_sigma": True})
     loop.compute_gradient(loop.draw(*next(loop.data)))
