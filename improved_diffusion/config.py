@@ -441,7 +441,10 @@ class RunFlags(Flags):
         role=Role.TRAINING,
     )
     keep_last: int = flag(
-        0, "delete all but this many of the newest checkpoints; 0: keep all", low=0, high=MOST_STEPS
+        0,
+        "delete all but this many of the newest checkpoints; their --ema_lengths averages stay; 0: keep all",
+        low=0,
+        high=MOST_STEPS,
     )
     keep_every: int = flag(
         0,

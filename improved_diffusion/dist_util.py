@@ -173,17 +173,17 @@ def barrier() -> None:
 
 
 def check_alike(values: dict[str, Any], advice: str) -> None:
-    """Check that all ranks have the same JSON-able `values`, by names of flags.
+    """Check that all ranks have the same `values`.
 
+    :param values: by the names that the message gives them; compared as text, because NaN does not equal itself.
     :param advice: what the message tells the user to do.
-    :raises ValueError: they differ; it is raised on every rank and names the first flag.
+    :raises ValueError: they differ. It is raised on every rank and names the first value that differs.
     """
-    # As text: a number that is none, such as nan, is not even equal to itself.
     everybody = all_gather({name: repr(value) for name, value in values.items()})
     for rank, theirs in enumerate(everybody):
         for name, value in everybody[0].items():
             if theirs.get(name) != value:
-                raise ValueError(f"--{name}: rank {rank} has {theirs.get(name)}, rank 0 {value}; {advice}")
+                raise ValueError(f"{name}: rank {rank} has {theirs.get(name)}, rank 0 {value}; {advice}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Flags declared as fields of frozen dataclasses: from one declaration come the parser, --help, checks and defaults."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -141,16 +142,25 @@ def with_defaults(config: F, given: set[str], others: dict[str, Any]) -> F:
 
 
 def named(error: Exception, flags: dict[str, str]) -> ValueError:
-    """The error of a function about its arguments, as one about the flags that the values came from.
+    """Turn a function's error about its arguments into one about the flags that the values came from.
 
-    :param error: its message begins with the names and values of the arguments, and a colon.
-    :param flags: the flag of each such argument.
+    :param error: its message begins with the arguments and their values, such as "mean 1, std 0: ...".
+    :param flags: the flag of each argument, by the argument's name.
     """
     start, colon, rest = str(error).partition(":")
     if colon:
-        words = re.split(r"(\w+)", start)
-        start = "".join(f"--{flags[word]}" if word in flags else word for word in words)
+        names = "|".join(map(re.escape, flags))
+        start = re.sub(rf"(^|, )({names})(?=[ ,]|$)", lambda match: f"{match[1]}--{flags[match[2]]}", start)
     return ValueError(start + colon + rest)
+
+
+@contextlib.contextmanager
+def errors_about(flag_name: str) -> Iterator[None]:
+    """A block in which the message of every ValueError begins with the flag's value: put the flag before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag_name} {error}") from None
 
 
 READ = "read from the checkpoint"

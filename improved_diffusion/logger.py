@@ -147,7 +147,7 @@ def configure(
     global _run
     dir = dir or os.environ.get("OPENAI_LOGDIR") or new_directory("runs")
     if is_remote(dir):
-        raise ValueError(f"--log_dir {dir}: logs grow line by line, which needs a local directory")
+        raise ValueError(f"{dir}: logs are written line by line, which needs a local directory")
     close()
     run = _Run()
     run.dir = absolute(dir)
@@ -169,8 +169,8 @@ def configure(
         run.close()
         name = error.filename or run.dir
         raise ValueError(
-            f"--log_dir {dir}: cannot write {name} ({error.strerror}); "
-            "choose another directory, or close the file where it is open"
+            f"{dir}: cannot write {name} ({error.strerror}); choose another directory, or close the file where it is "
+            "open"
         ) from error
     except ValueError:
         run.close()
@@ -278,7 +278,7 @@ def _open_tensorboard(dir: str, keep_until: float | None):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            '--tensorboard needs an optional package: pip install "improved_diffusion[tensorboard]"'
+            'TensorBoard is not installed: pip install "improved_diffusion[tensorboard]", or train without it'
         ) from error
     return SummaryWriter(dir, purge_step=None if keep_until is None else int(keep_until) + 1)
 

@@ -254,7 +254,9 @@ def guidance_interval(
     :raises ValueError: `low` is negative or not below `high`.
     """
     if not 0 <= low < high:
-        raise ValueError(f"--guidance_interval {low},{high}: expected two numbers, the first one smaller")
+        raise ValueError(
+            f"interval from {low} to {high}: expected two numbers from 0 on, the first one smaller"
+        )
     model_timesteps = diffusion.model_timesteps(th.arange(diffusion.num_timesteps)).double().numpy()
     # The samplers interpolate lambda = -log sigma linearly between timesteps.
     log_sigma = -log_signal_to_noise(diffusion)

@@ -23,7 +23,7 @@ from improved_diffusion.config import (
     levels_of,
 )
 from improved_diffusion.data.image_set import ImageSet
-from improved_diffusion.flags import Flags, declared, defaults, named, pick, str2bool
+from improved_diffusion.flags import Flags, declared, defaults, errors_about, named, pick, str2bool
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
@@ -37,6 +37,7 @@ MEAN_TYPES = {
     "edm": gd.ModelMeanType.EDM,
 }
 SIGMA_DATA = 0.5  # standard deviation of images in [-1, 1], as in Karras et al. 2022
+MIN_MEASURED = 4  # images that a metric needs
 MAX_PARAMETERS = 2_000_000_000
 MAX_IMAGES_GB = 16
 
@@ -280,8 +281,21 @@ def join_processes(config: Flags) -> None:
     """
     dist_util.setup_dist()
     known = declared(type(config))
-    shared = {name: value for name, value in config.to_dict().items() if not known[name].per_machine}
+    shared = {f"--{name}": value for name, value in config.to_dict().items() if not known[name].per_machine}
     dist_util.check_alike(shared, "start all processes with the same flags")
+
+
+def read_flag(flag_name: str, path: str, image_size: int) -> ImageSet:
+    """The images at `path` (see `read_images`), which are to be measured.
+
+    :param flag_name: of the flag that names the path.
+    :raises ValueError: they are unusable or too few; the message names the flag.
+    """
+    with errors_about(flag_name):
+        images = read_images(path, image_size)
+        if len(images) < MIN_MEASURED:
+            raise ValueError(f"{path}: holds {len(images)} images, too few to measure; give more")
+        return images
 
 
 def read_images_alike(
@@ -294,13 +308,10 @@ def read_images_alike(
     :param flag_name: of the flag that names the place.
     :raises ValueError: they are unusable, or not the same in all processes; the message names the flag.
     """
-    with dist_util.rank_0_first():
-        try:
-            images = read_images(
-                place, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
-            )
-        except ValueError as error:
-            raise ValueError(f"--{flag_name} {error}") from None
+    with dist_util.rank_0_first(), errors_about(flag_name):
+        images = read_images(
+            place, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
+        )
     contents = f"{len(images):,} images (fingerprint {images.fingerprint[:12]})"
-    dist_util.check_alike({flag_name: contents}, "all processes need the same images")
+    dist_util.check_alike({f"--{flag_name}": contents}, "all processes need the same images")
     return images

@@ -326,9 +326,7 @@ class TrainLoop:
                 kept = (
                     f"checkpoint {self.saved_step} has the last finite weights, averages and optimizer state"
                 )
-            raise NonFiniteError(
-                f"{failure}; {kept}. To go on, resume with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
-            )
+            raise NonFiniteError(f"{failure}; {kept}")
         return stopped_by
 
     def _agree(self, ready: bool) -> bool:

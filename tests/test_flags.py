@@ -15,6 +15,7 @@ from improved_diffusion.flags import (
     Role,
     declared,
     defaults,
+    errors_about,
     flag,
     named,
     names_of,
@@ -108,6 +109,16 @@ def test_an_error_about_an_argument_names_the_flag():
     assert str(two) == "--sigma_mean 1, --sigma_std 0: no steps"
     assert str(named(ValueError("steps 3: too few"), {"step": "x"})) == "steps 3: too few"
     assert str(named(ValueError("steps 3"), {"steps": "x"})) == "steps 3"
+    # A name within a value is no name.
+    path = named(ValueError("features /steps/my steps/x, steps 3: clash"), {"steps": "x", "features": "f"})
+    assert str(path) == "--f /steps/my steps/x, --x 3: clash"
+
+
+def test_errors_about_a_flag_name_it():
+    with pytest.raises(ValueError, match="^--steps 3: too few$"), errors_about("steps"):
+        raise ValueError("3: too few")
+    with pytest.raises(OSError, match="^full$"), errors_about("steps"):
+        raise OSError("full")
 
 
 PROGRAMS = sorted(

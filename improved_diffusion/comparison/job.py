@@ -15,13 +15,18 @@ from improved_diffusion.comparison.gallery import Gallery
 from improved_diffusion.comparison.picture import SHOWN
 from improved_diffusion.comparison.plan import Comparison, cell_name, difference, exact_plan, parse_comparison
 from improved_diffusion.config import ComparingConfig
-from improved_diffusion.evaluation.features import load_extractor
-from improved_diffusion.evaluation.measuring import distance_to, read_flag, reference_statistics
+from improved_diffusion.evaluation.measuring import distance_to, reference_statistics
 from improved_diffusion.image_datasets import describe
+from improved_diffusion.jobs.evaluate import open_extractor
 from improved_diffusion.jobs.runs import choose_out_dir, open_model
 from improved_diffusion.jobs.sample import choose_labels
 from improved_diffusion.samplers import evaluations
-from improved_diffusion.script_util import check_images_fit, join_processes, model_and_diffusion_defaults
+from improved_diffusion.script_util import (
+    check_images_fit,
+    join_processes,
+    model_and_diffusion_defaults,
+    read_flag,
+)
 
 FEATURE_BATCH = 4  # images that a core measures at a time
 
@@ -98,7 +103,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     comparison.check_steps(opened.diffusion.num_timesteps)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     labels = choose_labels(config, opened.class_names)
-    extractor = load_extractor(config.features, config.inception_weights)
+    extractor = open_extractor(config)
     reference = read_flag("reference", config.reference, config.image_size)
     print(f"reference: {describe(reference)}")
     real = reference_statistics(reference, extractor, FEATURE_BATCH)

@@ -11,6 +11,7 @@ import torch as th
 
 from improved_diffusion.config import PublishConfig
 from improved_diffusion.evaluation.report import FILE_NAME as EVALUATION
+from improved_diffusion.flags import named
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.averages import reconstruct, with_averages
 from improved_diffusion.run.checkpoint import Checkpoint, power_kind
@@ -43,7 +44,7 @@ def publish(
     """
     run_dir, out_dir = absolute(run_dir), absolute(out_dir)
     if os.path.exists(out_dir):
-        raise ValueError(f"--log_dir {out_dir}: already exists; give a new folder")
+        raise ValueError(f"out_dir {out_dir}: already exists; give a new folder")
     source = checkpoint.find(run_dir)
     if length:
         kind, weights = power_kind(f"{length:g}"), reconstruct(with_averages(run_dir), length, source.step)[0]
@@ -51,12 +52,12 @@ def publish(
         kind, weights = rate, source.load(rate)
     else:
         present = ", ".join(source.ema_rates) or "none"
-        raise ValueError(f"--ema_rate {rate}: {run_dir} has moving averages of {present}")
+        raise ValueError(f"rate {rate}: {run_dir} has moving averages of {present}")
     weights = {name: _in_16_bits(name, tensor) for name, tensor in weights.items()}
     records = {name: _read(os.path.join(run_dir, name)) for name in RECORDS}
     drawing = drawing or {}
     if drawing.get("guidance_scale", 1) != 1 and not source.state.get("arguments", {}).get("class_dropout"):
-        raise ValueError(f"--guidance_scale: {run_dir} was trained without --class_dropout")
+        raise ValueError(f"guidance_scale: {run_dir} was trained without class_dropout")
 
     os.makedirs(out_dir)
     for name in filter(lambda name: os.path.exists(os.path.join(run_dir, name)), TABLES):
@@ -108,14 +109,15 @@ def run_publishing(config: PublishConfig) -> None:
     if not os.path.isdir(config.model_path):
         raise ValueError(f"--model_path {config.model_path}: there is no such directory")
     rates = sorted(checkpoint.find(config.model_path).ema_rates, key=float)
+    rate = config.ema_rate or (rates or ["none"])[-1]
     drawing = {name: getattr(config, name) for name in ("guidance_scale", "guidance_interval")}
-    published = publish(
-        config.model_path,
-        config.ema_rate or (rates or ["none"])[-1],
-        config.log_dir,
-        config.ema_length,
-        drawing if config.guidance_scale != 1 else {},
-    )
+    if config.guidance_scale == 1:
+        drawing = {}
+    try:
+        published = publish(config.model_path, rate, config.log_dir, config.ema_length, drawing)
+    except ValueError as error:
+        names = {"out_dir": "log_dir", "rate": "ema_rate", "sigma_rel": "ema_length"}
+        raise named(error, {**names, "guidance_scale": "guidance_scale"}) from None
     size = sum(entry["bytes"] for entry in published.state["files"].values())
     print(f"{published.folder}: step {published.step:,}, {size / 1e6:.1f} MB of weights")
     print(f"To draw from it: {shlex.join(['python', 'image_sample.py', '--model_path', published.folder])}")

@@ -45,16 +45,16 @@ def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
     :raises ValueError: either is neither of these.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision}: use one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision {precision}: use one of {', '.join(PRECISIONS)}")
     if precision == "auto":
         precision = "bf16" if bf16_pays() else "fp32"
     if num_workers == "auto":
         return Compute(precision, max(1, min(th.get_num_threads(), usable_cores())))
     if not (num_workers.isdecimal() and 1 <= int(num_workers) <= 1024):
-        raise ValueError(f"--num_workers {num_workers}: use auto, or a number of cores from 1 on")
+        raise ValueError(f"num_workers {num_workers}: use auto, or a number of cores from 1 on")
     if int(num_workers) > usable_cores():
         print(
-            f"WARNING: --num_workers {num_workers}: this process may use {usable_cores()} cores; computing on those"
+            f"WARNING: num_workers {num_workers}: this process may use {usable_cores()} cores; computing on those"
         )
     return Compute(precision, min(int(num_workers), usable_cores()))
 

@@ -23,7 +23,7 @@ def parse_class_labels(text: str, num_classes: int, class_names: Sequence[str]) 
             labels.append(int(part))
         else:
             known = ", ".join(class_names) if class_names else f"0 to {num_classes - 1}"
-            raise ValueError(f"--class_label {part!r}: no such class; this model knows {known}")
+            raise ValueError(f"{part!r}: no such class; this model knows {known}")
     return labels
 
 

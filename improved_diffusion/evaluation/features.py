@@ -46,28 +46,29 @@ class Extractor(NamedTuple):
 
 
 def load_extractor(features: str, inception_weights: str = "") -> Extractor:
-    """The extractor that --features and --inception_weights name.
+    """The extractor of the given name.
 
     :param features: "inception"; "pixel": the colours of the image, averaged to at most 16x16; or the path of a
         TorchScript file whose module takes uint8 [n, 3, H, W] and returns [n, D]. If it has an argument
         `return_features`, that is set, and the Inception Score is computed with its `output.weight` [C, D].
-    :raises ValueError: there is no such file, or it is of another kind; the message names the flag.
+    :param inception_weights: the file of the Inception network; empty: the one in the cache, downloaded if needed.
+    :raises ValueError: there is no such file, or it is of another kind.
+    :raises DownloadError: the Inception network could not be downloaded.
     """
     if inception_weights and features != INCEPTION:
         raise ValueError(
-            f"--inception_weights {inception_weights}: names an Inception file, but --features {features} another "
-            "network; leave one of the flags out"
+            f"inception_weights {inception_weights}, features {features}: contradict each other; leave one of them out"
         )
     if features == PIXEL:
         return Extractor(PIXEL, f"{PIXEL}-{PIXEL_SIDE}", _pixel_features)
     if features == INCEPTION:
-        return _load_network(inception.find_inception(inception_weights), "--features inception")
+        return _load_network(inception.find_inception(inception_weights))
     path = os.path.abspath(os.path.expanduser(features))
     if not os.path.isfile(path):
         raise ValueError(
-            f"--features {path}: there is no such file; give inception, pixel or a TorchScript file"
+            f"features {path}: there is no such file; give inception, pixel or a TorchScript file"
         )
-    return _load_network(path, f"--features {path}")
+    return _load_network(path)
 
 
 def extract(
@@ -108,7 +109,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return th.from_numpy(logits).double().softmax(dim=1).numpy()
 
 
-def _load_network(path: str, flag: str) -> Extractor:
+def _load_network(path: str) -> Extractor:
     fingerprint = inception.sha256_of(path)
     try:
         with warnings.catch_warnings():
@@ -116,7 +117,7 @@ def _load_network(path: str, flag: str) -> Extractor:
             network = th.jit.load(path, map_location="cpu").eval()
         arguments = [argument.name for argument in network.forward.schema.arguments]
     except Exception as error:  # torch raises almost anything here
-        raise ValueError(f"{flag}: is not a TorchScript module ({_reason(error)})") from None
+        raise ValueError(f"{path}: is not a TorchScript module ({_reason(error)})") from None
     options = {"return_features": True} if "return_features" in arguments else {}
 
     def compute(pixels: np.ndarray) -> np.ndarray:
@@ -126,13 +127,13 @@ def _load_network(path: str, flag: str) -> Extractor:
                 features = network(x, **options)
         except Exception as error:
             shape = "x".join(map(str, pixels.shape[1:3]))
-            raise ValueError(f"{flag}: fails on images of {shape} pixels ({_reason(error)})") from None
+            raise ValueError(f"{path}: fails on images of {shape} pixels ({_reason(error)})") from None
         if not isinstance(features, th.Tensor) or features.ndim != 2 or len(features) != len(pixels):
-            raise ValueError(f"{flag}: must turn n images into features of shape [n, D]")
+            raise ValueError(f"{path}: must turn n images into features of shape [n, D]")
         if features.shape[1] > MAX_FEATURES:
-            raise ValueError(f"{flag}: {features.shape[1]:,} features are too many; at most {MAX_FEATURES:,}")
+            raise ValueError(f"{path}: {features.shape[1]:,} features are too many; at most {MAX_FEATURES:,}")
         if not features.isfinite().all():
-            raise ValueError(f"{flag}: computes features that are NaN or infinite")
+            raise ValueError(f"{path}: computes features that are NaN or infinite")
         return features.float().numpy()
 
     name = os.path.basename(path).encode("utf-8", "replace").decode()  # what is no text could not be printed

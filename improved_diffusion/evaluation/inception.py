@@ -17,24 +17,28 @@ URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metric
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 TIMEOUT = 15  # seconds, for connecting and for each wait for data
 CHUNK = 2**18
-ELSEWHERE = "download it elsewhere and give --inception_weights PATH, or measure with --features pixel"
+
+
+class DownloadError(ValueError):
+    """The file could not be downloaded, or its checksum is wrong."""
 
 
 def find_inception(weights: str = "", log: Callable[[str], object] = print) -> str:
     """The path of the file. If it is not in the user's cache yet, it is downloaded there.
 
-    :param weights: a copy of the user's (--inception_weights); empty: the cache.
-    :raises ValueError: `weights` does not exist or is another file, or the download failed.
+    :param weights: the path of the user's own copy; empty: take the one in the cache.
+    :raises ValueError: `weights` does not exist or is another file.
+    :raises DownloadError: the download failed.
     :raises OSError: the cache cannot be written.
     """
     if weights:
         path = os.path.abspath(os.path.expanduser(weights))
         if not os.path.isfile(path):
-            raise ValueError(f"--inception_weights {path}: there is no such file")
+            raise ValueError(f"inception_weights {path}: there is no such file")
         if sha256_of(path) != SHA256:
             raise ValueError(
-                f"--inception_weights {path} is not {FILE_NAME} (its SHA-256 differs), and only with that is it a FID; "
-                f"download it from {URL}, or give another network as --features"
+                f"inception_weights {path}: is not {FILE_NAME}, which defines the FID (its SHA-256 differs); download "
+                f"it from {URL}, or choose other features"
             )
         return path
     path = os.path.join(default_cache_dir(), FILE_NAME)
@@ -68,8 +72,6 @@ def _download(path: str) -> None:
                         bar.update(len(chunk))
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", "") or error
-            raise ValueError(f"{URL} cannot be downloaded ({reason}); {ELSEWHERE}") from None
+            raise DownloadError(f"{URL} cannot be downloaded ({reason})") from None
         if digest.hexdigest() != SHA256:
-            raise ValueError(
-                f"the download from {URL} is damaged or another file (its SHA-256 differs); {ELSEWHERE}"
-            )
+            raise DownloadError(f"the download from {URL} is damaged or another file (its SHA-256 differs)")

@@ -1,4 +1,4 @@
-"""Reading the images that a script's flags name, and computing the statistics that the metrics need."""
+"""Computing the statistics of image features that the metrics need."""
 
 import numpy as np
 
@@ -6,18 +6,6 @@ from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation.features import Extractor, extract
 from improved_diffusion.evaluation.metrics import InceptionScore, Statistics, frechet_distance, summarize
 from improved_diffusion.evaluation.reference import cached_statistics
-from improved_diffusion.image_datasets import read_images
-
-
-def read_flag(flag: str, path: str, image_size: int) -> ImageSet:
-    """The images that --`flag` names. :raises ValueError: nothing usable there; the message names the flag."""
-    try:
-        images = read_images(path, image_size)
-    except ValueError as error:
-        raise ValueError(f"--{flag} {error}") from None
-    if len(images) < 4:
-        raise ValueError(f"--{flag} {path}: holds {len(images)} images, too few to measure; give more")
-    return images
 
 
 def statistics_of(

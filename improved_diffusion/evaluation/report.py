@@ -12,7 +12,7 @@ FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
 
 
 def output_path(output: str, samples: str) -> str:
-    """The JSON file to write: --output, or a file beside the samples.
+    """The JSON file to write: `output` or, if that is empty, a file beside `samples`.
 
     :raises ValueError: there is no such folder.
     """
@@ -22,18 +22,18 @@ def output_path(output: str, samples: str) -> str:
         else os.path.splitext(absolute(samples))[0].rstrip("/\\") + ".evaluation.json"
     )
     if not os.path.isdir(os.path.dirname(path)):
-        raise ValueError(f"--output {path}: there is no folder {os.path.dirname(path)}")
+        raise ValueError(f"{path}: there is no folder {os.path.dirname(path)}")
     return path
 
 
 def warnings(samples: Statistics, reference: Statistics) -> list[str]:
     """Warnings that a reader of the metrics needs."""
     found = []
-    for name, stats in (("samples", samples), ("reference", reference)):
+    for name, stats in (("samples", samples), ("reference images", reference)):
         if stats.count < len(stats.mean):
             found.append(
-                f"only {stats.count:,} images in --{name} for {len(stats.mean):,} features: the Frechet distance is "
-                "far too large; compare it only with distances of equally many images"
+                f"only {stats.count:,} {name} for {len(stats.mean):,} features: the Frechet distance is far too large; "
+                "compare it only with distances of equally many images"
             )
     return found
 

@@ -12,8 +12,8 @@ from improved_diffusion.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from improved_diffusion.evaluation.measuring import read_flag
 from improved_diffusion.image_datasets import describe
+from improved_diffusion.script_util import read_flag
 from improved_diffusion.storage import absolute
 
 

@@ -7,16 +7,19 @@ import time
 
 import numpy as np
 
-from improved_diffusion.config import EvalConfig, ImageFlags
+from improved_diffusion.config import EvalConfig, ImageFlags, ReferenceFlags
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation import report
 from improved_diffusion.evaluation.classifier import class_accuracy, classify, load_classifier
-from improved_diffusion.evaluation.features import load_extractor
-from improved_diffusion.evaluation.measuring import read_flag, reference_statistics, statistics_of
+from improved_diffusion.evaluation.features import Extractor, load_extractor
+from improved_diffusion.evaluation.inception import DownloadError
+from improved_diffusion.evaluation.measuring import reference_statistics, statistics_of
 from improved_diffusion.evaluation.metrics import InceptionScore, compare
+from improved_diffusion.flags import errors_about, named
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.results.export import export
 from improved_diffusion.results.read import read_run
+from improved_diffusion.script_util import read_flag
 from improved_diffusion.storage import absolute, write_json
 
 
@@ -25,14 +28,15 @@ def run_evaluation(config: EvalConfig) -> None:
 
     :raises ValueError: a flag or the images are unusable.
     """
-    output = report.output_path(config.output, config.samples)
+    with errors_about("output" if config.output else "samples"):
+        output = report.output_path(config.output, config.samples)
     if config.run_dir:
         read_run(config.run_dir)  # fails now, not in an hour, if it is not a run
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
     accuracy = _class_accuracy(config.classifier, samples) if config.classifier else {}
-    extractor = load_extractor(config.features, config.inception_weights)
+    extractor = open_extractor(config)
 
     real = reference_statistics(reference, extractor, config.batch_size)
     started = time.monotonic()
@@ -68,15 +72,25 @@ def run_evaluation(config: EvalConfig) -> None:
         print(f"written: {export(config.run_dir)}")
 
 
+def open_extractor(config: ReferenceFlags) -> Extractor:
+    """What --features names. :raises ValueError: there is no such thing; the message names the flag."""
+    try:
+        return load_extractor(config.features, config.inception_weights)
+    except DownloadError as error:
+        raise ValueError(
+            f"{error}; download it elsewhere and give --inception_weights PATH, or measure with --features pixel"
+        ) from None
+    except ValueError as error:
+        raise named(error, {name: name for name in ("features", "inception_weights")}) from None
+
+
 def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
     """What share of the samples is of the class that was asked for.
 
     :raises ValueError: the classifier or the classes are unusable.
     """
-    try:
+    with errors_about("classifier"):
         model, names = load_classifier(absolute(path))
-    except ValueError as error:
-        raise ValueError(f"--classifier {error}") from None
     if samples.labels is None:
         raise ValueError(f"--classifier {path}: needs samples with classes; these have none")
     told = samples.class_names

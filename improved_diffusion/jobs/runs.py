@@ -18,7 +18,16 @@ from improved_diffusion import dist_util
 from improved_diffusion.config import DrawingFlags, FirstFlags
 from improved_diffusion.cpu.compute import Compute, choose
 from improved_diffusion.cpu.inference import fast_model
-from improved_diffusion.flags import Flags, Role, declared, defaults, names_of, with_defaults
+from improved_diffusion.flags import (
+    Flags,
+    Role,
+    declared,
+    defaults,
+    errors_about,
+    named,
+    names_of,
+    with_defaults,
+)
 from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run import averages, checkpoint
@@ -208,10 +217,8 @@ def choose_source(
     resume = absolute(resume_checkpoint)
     if present and (bf.isdir(resume) or bf.dirname(resume) != log_dir):
         return checkpoint.find(log_dir, log=log)
-    try:
+    with errors_about("resume_checkpoint"):
         source = checkpoint.find(resume, log=log)
-    except ValueError as error:
-        raise ValueError(f"--resume_checkpoint {error}") from None
     if present and source.step < present[-1]:
         raise ValueError(
             f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer checkpoints "
@@ -322,11 +329,14 @@ def _best_kind(source: Checkpoint) -> str:
 
 def _average(folder: str, length: float, step: int, log: Callable[[str], None]) -> dict[str, th.Tensor]:
     """The weights of --ema_length, made of the averages in the checkpoints of a run up to `step`."""
-    weights, distance = averages.reconstruct(averages.with_averages(folder), length, step)
+    try:
+        weights, distance = averages.reconstruct(averages.with_averages(folder), length, step)
+    except ValueError as error:
+        raise named(error, {"sigma_rel": "ema_length"}) from None
     if distance > POOR_AVERAGE:
         log(
-            f"WARNING: --ema_length {length}: the checkpoints make this average only roughly (its profile is "
-            f"{distance:.0%} off); save more of them, or more --ema_lengths"
+            f"WARNING: --ema_length {length}: this is only a rough average (its profile is {distance:.0%} off); more "
+            "checkpoints or more --ema_lengths would make a better one"
         )
     return weights
 

@@ -9,7 +9,7 @@ import torch as th
 
 from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags, interval
 from improved_diffusion.data.class_labels import parse_class_labels
-from improved_diffusion.flags import Flags
+from improved_diffusion.flags import Flags, errors_about
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.jobs.runs import choose_out_dir, open_like, open_model
 from improved_diffusion.pictures import save_samples
@@ -181,7 +181,8 @@ def choose_labels(config: Flags, class_names: list[str]) -> list[int] | None:
     :raises ValueError: the model knows no such class, or none at all.
     """
     if config.class_cond:
-        return parse_class_labels(config.class_label, count_classes(config), class_names)
+        with errors_about("class_label"):
+            return parse_class_labels(config.class_label, count_classes(config), class_names)
     if config.class_label:
         raise ValueError(f"--class_label {config.class_label}: this model was trained without classes")
     return None

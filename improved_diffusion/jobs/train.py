@@ -18,8 +18,7 @@ from improved_diffusion.config import SuperResTrainConfig, TrainConfig
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
 from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss, withhold
-from improved_diffusion.evaluation.measuring import read_flag
-from improved_diffusion.flags import defaults, named, with_defaults
+from improved_diffusion.flags import defaults, errors_about, named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
 from improved_diffusion.jobs.runs import (
@@ -51,6 +50,7 @@ from improved_diffusion.script_util import (
     create_from_flags,
     is_super_resolution,
     join_processes,
+    read_flag,
     read_images_alike,
 )
 from improved_diffusion.storage import is_remote, remove_temporaries
@@ -79,7 +79,8 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
         source, folder, publish, check_folder = None, log_dir, None, None
         if first:
             folder, publish = stack.enter_context(working_folder(log_dir))
-            check_folder = stack.enter_context(run_lock(folder))
+            with errors_about("log_dir"):
+                check_folder = stack.enter_context(run_lock(folder))
             for part in filter(os.path.isdir, (folder, os.path.join(folder, PICTURES))):
                 remove_temporaries(part)
             source = choose_source(_as_local(config.resume_checkpoint, log_dir, folder), folder)
@@ -209,7 +210,9 @@ def _train(
     try:
         stopped_by = loop.run_loop()
     except NonFiniteError as error:
-        logger.log(f"error: {error}")
+        logger.log(
+            f"error: {error}. To go on, resume with a lower --lr, --grad_clip 1 or --skip_nonfinite 10"
+        )
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

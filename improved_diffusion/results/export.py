@@ -88,7 +88,7 @@ def export(run_dir: str, output: str | None = None) -> str:
     run = read_run(run_dir)
     output = os.path.join(run.dir, "results.xlsx") if output is None else absolute(output)
     if not output.lower().endswith(".xlsx"):
-        raise ValueError(f"--output {output}: the name of a workbook must end in .xlsx")
+        raise ValueError(f"{output}: the name of a workbook must end in .xlsx")
 
     book = Workbook()
     book.properties.title = clean(f"Training run {os.path.basename(run.dir)}")

@@ -77,12 +77,15 @@ def combine(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> t
 
 
 def with_averages(folder: str) -> list[Checkpoint]:
-    """The checkpoints in `folder` that hold such averages, in rising order.
+    """The checkpoints in `folder` that hold power-function averages, by ascending step.
 
-    :raises DamagedCheckpoint: one is not what was written.
+    Of checkpoints that `checkpoint.rotate` has deleted, only these averages are left.
+
+    :raises DamagedCheckpoint: a file is missing or is not what was written.
     """
-    found = (checkpoint.read(folder, step) for step in checkpoint.steps(folder))
-    return [source for source in found if source.power_lengths]
+    found = {step: checkpoint.read_averages(folder, step) for step in checkpoint.averages_steps(folder)}
+    found |= {step: checkpoint.read(folder, step) for step in checkpoint.steps(folder)}
+    return [found[step] for step in sorted(found) if found[step].power_lengths]
 
 
 def reconstruct(
@@ -96,7 +99,7 @@ def reconstruct(
     :raises ValueError: the length is impossible, or no checkpoint holds an average.
     """
     if not SHORTEST <= sigma_rel <= LONGEST:
-        raise ValueError(f"--ema_length {sigma_rel}: expected a number from {SHORTEST} to {LONGEST}")
+        raise ValueError(f"sigma_rel {sigma_rel}: expected a number from {SHORTEST} to {LONGEST}")
     step = max((source.step for source in checkpoints), default=0) if step is None else step
     kept = [
         (source, length)
@@ -106,8 +109,8 @@ def reconstruct(
     ]
     if not kept:
         raise ValueError(
-            f"--ema_length {sigma_rel}: no checkpoint up to step {step} holds averages to make it of; train "
-            "with --ema_lengths 0.05,0.1"
+            f"sigma_rel {sigma_rel}: no checkpoint up to step {step} holds power-function averages; they are kept in a "
+            "training with ema_lengths, such as 0.05,0.1"
         )
     factors, distance = combine([(float(length), source.step) for source, length in kept], sigma_rel, step)
     total: dict[str, th.Tensor] = {}

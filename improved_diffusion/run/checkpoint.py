@@ -1,9 +1,12 @@
 """Checkpoints on disk: complete or absent, verified by checksums, found again by directory or by any file.
 
-A checkpoint of step N is the files ``modelN.pt``, ``ema_<rate>_N.pt``, ``power_<length>_N.pt`` (see `averages`) and
-``optN.pt`` (N with six digits or more, the number of completed optimizer updates) and, written last,
-``stateN.json`` with everything else, the sizes and checksums of the others and a checksum of itself. Without its
-state file a checkpoint does not exist.
+A checkpoint of step N consists of ``modelN.pt``, ``ema_<rate>_N.pt``, ``power_<length>_N.pt`` (see `averages`),
+``optN.pt`` and ``stateN.json``. N is the number of completed optimizer updates, with six digits or more. The state
+file holds everything else, the sizes and checksums of the other files, and a checksum of itself. It is written
+last: without it, the checkpoint does not exist.
+
+`rotate` deletes old checkpoints, but keeps their power-function averages, because those of later lengths are made of
+them. The state file of such a checkpoint is renamed to ``averagesN.json``.
 """
 
 import hashlib
@@ -26,6 +29,7 @@ _MEMBER = re.compile(
     r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_|power_(?P<length>" + POWER_LENGTH.pattern + ")_)"
     r"(?P<step>\d{6,})\.(?:pt|json)"
 )
+_AVERAGES = re.compile(r"averages(?P<step>\d{6,})\.json")  # the state file after `rotate`
 _STATE_TYPES = {
     "samples": int,
     "elapsed": int | float,
@@ -131,10 +135,11 @@ def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]
 def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str], object] = print) -> None:
     """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
 
-    Only files that a checkpoint's state file lists are deleted, the state file first, so that what is left
-    of an interrupted deletion is no checkpoint. Unless one of those that stay is intact, all stay.
+    Of a deleted checkpoint, the power-function averages stay, for `averages.with_averages`. Only files that a state
+    file lists are deleted. The state file goes first, so an interrupted deletion never leaves half a checkpoint
+    that looks complete. Nothing is deleted unless one of the checkpoints that stay is intact.
 
-    :param log: told what could not be deleted and why; that is no reason to stop training.
+    :param log: gets a line about each checkpoint that could not be deleted. No error is raised then.
     """
     assert keep_last >= 1
     complete = steps(folder)
@@ -147,9 +152,14 @@ def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str]
     for step in old:
         try:
             checkpoint = read(folder, step)
-            bf.remove(checkpoint.path("state"))
+            kept = {member_name(power_kind(length), step) for length in checkpoint.power_lengths}
+            if kept:
+                os.replace(checkpoint.path("state"), _averages_path(folder, step))
+            else:
+                bf.remove(checkpoint.path("state"))
             for name in checkpoint.state["files"]:
-                bf.remove(bf.join(folder, name))
+                if name not in kept:
+                    bf.remove(bf.join(folder, name))
         except (DamagedCheckpoint, OSError) as error:
             log(f"WARNING: checkpoint {step} is not deleted: {error}")
 
@@ -164,35 +174,69 @@ def _is_intact(folder: str, step: int) -> bool:
 
 def steps(folder: str) -> list[int]:
     """The steps of all complete checkpoints in `folder`, ascending; a missing folder has none."""
-    if not bf.isdir(folder):
-        return []
-    # blobfile's listing of a local folder fails when a file goes away meanwhile, as in a run under way.
-    names = bf.listdir(folder) if is_remote(folder) else os.listdir(folder)
-    matches = (_MEMBER.fullmatch(name) for name in names)
+    matches = (_MEMBER.fullmatch(name) for name in _names_in(folder))
     return sorted(int(match["step"]) for match in matches if match and match["kind"] == "state")
 
 
+def averages_steps(folder: str) -> list[int]:
+    """The steps of the deleted checkpoints in `folder` whose power-function averages were kept, ascending."""
+    matches = map(_AVERAGES.fullmatch, _names_in(folder))
+    return sorted(int(match["step"]) for match in matches if match)
+
+
+def _names_in(folder: str) -> list[str]:
+    if is_remote(folder):
+        return list(bf.listdir(folder)) if bf.isdir(folder) else []
+    # Not blobfile's listing: it fails when a file is deleted meanwhile, which a running training does.
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _averages_path(folder: str, step: int) -> str:
+    return bf.join(folder, f"averages{step:06d}.json")
+
+
 def read(folder: str, step: int) -> Checkpoint:
-    """The checkpoint of `step`, its state file read and the sizes of its other files compared.
+    """The checkpoint of `step`. Its state file is read, and the sizes of its other files are compared.
 
     :raises DamagedCheckpoint: the state file or one of the others is missing or not what was written.
     """
     path = bf.join(folder, member_name("state", step))
+    state = _read_state(path, step)
+    _check_sizes(folder, path, state)
+    return Checkpoint(folder, step, state)
+
+
+def read_averages(folder: str, step: int) -> Checkpoint:
+    """What `rotate` has left of the checkpoint of `step`: a `Checkpoint` with power-function averages only.
+
+    :raises DamagedCheckpoint: as `read`.
+    """
+    path = _averages_path(folder, step)
+    state = _read_state(path, step)
+    state["files"] = {name: entry for name, entry in state["files"].items() if name.startswith("power_")}
+    _check_sizes(folder, path, state)
+    return Checkpoint(folder, step, state)
+
+
+def _read_state(path: str, step: int) -> dict[str, Any]:
     try:
         state = json.loads(_read(path))
         _check_state(state, step)
-        sizes = {name: int(entry["bytes"]) for name, entry in state["files"].items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: missing, so this checkpoint is not complete") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: damaged ({error})") from None
-    for name, size in sizes.items():
-        member = bf.join(folder, name)
+    return state
+
+
+def _check_sizes(folder: str, path: str, state: dict[str, Any]) -> None:
+    """Compare the sizes of the files that `state`, read from `path`, lists."""
+    for name, entry in state["files"].items():
+        member, size = bf.join(folder, name), entry["bytes"]
         if not bf.exists(member):
             raise DamagedCheckpoint(f"{member}: missing, though {path} lists it")
         if bf.stat(member).size != size:
             raise DamagedCheckpoint(f"{member}: {bf.stat(member).size} bytes where {size} were written")
-    return Checkpoint(folder, step, state)
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -322,8 +366,8 @@ def _check_state(state: dict[str, Any], step: int) -> None:
             raise ValueError(f"it lists {name!r}, which is no file of checkpoint {step}")
         if kind not in ("model", "opt"):
             float(kind.removeprefix("power_"))
-        if not isinstance(entry["sha256"], str):
-            raise TypeError(f"it has no checksum of {name}")
+        if not isinstance(entry["sha256"], str) or not isinstance(entry["bytes"], int):
+            raise TypeError(f"it has no checksum or size of {name}")
 
 
 def _read(path: str) -> bytes:

@@ -1,4 +1,4 @@
-"""One process at a time in a run directory: a lock that dies with its owner and names it meanwhile."""
+"""The lock of a run directory, which lets one process at a time train in it."""
 
 import contextlib
 import datetime
@@ -17,18 +17,17 @@ OWNER_NAME = ".lock-owner.json"
 
 @contextlib.contextmanager
 def run_lock(folder: str) -> Iterator[Callable[[], None]]:
-    """Hold the lock of `folder`, which is created where needed, and goes again if nothing comes into it.
+    """Hold the lock of the directory `folder`, which is created if it does not exist.
 
-    The operating system releases the lock when its owner ends, however it ends, so a crash blocks nobody.
+    The operating system releases the lock when the process ends, even by a crash. A directory that was created here
+    and is still empty at the end is deleted again.
 
-    Who holds the lock gets a function to call before anything is written: it raises OSError when `folder` is no
-    longer the directory that was locked, because it was moved, deleted or replaced. What is written by name then
-    would begin a second run there, beside whoever locks that one.
-
-    :raises ValueError: another process holds it (the message says which), or `folder` cannot be written.
+    :yield: a function to call before each write. It raises OSError if `folder` was moved, deleted or replaced since.
+        To write under its path then would start a second run in the new directory, which this lock does not cover.
+    :raises ValueError: another process holds the lock (the message says which), or `folder` cannot be written.
     """
     if is_remote(folder):
-        raise ValueError(f"--log_dir {folder}: logs grow line by line, which needs a local directory")
+        raise ValueError(f"{folder}: a run writes its logs line by line, which needs a local directory")
     existed = os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -36,7 +35,7 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
             pass
     except OSError as error:
         raise ValueError(
-            f"--log_dir {folder}: cannot be written ({error.strerror}); choose another"
+            f"{folder}: cannot be written ({error.strerror}); choose another directory"
         ) from error
     owner_path, lock_path = os.path.join(folder, OWNER_NAME), os.path.join(folder, LOCK_NAME)
     lock = FileLock(lock_path)
@@ -44,8 +43,8 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"--log_dir {folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give "
-            "another directory"
+            f"{folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give another "
+            "directory"
         ) from None
     locked = os.stat(lock_path)
 
@@ -58,8 +57,8 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
     def check() -> None:
         if not is_still_here():
             raise OSError(
-                f"--log_dir {folder}: was moved, deleted or replaced during the run, which stops here. Put it back, "
-                "or give the place it was moved to, and the same command goes on from the last checkpoint"
+                f"{folder}: was moved, deleted or replaced during the run, which stops here. Put it back, or give its "
+                "new path, and the same command continues from the last checkpoint"
             )
 
     try:

@@ -41,7 +41,7 @@ def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
         mirror.fetch()
     except Exception as error:  # blobfile has errors of its own besides OSError
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"--log_dir {log_dir}: cannot be read ({error})") from error
+        raise OSError(f"{log_dir}: cannot be read ({error})") from error
     try:
         yield folder, mirror.publish_or_warn
     finally:
@@ -50,7 +50,7 @@ def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
             mirror.publish()
         except Exception as error:
             raise OSError(
-                f"--log_dir {log_dir}: could not be brought up to date ({error}); everything is in {folder}"
+                f"{log_dir}: could not be brought up to date ({error}); everything is in {folder}"
             ) from error
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -101,7 +101,10 @@ def test_it_cannot_be_trained_further(trained, tmp_path, call_script, train):
         (["--model_path", "RUN"], "--log_dir is missing"),
         (["--model_path", "nowhere", "--log_dir", "new"], "--model_path nowhere"),
         (["--model_path", "RUN", "--log_dir", "RUN"], "already exists"),
-        (["--model_path", "RUN", "--log_dir", "new", "--guidance_scale", "2"], "without --class_dropout"),
+        (
+            ["--model_path", "RUN", "--log_dir", "new", "--guidance_scale", "2"],
+            "--guidance_scale: .* without class_dropout",
+        ),
         (["--model_path", "RUN", "--log_dir", "new", "--guidance_interval", "1,2"], "needs --guidance_scale"),
         (["--model_path", "RUN", "--log_dir", "new", "--ema_rate", "0.7"], "--ema_rate 0.7: .* 0.5, 0.9"),
     ],

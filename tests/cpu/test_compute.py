@@ -31,18 +31,18 @@ def test_no_more_cores_than_there_are(monkeypatch, capsys):
     assert choose("fp32", "3") == Compute("fp32", 3)
     assert capsys.readouterr().out == ""
     assert choose("fp32", "999") == Compute("fp32", 3)
-    said = "WARNING: --num_workers 999: this process may use 3 cores; computing on those\n"
+    said = "WARNING: num_workers 999: this process may use 3 cores; computing on those\n"
     assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "2.5", "many", "", "99999"])
 def test_numbers_of_workers_that_are_none(number):
-    with pytest.raises(ValueError, match=f"--num_workers {number}: use auto, or a number of cores"):
+    with pytest.raises(ValueError, match=f"num_workers {number}: use auto, or a number of cores"):
         choose("fp32", number)
 
 
 def test_unknown_precision():
-    with pytest.raises(ValueError, match="--precision fp16: use one of auto, fp32, bf16"):
+    with pytest.raises(ValueError, match="precision fp16: use one of auto, fp32, bf16"):
         choose("fp16")
 
 

@@ -242,7 +242,7 @@ def test_a_damaged_cache_is_replaced(measure, monkeypatch, tmp_path, damage):
 
 def test_too_few_images_are_warned_of(network, measure):
     record, printed = measure("--features", "pixel")
-    assert len(record["warnings"]) == 2 and "only 40 images in --samples for 432 features" in printed
+    assert len(record["warnings"]) == 2 and "only 40 samples for 432 features" in printed
     record, printed = measure("--features", network)
     assert record["warnings"] == [] and "WARNING" not in printed
 
@@ -264,7 +264,7 @@ def test_the_workbook_of_a_run(network, measure, tmp_path):
     assert "fid" not in header and pixel["inception_score"] is None
     assert pixel["notes"] == "1, 2" and network["notes"] is None
     below = [row[0] for row in rows[2:] if row[0]]
-    assert below[0] == "Notes" and below[1].startswith("1: only 40 images") and len(below) == 3
+    assert below[0] == "Notes" and below[1].startswith("1: only 40 samples") and len(below) == 3
     explained = {row[0]: row[2] for row in book["Explained"].iter_rows(values_only=True)}
     assert explained["precision"].startswith("Share of the drawn images that are as close")
     assert explained["kernel_distance_std"] == "Standard deviation of kernel_distance."
@@ -339,7 +339,7 @@ def test_downloads_that_fail(data, network, call_script, monkeypatch, tmp_path, 
         (["--samples", "FEW"], "--samples .*few.npz: holds 3 images"),
         (["--samples", "FOLDER"], "give the .npz file in this folder, .*samples.npz"),
         (["--batch_size", "0"], "--batch_size 0"),
-        (["--features", "imaginary.pt"], "imaginary.pt: there is no such file"),
+        (["--features", "imaginary.pt"], "error: --features .*imaginary.pt: there is no such file"),
         (["--features", "TEXT"], "text.pt: is not a TorchScript module"),
         (["--features", "TORN"], "torn.pt: is not a TorchScript module"),
         (["--features", "WEIGHTS"], "weights.pt: is not a TorchScript module"),
@@ -347,10 +347,20 @@ def test_downloads_that_fail(data, network, call_script, monkeypatch, tmp_path, 
         (["--features", "SHAPE"], "shape.pt: must turn n images into features of shape"),
         (["--features", "MANY"], "many.pt: 10,000 features are too many"),
         (["--features", "PICKY"], "picky.pt: fails on images of 12x12 pixels .*must have 299 pixels"),
-        (["--features", "inception", "--inception_weights", "none.pt"], "none.pt: there is no such file"),
-        (["--features", "inception", "--inception_weights", "NETWORK"], "is not inception-2015-12-05.pt"),
-        (["--inception_weights", "NETWORK"], "leave one of the flags out"),
+        (
+            ["--features", "inception", "--inception_weights", "none.pt"],
+            "error: --inception_weights .*none.pt: there is no such file",
+        ),
+        (
+            ["--features", "inception", "--inception_weights", "NETWORK"],
+            "error: --inception_weights .*: is not inception-2015-12-05.pt",
+        ),
+        (
+            ["--inception_weights", "NETWORK"],
+            "--inception_weights .*, --features pixel: contradict each other",
+        ),
         (["--output", "nowhere/record.json"], "--output .*there is no folder"),
+        (["--samples", "nowhere/x.npz", "--output", ""], "--samples .*there is no folder"),
         (["--run_dir", "FOLDER"], "give the directory that a training run wrote"),
     ],
 )

@@ -12,6 +12,7 @@ from training_process import run_training
 from improved_diffusion import train_util
 from improved_diffusion.evaluation.heldout import columns, withhold
 from improved_diffusion.image_datasets import read_images
+from improved_diffusion.jobs import runs
 from improved_diffusion.run import averages, checkpoint
 
 MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
@@ -127,6 +128,13 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
     flags = ["--model_path", run / "model000016.pt", "--ema_length", 0.1]
     done = call_script("image_sample.py", *flags, "--log_dir", tmp_path)
     assert done.returncode == 2 and "--ema_length 0.1: needs the directory of a run" in done.stderr
+
+
+def test_a_run_without_averages_is_named_by_the_flag(tmp_path):
+    with pytest.raises(
+        ValueError, match="^--ema_length 0.1: no checkpoint up to step 5 holds .* ema_lengths"
+    ):
+        runs._average(str(tmp_path), 0.1, 5, log=print)
 
 
 @pytest.mark.parametrize(

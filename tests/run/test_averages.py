@@ -115,9 +115,9 @@ def test_factors_are_the_least_squares_solution(run):
 def test_what_cannot_be_reconstructed(run, tmp_path):
     checkpoints, _ = run
     for length in (0, 0.3, float("nan")):
-        with pytest.raises(ValueError, match="--ema_length .*0.01 to 0.28"):
+        with pytest.raises(ValueError, match="sigma_rel .*0.01 to 0.28"):
             reconstruct(checkpoints, length)
-    with pytest.raises(ValueError, match="--ema_length 0.1: no checkpoint up to step 39.*--ema_lengths"):
+    with pytest.raises(ValueError, match="sigma_rel 0.1: no checkpoint up to step 39.*ema_lengths"):
         reconstruct(checkpoints, 0.1, step=39)
     with pytest.raises(ValueError, match="no checkpoint"):
         reconstruct([], 0.1)

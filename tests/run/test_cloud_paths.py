@@ -185,7 +185,7 @@ def test_an_outage_is_reported_and_made_up_for(tmp_path, cloud, capsys):
 
 
 def test_an_outage_at_the_end_keeps_the_local_copy(tmp_path, cloud):
-    with pytest.raises(OSError, match=f"--log_dir {RUN}: could not be brought up to date") as error:  # noqa: SIM117
+    with pytest.raises(OSError, match=f"{RUN}: could not be brought up to date") as error:  # noqa: SIM117
         with working_folder(RUN) as (folder, _):
             cloud.broken = True
             (tmp_path / folder / "log.txt").write_text("all there is")

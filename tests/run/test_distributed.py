@@ -231,6 +231,7 @@ def test_a_loss_that_is_not_finite_stops_both_with_a_checkpoint(tmp_path):
         assert [rank.wait() for rank in ranks] == [1, 1]
     (saved,) = checkpoint.steps(str(folder))
     assert f"is not finite (gradient norm nan); checkpoint {saved} has the last finite" in ranks[0].stdout
+    assert "To go on, resume with a lower --lr, --grad_clip 1 or --skip_nonfinite 10" in ranks[0].stdout
     assert (folder / "results.xlsx").exists()
     assert [rank.stderr for rank in ranks] == ["", ""]
 

@@ -171,7 +171,7 @@ def test_directory_vanishes_and_comes_back(tmp_path):
         training.wait_until(lambda: checkpoint.steps(str(run)))
         run.rename(elsewhere)
         assert training.wait() == 2
-    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced", "goes on")
+    assert_one_line_error(training, f"{run}: was moved, deleted or replaced", "continues")
     assert not run.exists()
     elsewhere.rename(run)
     finish_from_where_it_is(run, tmp_path / "undisturbed")
@@ -185,7 +185,7 @@ def test_a_moved_directory_goes_on_where_it_was_moved_to(tmp_path):
         training.wait_until(lambda: checkpoint.steps(str(run)))
         run.rename(elsewhere)
         assert training.wait() == 2
-    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert_one_line_error(training, f"{run}: was moved, deleted or replaced")
     assert not run.exists()
     finish_from_where_it_is(elsewhere, tmp_path / "undisturbed", "--diffusion_steps", 10)
 
@@ -198,7 +198,7 @@ def test_a_deleted_directory_is_not_made_again(tmp_path):
         run.rename(tmp_path / "gone")  # at once, which rmtree is not
         shutil.rmtree(tmp_path / "gone")
         assert training.wait() == 2
-    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert_one_line_error(training, f"{run}: was moved, deleted or replaced")
     assert not run.exists()
 
 
@@ -214,7 +214,7 @@ def test_a_directory_that_took_the_place_is_left_alone(tmp_path):
         (run / ".lock-owner.json").write_text("{}")
         training.signal(signal.SIGCONT)
         assert training.wait() == 2
-    assert_one_line_error(training, f"--log_dir {run}: was moved, deleted or replaced")
+    assert_one_line_error(training, f"{run}: was moved, deleted or replaced")
     assert {path.name for path in run.iterdir()} == {".lock", ".lock-owner.json"}
 
 

@@ -1,4 +1,7 @@
-"""--keep_last and --keep_every: old checkpoints go only when newer ones are safe, other people's files never."""
+"""--keep_last and --keep_every: old checkpoints are deleted only when newer ones are safe, other files never.
+
+Power-function averages of deleted checkpoints stay.
+"""
 
 import os
 import shutil
@@ -7,15 +10,16 @@ import pytest
 import torch as th
 from training_process import assert_one_line_error, run_training
 
-from improved_diffusion.run import checkpoint
-from improved_diffusion.run.checkpoint import member_name
+from improved_diffusion.run import averages, checkpoint
+from improved_diffusion.run.checkpoint import DamagedCheckpoint, member_name, power_kind
 
 FOREIGN = ["model_best.pt", "notes.txt", "model999999.pt", "ema_0.9_000001.pt", "state.json", "opt1.pt"]
 
 
-def save(folder, *steps):
+def save(folder, *steps, lengths=()):
     for step in steps:
-        tensors = {kind: {"w": th.full((4,), float(step))} for kind in ("model", "0.9", "opt")}
+        kinds = ("model", "0.9", "opt", *map(power_kind, lengths))
+        tensors = {kind: {"w": th.full((4,), float(step))} for kind in kinds}
         checkpoint.save(str(folder), step, tensors, {"samples": step})
 
 
@@ -96,6 +100,47 @@ def test_the_state_file_goes_first(tmp_path, monkeypatch):
     checkpoint.rotate(str(tmp_path), 1, log=messages.append)
     assert removed == ["state000002.json", "model000002.pt"]
     assert steps(tmp_path) == [4] and "in use" in messages[0]
+
+
+LENGTHS = ("0.05", "0.1")
+
+
+def test_averages_of_any_length_are_made_as_if_no_checkpoint_had_been_deleted(tmp_path):
+    save(tmp_path, 2, 4, 6, 8, lengths=LENGTHS)
+    before = averages.with_averages(str(tmp_path))
+    expected, distance = averages.reconstruct(before, 0.08)
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    assert steps(tmp_path) == [8]
+    left = {path.name for path in tmp_path.iterdir()}
+    kept = {f"averages{step:06d}.json" for step in (2, 4, 6)}
+    kept |= {member_name(power_kind(length), step) for step in (2, 4, 6) for length in LENGTHS}
+    assert kept == {name for name in left if "000008" not in name}
+    after = averages.with_averages(str(tmp_path))
+    assert [(one.step, one.power_lengths) for one in after] == [(one.step, list(LENGTHS)) for one in before]
+    found, same_distance = averages.reconstruct(after, 0.08)
+    assert th.equal(found["w"], expected["w"]) and same_distance == distance
+    # What is left is no checkpoint to continue from, and the next rotation does not touch it.
+    assert checkpoint.find(str(tmp_path), log=pytest.fail).step == 8
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_checkpoint_saved_again_takes_the_place_of_the_averages_that_were_left(tmp_path):
+    save(tmp_path, 2, 4, lengths=LENGTHS)
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    save(tmp_path, 2, lengths=("0.2",))
+    assert [one.power_lengths for one in averages.with_averages(str(tmp_path))] == [["0.2"], list(LENGTHS)]
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    assert [one.power_lengths for one in averages.with_averages(str(tmp_path))] == [["0.2"], list(LENGTHS)]
+
+
+@pytest.mark.parametrize("name", ["averages000002.json", "power_0.05_000002.pt"])
+def test_damaged_averages_of_a_deleted_checkpoint_are_named(tmp_path, name):
+    save(tmp_path, 2, 4, lengths=LENGTHS)
+    checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
+    damage(tmp_path / name)
+    with pytest.raises(DamagedCheckpoint, match=name):
+        averages.reconstruct(averages.with_averages(str(tmp_path)), 0.08)
 
 
 FLAGS = ["--save_interval", 2, "--batch_size", 2, "--ema_rate", 0.9]

@@ -101,7 +101,7 @@ def test_the_reason_is_told_when_the_directory_vanishes(tmp_path):
 
 def test_remote_directories_cannot_be_locked():
     with (
-        pytest.raises(ValueError, match="--log_dir gs://bucket/run: .*local directory"),
+        pytest.raises(ValueError, match="gs://bucket/run: .*local directory"),
         run_lock("gs://bucket/run"),
     ):
         pass
