@@ -877,6 +877,29 @@ class ComparingConfig(ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNet
     )
 
 
+@dataclass(frozen=True)
+class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags):
+    """compare_runs.py."""
+
+    TITLE: ClassVar[str] = "comparison"
+    FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
+    num_samples: int = flag(
+        10, "images that each run draws, from the same noise; 0: draw nothing", low=0, high=100
+    )
+    seed: int = flag(0, "of the noise", **SEED_RANGE)
+    class_label: str = flag(
+        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+    )
+    guidance_scale: float = flag(
+        1.0, "strengthen the influence of the class in runs with --class_dropout; 1: as trained"
+    )
+    batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
+    log_dir: str = flag(
+        "",
+        "directory for workbook and picture; where not given, $OPENAI_LOGDIR or a new directory samples/DATE",
+    )
+
+
 # -- other scripts --------------------------------------------------------------------------------------------
 
 

@@ -179,13 +179,17 @@ class Parser(argparse.ArgumentParser):
     :param config: the flags.
     :param description: what the script does.
     :param examples: commands that --help ends with.
+    :param operand: what the words are that are no flags, such as "RUN"; where it is empty, they are errors.
+    :ivar operands: those words, once `parse_flags` was called.
     """
 
-    def __init__(self, config: type[Flags], description: str, examples: Sequence[str] = ()):
+    def __init__(
+        self, config: type[Flags], description: str, examples: Sequence[str] = (), operand: str = ""
+    ):
         lines = "".join(f"\n  {line}" for line in examples)
         more = "@FILE stands for the flags in a text file, such as @args.txt."
         super().__init__(
-            usage="%(prog)s [--FLAG VALUE ...] [@FILE ...]",
+            usage=f"%(prog)s {f'{operand} ... ' if operand else ''}[--FLAG VALUE ...] [@FILE ...]",
             description=description,
             epilog=(f"examples:{lines}\n\n" if lines else "") + more,
             allow_abbrev=False,
@@ -194,6 +198,8 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
         )
         self.config = config
+        self.operand = operand
+        self.operands: list[str] = []
         self._types = {item.name: item.type for _, item in _own(config)}
         self.add_argument(
             "--version",
@@ -201,6 +207,8 @@ class Parser(argparse.ArgumentParser):
             version=f"improved_diffusion {improved_diffusion.__version__}",
             help="show the version and exit",
         )
+        if operand:
+            self.add_argument("operands", nargs="*", metavar=operand, help="directories, any number of them")
         groups: dict[str, Any] = {}
         read = [item.name for base, item in _own(config) if base in config.FROM_CHECKPOINT]
         for base, item in _own(config):
@@ -223,6 +231,10 @@ class Parser(argparse.ArgumentParser):
         :return: the flags, an instance of `config`, and the names of those that were given.
         """
         values, unknown = self.parse_known_args(argv)
+        self.operands = vars(values).pop("operands", [])
+        if self.operand:  # argparse leaves those that stand behind flags
+            self.operands += [text for text in unknown if not text.startswith("--")]
+            unknown = [text for text in unknown if text.startswith("--")]
         if unknown:
             self.error(self._describe_unknown(unknown[0]))
         try:

@@ -177,3 +177,16 @@ heavy = {{"torch", "numpy", "PIL", "blobfile"}} & sys.modules.keys()
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_operands_may_stand_anywhere(capsys):
+    parser = Parser(Example, "test", operand="RUN")
+    assert parser.parse_flags(["a", "b", "--lr", "0.5", "c"]) == (Example(lr=0.5), {"lr"})
+    assert parser.operands == ["a", "b", "c"]
+    parser.parse_flags(["--lr", "0.5", "a"])
+    assert parser.operands == ["a"]
+    parser.parse_flags([])
+    assert parser.operands == []
+    with pytest.raises(SystemExit):
+        parser.parse_flags(["a", "--lrs", "0.5"])
+    assert "--lrs: there is no such flag; did you mean --lr?" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def comparison_picture(record: dict[str, Any], images: dict[str, np.ndarray]) ->
 
     def strip(plan: Plan) -> np.ndarray | None:
         cell = images.get(cell_name(plan, seed))
-        return None if cell is None else _side_by_side(cell[:SHOWN])
+        return None if cell is None else side_by_side(cell[:SHOWN])
 
     samplers = [
         (f"{solver}, {solver.spacing}", [strip(solver.plan(steps)) for steps in record["steps"]])
@@ -44,8 +44,9 @@ def comparison_picture(record: dict[str, Any], images: dict[str, np.ndarray]) ->
     )
 
 
-def _side_by_side(images: np.ndarray) -> np.ndarray:
-    factor = max(1, SIDE // images.shape[1])
+def side_by_side(images: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Images, uint8 [N, S, S, 3], in a row, uint8 [height, width, 3]; small ones are enlarged up to `side` pixels."""
+    factor = max(1, side // images.shape[1])
     large = images.repeat(factor, axis=1).repeat(factor, axis=2)
     seamed = np.pad(large, [(0, 0), (0, 0), (0, SEAM), (0, 0)], constant_values=255)
     return np.concatenate(list(seamed), axis=1)[:, :-SEAM]

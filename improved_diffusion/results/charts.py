@@ -13,12 +13,14 @@ from openpyxl.drawing.line import LineProperties
 from openpyxl.drawing.text import CharacterProperties, Paragraph, ParagraphProperties
 from openpyxl.worksheet.worksheet import Worksheet
 
+from improved_diffusion.results.axes import AUTO, FITTED, FROM_ZERO, fit_values, fit_way
 from improved_diffusion.results.columns import GENERAL, title_of
 from improved_diffusion.results.read import Table
 from improved_diffusion.results.style import LONGEST_TITLE, clean
 
 MAX_POINTS = 1500  # a curve on a screen has no more pixels, and Excel becomes slow with many more
 WIDTH, HEIGHT = 775, 397  # of a chart, in pixels
+HOURS = "hours"  # the title of an x axis
 PIXELS_PER_CM = 96 / 2.54
 LATE_FROM = 0.2  # share of the run after which its late part begins
 LATE_ROWS = 25  # from so many rows on, the late part has a chart of its own
@@ -27,8 +29,6 @@ DARK, LIGHT, GREY, PALE = "1F4E79", "A9CCEC", "D9D9D9", "EFEFEF"
 QUARTILE_COLOURS = ("C00000", "ED7D31", "70AD47", "1F4E79")
 PALETTE = (*QUARTILE_COLOURS, "7030A0", "00B0F0", "BF9000", "7F7F7F")
 RAW_WIDTH, BOLD_WIDTH, GRID_WIDTH = 9525, 25400, 6350  # in EMU, of which a point has 12,700
-# How a y axis is scaled: "log" where the values span a factor of ten, or else from zero; from zero; to the values.
-AUTO, FROM_ZERO, FITTED = "auto", "from zero", "fitted"
 
 
 class Curve(NamedTuple):
@@ -65,6 +65,7 @@ class Line(NamedTuple):
     y: np.ndarray  # float64 [N], NaN where there is none
     bold: bool = True
     markers: bool = False
+    dashed: bool = False
 
 
 def plots_of(table: Table) -> list[Plot]:
@@ -169,12 +170,14 @@ def draw(
     lines: Sequence[Line],
     from_zero: bool = True,
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    x_title: str = "step",
 ) -> ScatterChart:
-    """A chart over the step, for `Worksheet.add_chart`.
+    """A chart over the step, or over `x_title`, for `Worksheet.add_chart`.
 
     :param sheet: where the numbers stand.
-    :param from_zero: whether the steps are shown from 0 on, or from where the lines begin.
+    :param from_zero: whether x is shown from 0 on, or from where the lines begin.
     :param size: width and height in pixels.
+    :param x_title: what x is; `HOURS` have fractions.
     """
     chart = ScatterChart(scatterStyle="lineMarker")
     chart.title = title
@@ -204,13 +207,15 @@ def draw(
             series.marker.graphicalProperties.line.solidFill = line.colour
         series.smooth = False
         width = BOLD_WIDTH if line.bold else RAW_WIDTH
-        series.graphicalProperties = GraphicalProperties(ln=LineProperties(solidFill=line.colour, w=width))
+        properties = LineProperties(solidFill=line.colour, w=width, prstDash="dash" if line.dashed else None)
+        series.graphicalProperties = GraphicalProperties(ln=properties)
         chart.series.append(series)
 
-    _style_axis(chart.x_axis, "step")
+    _style_axis(chart.x_axis, x_title)
     _style_axis(chart.y_axis, y_title)
     chart.x_axis.majorGridlines = None
-    _scale_steps(chart.x_axis, np.concatenate([line.x for line in lines]), from_zero)
+    places = np.concatenate([line.x for line in lines])
+    _scale_way(chart.x_axis, places[np.isfinite(places)], from_zero, x_title != HOURS)
     values = np.concatenate([line.y for line in lines])
     values = values[np.isfinite(values)]
     if len(values):
@@ -242,54 +247,27 @@ def _style_axis(axis, title: str) -> None:
         axis.majorGridlines.spPr = GraphicalProperties(ln=LineProperties(solidFill=GREY, w=GRID_WIDTH))
 
 
-def _scale_steps(axis, steps: np.ndarray, from_zero: bool) -> None:
-    """Label round steps, up to the last one exactly."""
-    last = max(float(steps.max()), 1.0)
-    first = 0.0 if from_zero else float(steps.min())
-    unit = max(_round_up(max(last - first, 1.0) / 6), 1.0)
-    axis.scaling.min = math.floor(first / unit) * unit
-    axis.scaling.max = last
-    axis.majorUnit = unit
-    axis.number_format = "#,##0"
+def _scale_way(axis, values: np.ndarray, from_zero: bool, whole: bool) -> None:
+    """Label round numbers of steps, images or hours, up to the last one exactly."""
+    fitted = fit_way(values, from_zero, whole)
+    axis.scaling.min, axis.scaling.max, axis.majorUnit = fitted.low, fitted.high, fitted.unit
+    axis.number_format = _format(fitted.decimals)
 
 
 def _scale(axis, values: np.ndarray, scale: str) -> None:
     """Give a y axis limits and labels that are round numbers, no two of them alike."""
-    low, high = float(values.min()), float(values.max())
     axis.number_format = GENERAL
-    if max(abs(low), abs(high)) > 1e100:
+    fitted = fit_values(values, scale)
+    if fitted is None:
         return
-    if scale == AUTO and low > 1e-100 and high / low >= 10:
-        axis.scaling.logBase = axis.majorUnit = 10
-        axis.scaling.min, axis.scaling.max = _round_down(low), _round_up(high)
+    axis.scaling.min, axis.scaling.max, axis.majorUnit = fitted.low, fitted.high, fitted.unit
+    if fitted.logarithmic:
+        axis.scaling.logBase = 10
         lines = GraphicalProperties(ln=LineProperties(solidFill=PALE, w=GRID_WIDTH))
         axis.minorGridlines = ChartLines(spPr=lines)
-        return
-    if scale != FITTED:
-        low = min(low, 0.0)
-    if high - low < 1e-100:
-        return
-    unit = _round_up((high - low) / 6)
-    axis.majorUnit = unit
-    decimals = max(0, -math.floor(math.log10(unit) + 1e-9))
-    axis.scaling.min, axis.scaling.max = (
-        round(number * unit, decimals) for number in (math.floor(low / unit), math.ceil(high / unit))
-    )
-    if decimals <= 8 and high < 1e7:
-        axis.number_format = f"#,##0.{'0' * decimals}" if decimals else "#,##0"
+    elif fitted.decimals <= 8 and values.max() < 1e7:
+        axis.number_format = _format(fitted.decimals)
 
 
-def _round_up(value: float) -> float:
-    """The smallest number of the form 1, 2 or 5 times a power of ten that is not below `value` > 0."""
-    return min(number for number in _round_numbers(value) if number >= value * (1 - 1e-9))
-
-
-def _round_down(value: float) -> float:
-    """The largest number of that form that is not above `value` > 0."""
-    return max(number for number in _round_numbers(value) if number <= value * (1 + 1e-9))
-
-
-def _round_numbers(value: float) -> list[float]:
-    exponent = math.floor(math.log10(value))
-    # From text, because 3 * 0.1 is not 0.3.
-    return [float(f"{unit}e{exponent + more}") for more in (-1, 0, 1) for unit in (1, 2, 5)]
+def _format(decimals: int) -> str:
+    return f"#,##0.{'0' * decimals}" if decimals else "#,##0"

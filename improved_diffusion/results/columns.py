@@ -61,6 +61,12 @@ _METRICS = {
         "Share of the real images that are as close to a drawn one as that one's third neighbour among the drawn ones.",
         "More is better: the pictures are as various as the real ones. 1 at most.",
     ),
+    "class_accuracy": Column(
+        REAL,
+        "share",
+        "Share of the drawn images that a classifier (image_eval.py --classifier) takes for the class asked for.",
+        "More is better. 1 at most.",
+    ),
     "inception_score": Column(
         REAL,
         "",

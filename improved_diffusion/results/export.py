@@ -1,14 +1,11 @@
 """Turn the directory of a run, finished or still being written, into an Excel workbook."""
 
-import itertools
 import math
 import os
-from collections.abc import Sequence
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 from openpyxl import Workbook
-from openpyxl.chart import ScatterChart
 from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.worksheet import Worksheet
 from openpyxl.writer.excel import ExcelWriter
@@ -30,17 +27,17 @@ from improved_diffusion.results.charts import (
     plots_of,
 )
 from improved_diffusion.results.columns import BEST, HELD_OUT, HELD_OUT_LOSS, describe, title_of
+from improved_diffusion.results.evaluations import EVALUATION_CHARTS, comparable
 from improved_diffusion.results.overview import (
     RIGHT,
     best_checkpoint,
     fill_overview,
     link_sheets,
 )
-from improved_diffusion.results.read import Run, Table, Value, read_run
+from improved_diffusion.results.read import Run, Table, read_run
 from improved_diffusion.results.samples import description_of, fill_samples, newest_picture
 from improved_diffusion.results.style import (
     BOLD,
-    INDENTED,
     MARK_FILL,
     NOTE,
     SECTION,
@@ -56,22 +53,21 @@ from improved_diffusion.results.style import (
     set_row_height,
     set_up_page,
     set_widths,
-    table_titles,
+)
+from improved_diffusion.results.tables import (
+    CHARTS_PER_ROW,
+    COLUMNS_PER_CHART,
+    PRINTED_ROWS,
+    ROWS_PER_CHART,
+    as_cell,
+    place_charts,
+    print_last_rows,
+    put_rows,
 )
 from improved_diffusion.storage import absolute, open_atomic
 
-ROWS_PER_CHART = 22
-CHARTS_PER_ROW, COLUMNS_PER_CHART = 2, 13
-PRINTED_ROWS = 60  # of tables with a row for every --log_interval
 HALF_CHART = (376, 376)  # the picture and the small chart of the first sheet, in pixels
 HALF_COLUMNS = 6  # so many columns are as wide
-WIDEST = 100  # characters of a column
-EVALUATION_CHARTS = (
-    ("Frechet distance", ("fid", "frechet_distance")),
-    ("Kernel distance", ("kid", "kernel_distance")),
-    ("Precision", ("precision",)),
-    ("Recall", ("recall",)),
-)
 
 
 def export(run_dir: str, output: str | None = None) -> str:
@@ -113,65 +109,16 @@ def export(run_dir: str, output: str | None = None) -> str:
     return output
 
 
-def _put_rows(
-    sheet: Worksheet,
-    header_row: int,
-    titles: Sequence[str],
-    names: Sequence[str],
-    rows: Sequence[Sequence[Value]],
-) -> None:
-    """An Excel table, each column as wide and in the number format that it needs.
-
-    :param titles: what stands above the columns.
-    :param names: of the columns whose number formats they take.
-    """
-    titles = table_titles(titles)
-    put_header(sheet, header_row, titles)
-    formats = [describe(name).number_format for name in names]
-    widths = [_width(title, [row[column] for row in rows]) for column, title in enumerate(titles)]
-    for row_number, row in enumerate(rows, start=header_row + 1):
-        for column, (value, number_format) in enumerate(zip(row, formats), start=1):
-            if value is not None:
-                cell = put(sheet, row_number, column, value, number_format)
-                if isinstance(value, str):
-                    cell.alignment = INDENTED
-                    if len(value) > WIDEST:
-                        cell.alignment = WRAPPED
-                        set_row_height(sheet, row_number, [(value, WIDEST)])
-    set_widths(sheet, widths)
-    if rows:
-        make_table(sheet, header_row, titles, len(rows))
-
-
-def _width(title: str, values: Sequence[Value]) -> float:
-    """The width that shows `title`, on two lines and beside it the button of its filter, and `values`."""
-    words = title.split()
-    line = min(
-        (max(len(" ".join(words[:n])), len(" ".join(words[n:]))) for n in range(len(words) + 1)), default=0
-    )
-    longest_text = max((len(str(value)) for value in values if not isinstance(value, int | float)), default=0)
-    return min(max(10, line + 4, longest_text + 2), WIDEST)
-
-
 def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:
     """Every logged row; columns that only repeat others are hidden."""
     set_up_page(sheet, pages_high=1)
     if not metrics.rows:
         put(sheet, 1, 1, "No rows have been logged yet.").font = SUBTLE
         return
-    _put_rows(sheet, 1, [title_of(name) for name in metrics.columns], metrics.columns, metrics.rows)
+    put_rows(sheet, 1, [title_of(name) for name in metrics.columns], metrics.columns, metrics.rows)
     for name in metrics.repeated:
         sheet.column_dimensions[get_column_letter(metrics.columns.index(name) + 1)].hidden = True
-    _print_last_rows(sheet, 1, len(metrics.rows), len(metrics.columns))
-
-
-def _print_last_rows(sheet: Worksheet, header_row: int, rows: int, columns: int) -> None:
-    """Print the last `PRINTED_ROWS` rows only: who wants to see hundreds of them looks at the charts."""
-    if rows > PRINTED_ROWS:
-        last = header_row + rows
-        sheet.print_area = f"A{last - PRINTED_ROWS + 1}:{get_column_letter(columns)}{last}"
-        remark = f"the last {PRINTED_ROWS} of {rows:,} rows; to print all, clear the print area"
-        set_up_page(sheet, pages_high=1, remark=remark)
+    print_last_rows(sheet, 1, len(metrics.rows), len(metrics.columns))
 
 
 def _add_charts(book: Workbook, run: Run, overview: Worksheet, free_row: int) -> None:
@@ -197,8 +144,8 @@ def _add_charts(book: Workbook, run: Run, overview: Worksheet, free_row: int) ->
     header_row = 2
     cells = [[None if math.isnan(value) else value for value in row] for row in points.tolist()]
     set_up_page(numbers, pages_high=1)
-    _put_rows(numbers, header_row, titles, ["step", *curves.values()], cells)
-    _print_last_rows(numbers, header_row, len(cells), len(titles))
+    put_rows(numbers, header_row, titles, ["step", *curves.values()], cells)
+    print_last_rows(numbers, header_row, len(cells), len(titles))
 
     def chart(plot: Plot, size: tuple[int, int] = (WIDTH, HEIGHT)):
         lines = lines_of(plot, titles, points, header_row)
@@ -254,7 +201,7 @@ def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
         names.insert(place, BEST)
         for number, row in enumerate(rows):
             row.insert(place, BEST if number == best else None)
-    _put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
+    put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
     if best is not None:
         for column in range(1, len(names) + 1):
             cell = sheet.cell(2 + best, column)
@@ -282,21 +229,14 @@ def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
         )
         if shown
     ]
-    _place_charts(sheet, charts, len(rows) + 3)
-
-
-def _place_charts(sheet: Worksheet, charts: Sequence[ScatterChart], row: int) -> None:
-    """Put charts beside and below each other, from `row` on."""
-    for number, chart in enumerate(charts):
-        column = _column_at(sheet, number % CHARTS_PER_ROW * (WIDTH + 20))
-        sheet.add_chart(chart, f"{column}{row + number // CHARTS_PER_ROW * ROWS_PER_CHART}")
+    place_charts(sheet, charts, len(rows) + 3)
 
 
 def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) -> None:
     """A row for each evaluation, the notes on them, and the metrics over the step of the weights."""
     set_up_page(sheet, pages_high=1)
     names, rows = evaluations.columns, evaluations.rows
-    _put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
+    put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
     row = len(rows) + 3
     if notes:
         put(sheet, row, 1, "Notes").font = SECTION
@@ -310,50 +250,28 @@ def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) ->
         for metric in metrics
         if (lines := _evaluation_lines(evaluations, metric))
     ]
-    _place_charts(sheet, charts, row)
+    place_charts(sheet, charts, row)
 
 
 def _evaluation_lines(evaluations: Table, metric: str) -> list[Line]:
     """A line for each kind of weights, features and number of images: only such numbers can be compared."""
-    names = evaluations.columns
-    if metric not in names:
+    if metric not in evaluations.columns:
         return []
-    told_apart = {"weights": "{}", "images": "{} images", "reference_images": "against {}", "features": "{}"}
-    places = [names.index(name) for name in told_apart]
     steps, values = evaluations.column("step"), evaluations.column(metric)
-    keys = [
-        tuple(text.format(row[place]) for place, text in zip(places, told_apart.values()))
-        if math.isfinite(step) and math.isfinite(value)
-        else None
-        for row, step, value in zip(evaluations.rows, steps, values)
+    x_column, y_column = (1 + evaluations.columns.index(name) for name in ("step", metric))
+    return [
+        Line(
+            title,
+            PALETTE[number % len(PALETTE)],
+            x_column,
+            y_column,
+            2 + part.start,
+            steps[part],
+            values[part],
+            markers=True,
+        )
+        for number, (title, part) in enumerate(comparable(evaluations, steps, values))
     ]
-    lines = []
-    several = [len({key[part] for key in keys if key}) > 1 for part in range(len(told_apart))]
-    several[0] = True  # the weights are always named
-    for key, group in itertools.groupby(range(len(keys)), key=keys.__getitem__):
-        if key is not None:
-            members = list(group)
-            part = slice(members[0], members[-1] + 1)
-            title = ", ".join(itertools.compress(key, several))
-            x_column, y_column = 1 + names.index("step"), 1 + names.index(metric)
-            colour = PALETTE[len(lines) % len(PALETTE)]
-            lines.append(
-                Line(
-                    title, colour, x_column, y_column, 2 + part.start, steps[part], values[part], markers=True
-                )
-            )
-    return lines
-
-
-def _column_at(sheet: Worksheet, pixels: float) -> str:
-    """The first column that begins `pixels` or more right of the sheet's edge."""
-    column = 1
-    while pixels > 0:
-        letter = get_column_letter(column)
-        width = sheet.column_dimensions[letter].width if letter in sheet.column_dimensions else 8.43
-        pixels -= 7 * width + 5
-        column += 1
-    return get_column_letter(column)
 
 
 def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
@@ -369,7 +287,7 @@ def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
     set_widths(sheet, widths)
     for row, (flag, value) in enumerate(sorted(arguments.items()), start=2):
         changed = flag in defaults and value != defaults[flag]
-        cells = [f"--{flag}", _as_cell(value), _as_cell(defaults.get(flag)), "changed" if changed else None]
+        cells = [f"--{flag}", as_cell(value), as_cell(defaults.get(flag)), "changed" if changed else None]
         for column, content in enumerate(cells[: len(titles)], start=1):
             cell = put(sheet, row, column, content)
             cell.alignment = WRAPPED
@@ -377,12 +295,6 @@ def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
                 cell.font, cell.fill = BOLD, MARK_FILL
         set_row_height(sheet, row, [(str(text), width) for text, width in zip(cells, widths)])
     make_table(sheet, 1, titles, len(arguments))
-
-
-def _as_cell(value) -> Value:
-    """The value of a flag: a number as it is, anything else as text."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number or value is None else str(value)
 
 
 def _fill_explained(sheet: Worksheet, run: Run) -> None:
