@@ -23,7 +23,7 @@ def create_parser() -> Parser:
 
 def main() -> Callable[[], int | None]:
     config, given = create_parser().parse_flags()
-    from improved_diffusion.convert.job import run_conversion
+    from improved_diffusion.jobs.convert import run_conversion
 
     return partial(run_conversion, config, given, PROJECT)
 

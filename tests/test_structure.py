@@ -19,8 +19,8 @@ FLOORS = [
     | {"flags", "config", "levels", "learning_rate", "recipes"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
-    {"train_util", "sample_util", "pictures", "evaluation", "script_util"},
-    {"jobs", "convert", "comparison"},
+    {"train_util", "sample_util", "pictures", "evaluation", "script_util", "convert"},
+    {"jobs", "comparison"},
     {"benchmark"},
 ]
 MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}

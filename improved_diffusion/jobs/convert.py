@@ -1,27 +1,18 @@
 """Whole conversions from and to folders of diffusers: what convert_checkpoint.py does."""
 
-import json
 import os
 import shlex
-from typing import Any
 
 import blobfile as bf
-import torch as th
 from torch.optim import AdamW
 
 from improved_diffusion.config import ConvertConfig
-from improved_diffusion.convert.models import DiffusersModel, export_model, import_model
+from improved_diffusion.convert.folder import read_folder, write_folder
+from improved_diffusion.convert.models import export_model, import_model
 from improved_diffusion.flags import one_line
 from improved_diffusion.jobs.runs import choose_out_dir, load_trained
 from improved_diffusion.run import checkpoint
-from improved_diffusion.storage import absolute, open_atomic, open_input
-
-PIPELINE = {
-    "_class_name": "DDPMPipeline",
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "unet": ["diffusers", "UNet2DModel"],
-}
-WEIGHTS = "diffusion_pytorch_model"
+from improved_diffusion.storage import absolute
 
 
 def run_conversion(config: ConvertConfig, given: set[str], project: str) -> None:
@@ -47,15 +38,7 @@ def export_folder(config: ConvertConfig, given: set[str]) -> None:
         exported = export_model(trained.model, config.to_dict())
     except ValueError as error:
         raise ValueError(f"{trained.path} cannot be converted: {error}") from None
-    content = _safetensors().save(exported.weights, metadata={"format": "pt"})
-    for part in ("unet", "scheduler"):
-        bf.makedirs(bf.join(folder, part))
-    with open_atomic(bf.join(folder, "unet", f"{WEIGHTS}.safetensors")) as file:
-        file.write(content)
-    _write_json(bf.join(folder, "unet", "config.json"), exported.unet_config)
-    _write_json(bf.join(folder, "scheduler", "scheduler_config.json"), exported.scheduler_config)
-    # diffusers takes the folder for a pipeline once this file is there, so it is written last.
-    _write_json(bf.join(folder, "model_index.json"), PIPELINE)
+    write_folder(folder, exported)
     print(f"written: {folder}")
     if class_names:
         print(f"classes: {one_line(', '.join(f'{i} {name}' for i, name in enumerate(class_names)))}")
@@ -100,62 +83,6 @@ def import_folder(config: ConvertConfig, project: str) -> None:
     print(f"To draw images: {shlex.join(command)}")
 
 
-def read_folder(folder: str) -> DiffusersModel:
-    """The model that diffusers has saved in `folder`, as a pipeline or, in old repositories, without sub-folders."""
-    unet = bf.join(folder, "unet") if bf.isdir(bf.join(folder, "unet")) else folder
-    scheduler = bf.join(folder, "scheduler") if bf.isdir(bf.join(folder, "scheduler")) else folder
-    return DiffusersModel(
-        _read_json(bf.join(unet, "config.json")),
-        _read_json(bf.join(scheduler, "scheduler_config.json")),
-        _read_weights(bf.join(unet, WEIGHTS)),
-    )
-
-
 def _check_empty(flag: str, folder: str) -> None:
     if bf.exists(folder) and (not bf.isdir(folder) or any(bf.listdir(folder))):
         raise ValueError(f"--{flag} {folder}: exists and is not empty; give a new folder")
-
-
-def _read_weights(path: str) -> dict[str, th.Tensor]:
-    """The weights in the file `path`, which ends in .safetensors or .bin."""
-    if bf.exists(f"{path}.safetensors"):
-        with open_input(f"{path}.safetensors") as file:
-            content = file.read()
-        try:
-            return _safetensors().load(content)
-        except Exception as error:  # safetensors raises errors of its own and Python's
-            raise ValueError(f"{path}.safetensors: damaged ({error})") from None
-    if bf.exists(f"{path}.bin"):
-        return checkpoint.load_tensors(f"{path}.bin")
-    raise ValueError(f"{path}.safetensors: there is no such file, nor one that ends in .bin")
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open_input(path) as file:
-            content = json.loads(file.read())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: there is no such file, so this is not a model saved by diffusers"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged (holds no configuration)")
-    return content
-
-
-def _write_json(path: str, content: dict[str, Any]) -> None:
-    with open_atomic(path, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError(
-            'conversion needs an optional package: pip install "improved_diffusion[diffusers]"'
-        ) from None
-    return safetensors.torch
