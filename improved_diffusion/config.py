@@ -333,6 +333,12 @@ class FirstFlags(Flags):
         "given, $OPENAI_LOGDIR or a new directory runs/DATE",
         role=Role.SESSION,
     )
+    init_from: str = flag(
+        "",
+        "start from the weights of another model, at step 0 with a new optimizer: a run, one of its files, a .pt file "
+        "of improved-diffusion, a folder of diffusers, or the name of a model that comes with the code, cifar10",
+        role=Role.TRAINING,
+    )
     total_steps: int = flag(
         30000, "stop after this many training steps in total, all sessions together", low=1, high=MOST_STEPS
     )
@@ -512,8 +518,14 @@ class TrainingFlags(
                 f"--heldout_share {self.heldout_share}: contradicts --heldout_dir {self.heldout_dir}; leave one of "
                 "them out"
             )
-        check_classes(self)
-        levels_of(self)
+        if {"init_from", "resume_checkpoint"} <= given:
+            raise ValueError(
+                f"--init_from {self.init_from}: begins a new run, and --resume_checkpoint continues one; leave one of "
+                "them out"
+            )
+        if not self.init_from:  # else they depend on the other model too, and building the model checks them
+            check_classes(self)
+            levels_of(self)
         names = ("lr_warmup_steps", "lr_anneal_steps", "lr_decay", "lr_decay_share", "total_steps")
         try:
             check_lr_schedule(*(getattr(self, name) for name in names))

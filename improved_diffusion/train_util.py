@@ -109,6 +109,7 @@ class TrainLoop:
     :param arguments: the flags of the run; they are stored in every checkpoint.
     :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
         resumed on other data.
+    :param origin: of a run that starts from the weights of another model, what it took; stored likewise.
     :param sample_interval: steps between calls of `preview`, which is called at the last step as well; 0: none.
     :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
         the first moving average, and the step.
@@ -156,6 +157,7 @@ class TrainLoop:
         tensorboard: bool = False,
         arguments: dict[str, Any] | None = None,
         data_facts: dict[str, Any] | None = None,
+        origin: dict[str, Any] | None = None,
         sample_interval: int = 0,
         preview: Callable[[Callable[..., th.Tensor], int], object] | None = None,
         heldout: Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None = None,
@@ -194,6 +196,7 @@ class TrainLoop:
         self.tensorboard = tensorboard
         self.arguments = arguments or {}
         self.data_facts = data_facts or {}
+        self.origin = origin or {}
         self.sample_interval = sample_interval
         self.preview = preview
         self.heldout = heldout
@@ -620,6 +623,7 @@ class TrainLoop:
             "elapsed": self.elapsed,
             "arguments": self.arguments,
             "data": self.data_facts,
+            "origin": self.origin,
             "schedule_sampler": self.schedule_sampler.state_dict(),
             "log": unfinished_row,
             "logged_step": self.logged_step,

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from typing import Any, TypeVar
 import blobfile as bf
 import torch as th
 
+import improved_diffusion
 from improved_diffusion import dist_util
 from improved_diffusion.config import DrawingFlags, FirstFlags
+from improved_diffusion.convert.folder import is_diffusers_folder, read_folder
+from improved_diffusion.convert.models import import_model
 from improved_diffusion.cpu.compute import Compute, choose
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.flags import (
@@ -23,12 +27,12 @@ from improved_diffusion.flags import (
     Role,
     declared,
     defaults,
-    errors_about,
     named,
     names_of,
     with_defaults,
 )
 from improved_diffusion.image_datasets import BUILTIN
+from improved_diffusion.jobs.fit import check_fit
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run import averages, checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint, power_kind
@@ -126,10 +130,18 @@ def choose_log_dir(config: FirstFlags, runs_dir: str) -> str:
     return absolute(log_dir or new_directory(runs_dir))
 
 
-def find_unfinished(config: FirstFlags, runs_dir: str) -> tuple[str, int] | None:
-    """The newest run in `runs_dir` that has the same flags and is not at its end. :return: its folder and step."""
+def find_unfinished(
+    config: FirstFlags, runs_dir: str, given: set[str] | None = None
+) -> tuple[str, int] | None:
+    """The newest run in `runs_dir` that has the same flags and is not at its end. :return: its folder and step.
+
+    :param given: the names of the flags that the user gave. With --init_from, the others may have been replaced.
+    """
     known = declared(type(config))
     same = {name: value for name, value in config.to_dict().items() if known[name].role is not Role.SESSION}
+    if config.init_from:
+        taken = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"} - (given or set())
+        same = {name: value for name, value in same.items() if name not in taken}
     # A run has put what it found in the place of these.
     same["data_dir"] = (
         absolute(same["data_dir"]) if same["data_dir"] not in ("", BUILTIN) else same["data_dir"]
@@ -181,7 +193,26 @@ OTHER_FILES = {
     ".safetensors": "a file of diffusers (convert_checkpoint.py --from_diffusers takes its folder)",
 }
 POOR_AVERAGE = 0.1  # distance of a profile from the one wanted, relative to its norm
-SHIPPED = ("models", "cifar10")  # within the project: the model that comes with the code
+SHIPPED = "cifar10"  # of the models that come with the code, the one that is taken where none is named
+
+
+def shipped_models() -> str:
+    """The folder of the models that come with the code: in an installed package, or beside it."""
+    package = os.path.dirname(os.path.abspath(improved_diffusion.__file__))
+    inside = os.path.join(package, "models")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "models")
+
+
+def _is_name(path: str) -> bool:
+    """Whether `path` may be the name of a model that comes with the code, and is nothing in the present folder."""
+    return bool(re.fullmatch(r"[\w-]+", path)) and not os.path.exists(path)
+
+
+def find_model(path: str) -> str:
+    """What `path` stands for: a place, absolute, or the name of a model that comes with the code, as it is."""
+    return (
+        path if _is_name(path) and checkpoint.steps(os.path.join(shipped_models(), path)) else absolute(path)
+    )
 
 
 def _choose_model(config: DrawingFlags, project: str) -> str:
@@ -192,7 +223,7 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
     if config.model_path:
         return config.model_path
     newest = next(iter(_newest_runs(os.path.join(project, "runs"))), "")
-    shipped = os.path.join(project, *SHIPPED)
+    shipped = os.path.join(shipped_models(), SHIPPED)
     if checkpoint.steps(shipped) and not is_super_resolution(config):
         hint = f"; for your newest run, give --model_path {shlex.quote(newest)}" if newest else ""
         print(f"no --model_path is given: taking the model that comes with the code{hint}")
@@ -217,8 +248,15 @@ def choose_source(
     resume = absolute(resume_checkpoint)
     if present and (bf.isdir(resume) or bf.dirname(resume) != log_dir):
         return checkpoint.find(log_dir, log=log)
-    with errors_about("resume_checkpoint"):
+    try:
         source = checkpoint.find(resume, log=log)
+    except ValueError as error:
+        weights = checkpoint.lone_weights(resume)
+        hint = (
+            f"; it holds only weights, such as those of improved-diffusion: --init_from {weights} starts from them, at "
+            "step 0 with a new optimizer"
+        )
+        raise ValueError(f"--resume_checkpoint {error}{hint if weights else ''}") from None
     if present and source.step < present[-1]:
         raise ValueError(
             f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer checkpoints "
@@ -341,37 +379,65 @@ def _average(folder: str, length: float, step: int, log: Callable[[str], None]) 
     return weights
 
 
-def load_trained(
-    model_path: str,
-    config: Flags,
-    given: set[str],
-    log: Callable[[str], None] = print,
-    flag_name: str = "model_path",
-) -> Trained:
-    """Build the model that `model_path` holds the weights of, and its diffusion.
+@dataclass(frozen=True)
+class Weights:
+    """What was read of a trained model, before there is a model to hold it.
 
-    :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, or a .pt file.
-    :param config: the flags of this command; `given` names those that the user gave.
-    :param flag_name: the flag that names it.
-    :raises ValueError: there are no such weights, or a given flag contradicts them.
+    :ivar path: the file, or the folder.
+    :ivar tensors: a state dict.
+    :ivar arguments: the flags that are stored with it; empty where there are none.
+    :ivar class_names: empty where they are not known.
+    :ivar step, samples: how many steps it was trained for, and on how many images; 0 where that is not known.
     """
-    path = absolute(model_path)
+
+    path: str
+    tensors: dict[str, th.Tensor]
+    arguments: dict[str, Any]
+    class_names: list[str]
+    step: int
+    samples: int
+
+    def __str__(self) -> str:
+        trained = f" ({self.step:,} steps of {self.samples:,} images)" if self.step or self.samples else ""
+        return self.path + trained
+
+
+def read_weights(
+    model_path: str, config: Flags, log: Callable[[str], None] = print, flag_name: str = "model_path"
+) -> Weights:
+    """Read the weights that `model_path` stands for.
+
+    :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, a .pt file, a folder
+        of diffusers, or the name of a model that comes with the code.
+    :param config: the flags of this command.
+    :param flag_name: the flag that names it.
+    :raises ValueError: there are no such weights, or they are of another kind of model; the message names the flag.
+    """
+    path = find_model(model_path)
+    if _is_name(path):
+        path = os.path.join(shipped_models(), path)
     if not bf.exists(path):
-        raise ValueError(f"--{flag_name} {model_path}: there is no such file or directory")
-    if bf.isdir(path):
+        known = ""
+        if _is_name(bf.basename(path)) and os.path.isdir(shipped_models()):
+            known = f", nor a model of this name (there is {', '.join(sorted(os.listdir(shipped_models())))})"
+        raise ValueError(f"--{flag_name} {model_path}: there is no such file or directory{known}")
+    length = getattr(config, "ema_length", 0.0)
+    if bf.isdir(path) and not checkpoint.steps(path) and is_diffusers_folder(path):
+        found = _read_diffusers(path, log, flag_name)
+    elif bf.isdir(path):
         inside = [] if is_remote(path) or checkpoint.steps(path) else _newest_runs(path)
         if inside:
             raise ValueError(
                 f"--{flag_name} {model_path}: is a folder of runs; the newest of them is {inside[0]}"
             )
         source = checkpoint.find(path, log=log)
-        if length := getattr(config, "ema_length", 0.0):
-            weights = _average(path, length, source.step, log)
+        if length:
+            found = _weights_of(source, config, path, _average(path, length, source.step, log))
         else:
             kind = _best_kind(source)
-            path, weights = source.path(kind), source.load(kind)
+            found = _weights_of(source, config, source.path(kind), source.load(kind))
     else:
-        if length := getattr(config, "ema_length", 0.0):
+        if length:
             raise ValueError(f"--ema_length {length}: needs the directory of a run, not a file")
         kind = checkpoint.kind_of(path)
         what = OTHER_FILES.get(os.path.splitext(path)[1].lower())
@@ -383,28 +449,58 @@ def load_trained(
             )
         source = checkpoint.state_beside(path)
         weights = source.load(kind) if source else checkpoint.load_weights(path)
-    stored = _stored_arguments(source, config) if source else {}
-    _check_same_kind(f"--{flag_name} {path}", stored, config)
-    if not stored:
+        found = _weights_of(source, config, path, weights)
+    _check_same_kind(f"--{flag_name} {path}", found.arguments, config)
+    if not found.arguments:
         log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
+    return found
+
+
+def _weights_of(
+    source: Checkpoint | None, config: Flags, path: str, tensors: dict[str, th.Tensor]
+) -> Weights:
+    """`tensors` with what the checkpoint they belong to, if any, says of them."""
+    if source is None:
+        return Weights(path, tensors, {}, [], 0, 0)
+    names = source.state.get("data", {}).get("class_names", [])
+    stored = _stored_arguments(source, config)
+    return Weights(path, tensors, stored, names, source.step, source.state.get("samples", 0))
+
+
+def _read_diffusers(folder: str, log: Callable[[str], None], flag_name: str) -> Weights:
+    """The model that diffusers has saved in `folder`. :raises ValueError: it cannot be expressed here."""
+    source = read_folder(folder)
+    try:
+        model, arguments = import_model(source)
+    except ValueError as error:
+        raise ValueError(f"--{flag_name} {folder} cannot be converted: {error}") from None
+    if not source.scheduler_config.get("clip_sample", True):
+        log("its scheduler does not clip: draw with --clip_denoised False")
+    return Weights(folder, model.state_dict(), arguments, [], 0, 0)
+
+
+def load_trained(
+    model_path: str,
+    config: Flags,
+    given: set[str],
+    log: Callable[[str], None] = print,
+    flag_name: str = "model_path",
+) -> Trained:
+    """Build the model that `model_path` holds the weights of, and its diffusion.
+
+    :param model_path, flag_name: see `read_weights`.
+    :param config: the flags of this command; `given` names those that the user gave.
+    :raises ValueError: there are no such weights, or a given flag contradicts them.
+    """
+    found = read_weights(model_path, config, log, flag_name)
     # Which timesteps are drawn at is for this command to say.
-    stored = {name: value for name, value in stored.items() if name != "timestep_respacing"}
+    stored = {name: value for name, value in found.arguments.items() if name != "timestep_respacing"}
     config = merge_stored_flags(config, given, stored)
     model, diffusion = create_from_flags(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        raise ValueError(
-            f"--{flag_name} {path}: its weights do not fit the model that the flags describe ({first}); give the "
-            "flags it was trained with"
-        ) from None
-    log(
-        f"weights: {path}"
-        + (f" ({source.step:,} steps of {source.state.get('samples', 0):,} images)" if source else "")
-    )
-    class_names = source.state.get("data", {}).get("class_names", []) if source else []
-    return Trained(model.eval(), diffusion, config, path, class_names, source.step if source else 0)
+    check_fit(model, found.tensors, config, f"--{flag_name} {found.path}")
+    model.load_state_dict(found.tensors)
+    log(f"weights: {found}")
+    return Trained(model.eval(), diffusion, config, found.path, found.class_names, found.step)
 
 
 def open_model(config: Flags, given: set[str], project: str) -> Trained:

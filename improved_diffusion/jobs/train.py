@@ -22,16 +22,20 @@ from improved_diffusion.flags import defaults, errors_about, named, with_default
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
 from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
 from improved_diffusion.jobs.runs import (
+    Weights,
     check_same_data,
     choose_log_dir,
     choose_source,
     find_data,
+    find_model,
     find_unfinished,
     merge_for_resume,
+    read_weights,
     record_arguments,
     record_run,
 )
 from improved_diffusion.jobs.script import OUT_OF_MEMORY, is_out_of_memory
+from improved_diffusion.jobs.start import check_start, load_start, merge_for_start
 from improved_diffusion.low_res import LowResStream, shrink
 from improved_diffusion.resample import (
     LogNormalSampler,
@@ -67,16 +71,18 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
     :raises ValueError: a flag, the data or the checkpoint is unusable; nothing was trained.
     """
     join_processes(config)
+    if config.init_from:
+        config = replace(config, init_from=find_model(config.init_from))
     first = dist_util.get_rank() == 0
     log_dir = dist_util.broadcast(choose_log_dir(config, os.path.join(project, "runs")))
     if first and not (config.log_dir or config.resume_checkpoint or os.environ.get("OPENAI_LOGDIR")):
-        unfinished = find_unfinished(config, os.path.join(project, "runs"))
+        unfinished = find_unfinished(config, os.path.join(project, "runs"), given)
         if unfinished is not None:
             folder, step = unfinished
             print(f"note: {folder} holds an unfinished run with the same flags, of {step:,} steps.")
             print(f"To continue it instead: python {sys.argv[0]} --log_dir {shlex.quote(folder)}")
     with contextlib.ExitStack() as stack:
-        source, folder, publish, check_folder = None, log_dir, None, None
+        source, start, folder, publish, check_folder = None, None, log_dir, None, None
         if first:
             folder, publish = stack.enter_context(working_folder(log_dir))
             with errors_about("log_dir"):
@@ -84,6 +90,9 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
             for part in filter(os.path.isdir, (folder, os.path.join(folder, PICTURES))):
                 remove_temporaries(part)
             source = choose_source(_as_local(config.resume_checkpoint, log_dir, folder), folder)
+            if source is None and config.init_from:
+                start = read_weights(config.init_from, config, flag_name="init_from")
+                config = merge_for_start(config, given, start)
         if source is not None:
             config = merge_for_resume(config, given, source)
         own = {"data_dir"} & given  # the data may lie in another place on each machine
@@ -91,14 +100,17 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
         config.check(given)
         compute = _choose_compute(config, source)
         # A model that cannot be built is reported before any data are read.
-        _schedule_sampler(config, create_from_flags(config)[1])
+        model, diffusion = create_from_flags(config)
+        _schedule_sampler(config, diffusion)
+        if start is not None:
+            check_start(model, start, config)
         check_images_fit(config, "batch_size", bytes_per_number=4)
         with dist_util.rank_0_first():
             config = replace(config, data_dir=find_data(config.data_dir, os.path.join(project, "datasets")))
         images = read_images_alike(config.data_dir, config.output_size, config.cache_limit_gb)
         if source is not None:
             check_same_data(config, source, images.fingerprint)
-        return _train(config, compute, log_dir, folder, publish, check_folder, source, images, project)
+        return _train(config, compute, log_dir, folder, publish, check_folder, source, start, images, project)
 
 
 def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
@@ -132,6 +144,7 @@ def _train(
     publish: Callable[[], None] | None,
     check_folder: Callable[[], None] | None,
     source: Checkpoint | None,
+    start: Weights | None,
     images: ImageSet,
     project: str,
 ) -> int:
@@ -159,11 +172,15 @@ def _train(
             num_shards=processes,
         )
     except ValueError as error:
-        raise named(error, {"class_cond": "class_cond"}) from None
+        hint = "; --class_cond False trains without classes" if images.labels is None else ""
+        raise ValueError(f"{named(error, {'class_cond': 'class_cond'})}{hint}") from None
     if is_super_resolution(config):
         data = LowResStream(data, config.small_size)
     th.manual_seed(config.seed)
     model, diffusion = create_from_flags(config)
+    origin = source.state.get("origin", {}) if source is not None else {}
+    if start is not None:
+        origin = load_start(model, start, config, images.class_names)
     first = dist_util.get_rank() == 0
     heldout = _heldout(config, diffusion, images, others, project) if first else None
     keep_memory()
@@ -179,6 +196,10 @@ def _train(
     if others is not None:
         logger.log(f"  withheld for the held-out loss: {len(others):,} more")
     logger.log(f"model: {parameters:,} parameters")
+    if start is not None:
+        logger.log(f"starts from: {start}")
+        logger.log(f"taken: {origin['taken']}")
+        logger.log(f"begins anew: {origin['anew']}")
     logger.log(f"computing in {compute}, of {machine['processor']}")
     if processes > 1:
         logger.log(f"{processes} processes with {config.batch_size} images each per step")
@@ -201,10 +222,13 @@ def _train(
         num_workers=compute.workers,
         arguments=config.to_dict(),
         data_facts={"fingerprint": images.fingerprint, "class_names": images.class_names},
+        origin=origin,
         **_loop_flags(config),
     )
     facts = {"data": images.summary, "machine": machine, "model": {"parameters": parameters}}
     facts["defaults"] = defaults(type(config))
+    if origin:
+        facts["origin"] = origin
     if first and loop.step < loop.total_steps:
         record_run(folder, config, facts, loop.step)
     try:

@@ -189,6 +189,17 @@ def _training(run: Run) -> list[Fact]:
         ("Microbatch", given("microbatch"), GENERAL),
         ("Learning rate", given("lr"), SCIENTIFIC),
         ("EMA rates", given("ema_rate"), GENERAL),
+        *_origin(run),
+    ]
+
+
+def _origin(run: Run) -> list[Fact]:
+    """What a run took that starts from the weights of another model, and what began anew."""
+    names = {"path": "Starts from", "step": "trained for steps", "taken": "Taken", "anew": "Began anew"}
+    return [
+        (label, run.origin[name], COUNT if name == "step" else GENERAL)
+        for name, label in names.items()
+        if run.origin.get(name)
     ]
 
 

@@ -77,6 +77,7 @@ class Run:
     data: dict
     machine: dict
     model: dict
+    origin: dict  # what a run took that starts from the weights of another model
     started: datetime.datetime | str | None
     sessions: list[dict]
     command: str | None
@@ -122,6 +123,7 @@ def read_run(run_dir: str) -> Run:
         data=_dict(info.get("data")),
         machine=_dict(info.get("machine")),
         model=_dict(info.get("model")),
+        origin=_dict(info.get("origin")),
         started=_time(info.get("started")),
         sessions=[_dict(session) for session in _list(info.get("sessions"))],
         command=info["command"] if isinstance(info.get("command"), str) else None,

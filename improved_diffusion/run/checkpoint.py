@@ -39,6 +39,7 @@ _STATE_TYPES = {
     "log": dict,
     "heldout": dict,
     "plan": dict,
+    "origin": dict,
     "logged_step": int,
     "skipped": int,
     "files": dict,
@@ -293,6 +294,28 @@ def state_beside(path: str) -> Checkpoint | None:
     if match is None or not bf.exists(bf.join(bf.dirname(path), member_name("state", int(match["step"])))):
         return None
     return read(bf.dirname(path), int(match["step"]))
+
+
+def lone_weights(path: str) -> str | None:
+    """A weights file without a state file, such as improved-diffusion writes; None where there is none.
+
+    :param path: such a file, or a folder, of whose files the one of the latest step is meant, an average if there is
+        one.
+    """
+    if not bf.isdir(path):
+        alone = path.endswith(".pt") and bf.exists(path) and kind_of(path) not in ("opt", "state")
+        match = _MEMBER.fullmatch(bf.basename(path))
+        state = match and bf.join(bf.dirname(path), member_name("state", int(match["step"])))
+        return path if alone and not (state and bf.exists(state)) else None
+    if steps(path):
+        return None
+    matches = [match for name in bf.listdir(path) if (match := _MEMBER.fullmatch(name))]
+    found = [
+        (int(match["step"]), bool(match["rate"]), float(match["rate"] or 0), match.string)
+        for match in matches
+        if match["rate"] or match["kind"] == "model"
+    ]
+    return bf.join(path, max(found)[-1]) if found else None
 
 
 def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:

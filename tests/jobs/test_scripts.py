@@ -277,7 +277,7 @@ def test_sampling_mistakes(trained, tmp_path, call_script, flags, message):
 
 
 def test_model_path_missing_or_wrong(tmp_path, call_script, monkeypatch):
-    monkeypatch.setattr(runs, "SHIPPED", ("models", "none"))
+    monkeypatch.setattr(runs, "SHIPPED", "none")
     for flags, message in (
         ([], "--model_path is missing"),
         (["--model_path", tmp_path / "absent"], "--model_path .*absent: there is no such"),
