@@ -379,8 +379,9 @@ class TrainLoop:
 
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
         """One optimizer update: draw timesteps and noise, add up the gradient, clip, AdamW, averages, metrics."""
-        if th.get_num_threads() != self.num_workers:  # setting them takes time even when nothing changes
-            th.set_num_threads(self.num_workers)
+        # This thread has little to compute: with more cores it would wait for each of them at every operation.
+        if th.get_num_threads() != 1:  # setting them takes time even when nothing changes
+            th.set_num_threads(1)
         drawn = self.draw(batch, cond)
         losses = self.compute_gradient(drawn)
         t, weights = drawn.all_t, drawn.all_weights

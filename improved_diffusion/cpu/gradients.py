@@ -65,7 +65,9 @@ class Gradients:
 
         :param loss: a scalar that was computed with `model`.
         """
-        gradient = th.autograd.grad(loss, list(model.parameters()))
+        parameters = list(model.parameters())
+        # Here, and not in the update, because here each core does it for its own pass.
+        gradient = update.in_order(th.autograd.grad(loss, parameters), parameters)
         with self._lock:
             self._waiting[number] = gradient
             while self._added in self._waiting:

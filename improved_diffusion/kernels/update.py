@@ -50,7 +50,7 @@ def norm(values: Sequence[th.Tensor], more: Sequence[th.Tensor] = (), run: Run =
     :param run: what runs the parts of the work, perhaps side by side.
     """
     values = [t if kernels.in_one_piece(t) else t.contiguous() for t in values]
-    more = _in_order(more, values)
+    more = in_order(more, values)
     squares = np.empty(len(values))
     arrays = (_sizes(values), *_gradient(values, more, values), squares)
     _run_shares(
@@ -84,7 +84,7 @@ def adamw(
     single = (th.float32,)
     try:
         of_params = kernels.addresses(params, single, params)
-        gradient, more = _in_order(gradient, params), _in_order(more, params)
+        gradient, more = in_order(gradient, params), in_order(more, params)
         arrays = [
             *(_sizes(params), of_params, *_gradient(gradient, more, params)),
             *(kernels.addresses(tensors, single, params) for tensors in moments),
@@ -113,7 +113,7 @@ def adamw(
     return True
 
 
-def _in_order(gradient: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> list[th.Tensor]:
+def in_order(gradient: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> list[th.Tensor]:
     """`gradient` in the order in which `params` lie in memory: what autograd returns may lie in another."""
     return [
         th.empty_like(p, dtype=g.dtype).copy_(g) if g.shape == p.shape and g.stride() != p.stride() else g
