@@ -1,7 +1,7 @@
-"""Several processes that do one job together, on one machine or many: who takes part, and what they exchange.
+"""Several processes that do one job together, on one machine or many.
 
-They are started by ``torchrun`` or ``mpiexec`` and talk through torch.distributed's gloo. A process started
-alone is rank 0 of 1: then MPI is not touched, no port is opened, and every function here returns at once.
+They are started by ``torchrun`` or ``mpiexec`` and communicate through torch.distributed with gloo. A process that is
+started alone is rank 0 of 1: it does not load MPI, opens no port, and every function here returns at once.
 """
 
 import atexit
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from improved_diffusion.cpu.machine import usable_cores
 from improved_diffusion.run.heartbeat import Heartbeat, Listener, LostContact, connect
 
-MEETING_TIME = datetime.timedelta(minutes=2)  # for all processes to find each other
-# Others may wait while rank 0 reads images for hours; that nobody waits for the dead is the heartbeat's work.
+MEETING_TIME = datetime.timedelta(minutes=2)  # for all processes to connect to each other
+# Long, because the others wait while rank 0 reads images, possibly for hours. The heartbeat detects lost processes.
 WAITING_TIME = datetime.timedelta(days=30)
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -33,22 +33,27 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class _Meeting:
-    """Where processes have found each other: what their launcher knows."""
+    """What the launcher knows of the processes.
+
+    :ivar store: a torch.distributed store, through which the processes exchange their first addresses.
+    :ivar host: the machine of rank 0.
+    :ivar one_host: whether all processes are on one machine.
+    """
 
     rank: int
     size: int
-    store: Any  # a torch.distributed store, through which the first addresses are told
-    host: str  # of rank 0
+    store: Any
+    host: str
     one_host: bool
 
 
 @dataclass
 class _Job:
-    """This process's place in the job."""
+    """The place of this process in the job. :ivar turn: its turn in `rank_0_first`."""
 
     rank: int
     size: int
-    turn: int  # in `rank_0_first`
+    turn: int
     heartbeat: Heartbeat
 
 
@@ -59,12 +64,12 @@ _job: _Job | None = None
 
 
 def setup_dist() -> None:
-    """Join the other processes that ``torchrun`` or an MPI launcher started; do nothing in one started alone.
+    """Join the other processes that ``torchrun`` or an MPI launcher started. A process started alone does nothing.
 
-    The processes of a machine share its cores (unless OMP_NUM_THREADS says how many threads each shall have),
-    and all but rank 0 fall silent: their standard output goes nowhere.
+    The processes of a machine divide its cores, unless OMP_NUM_THREADS sets the threads of each. Only rank 0 prints:
+    the standard output of the others is dropped.
 
-    :raises ValueError: the launcher and the installed MPI library or network do not work together.
+    :raises ValueError: the launcher does not fit the installed MPI library or the network.
     :raises LostContact: the others cannot be reached.
     """
     global _job
@@ -91,7 +96,7 @@ def setup_dist() -> None:
             f"the processes of this job cannot reach each other ({_reason(error)}); where machines have several "
             "networks, GLOO_SOCKET_IFNAME names the interface to use"
         ) from error
-    atexit.register(_close)  # at an exit for an error; without it, gloo's threads end in a crash
+    atexit.register(_close)  # otherwise gloo's threads crash when an error ends this process
     _job = _Job(meeting.rank, meeting.size, 0, heartbeat)
     _settle()
     if meeting.rank > 0:
@@ -99,7 +104,7 @@ def setup_dist() -> None:
 
 
 def finish() -> None:
-    """Wait until all processes have done their work, and part; do nothing in a process alone."""
+    """Wait until all processes are done, and disconnect. A process started alone does nothing."""
     global _job
     if _job is not None:
         barrier()
@@ -109,7 +114,7 @@ def finish() -> None:
 
 
 def get_rank() -> int:
-    """The number of this process, from 0. Rank 0 alone writes files and speaks."""
+    """The number of this process, from 0. Only rank 0 writes files and prints."""
     return _job.rank if _job else 0
 
 
@@ -127,9 +132,11 @@ def dev() -> th.device:
 
 
 def all_reduce(tensor: th.Tensor) -> None:
-    """Replace `tensor` by the sum over all ranks, in place; the result is the same on all to the last bit.
+    """Replace `tensor` by the sum over all ranks, in place. All ranks get the same bits.
 
-    :raises LostContact: a process has ended. So do all functions below.
+    This and all functions below need to be called by every rank.
+
+    :raises LostContact: a process has ended. All functions below raise this too.
     """
     if _job is not None:
         with _contact():
@@ -137,7 +144,7 @@ def all_reduce(tensor: th.Tensor) -> None:
 
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
-    """Give every rank the values that `params` have on rank 0."""
+    """Copy the values of `params` from rank 0 to all ranks, in place."""
     if _job is not None:
         with _contact(), th.no_grad():
             for p in params:
@@ -145,7 +152,7 @@ def sync_params(params: Iterable[th.Tensor]) -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The JSON-able `value` of every rank, in the order of the ranks."""
+    """The `value` of every rank, in the order of the ranks. :param value: of a type that JSON has."""
     if _job is None:
         return [value]
     text = th.frombuffer(bytearray(json.dumps(value).encode()), dtype=th.uint8)
@@ -161,12 +168,12 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The JSON-able `value` of rank 0."""
+    """The `value` of rank 0. :param value: of a type that JSON has."""
     return all_gather(value)[0] if _job else value
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if _job is not None:
         with _contact():
             dist.barrier()
@@ -188,9 +195,9 @@ def check_alike(values: dict[str, Any], advice: str) -> None:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Let rank 0 do the body, then one process of each other machine, then the rest.
+    """Execute the body on rank 0 first, then in one process of each other machine, then in all others.
 
-    So what one has prepared, the others on its machine, or on a file system they share, find done.
+    So the later processes find what the first one has stored on their machine, or on a shared file system.
     """
     for turn in range(3):
         if turn == (_job.turn if _job else 0):
@@ -199,15 +206,16 @@ def rank_0_first() -> Iterator[None]:
 
 
 def share(numbers: range) -> range:
-    """The part of `numbers` that this rank works on: consecutive, and sizes differ by at most one."""
+    """The part of `numbers` for this rank: consecutive numbers. The sizes of the parts differ by at most one."""
     first, last = (len(numbers) * n // get_world_size() for n in (get_rank(), get_rank() + 1))
     return numbers[first:last]
 
 
 def gather_arrays(array: np.ndarray) -> np.ndarray:
-    """Rank 0: the arrays of all ranks, one after the other along the first axis. Others: their own.
+    """Concatenate the arrays of all ranks along the first axis, on rank 0.
 
-    :param array: [n, ...], where only n may differ between ranks.
+    :param array: [n, ...]; only n may differ between ranks.
+    :return: on rank 0, all arrays in the order of the ranks; on the others, their own `array`.
     """
     if _job is None:
         return array
@@ -229,18 +237,18 @@ def gather_arrays(array: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _contact() -> Iterator[None]:
-    """Where this process depends on the others: the end of one of them becomes `LostContact`."""
+    """A block of communication. If another process ends during it, it raises `LostContact`."""
     with _job.heartbeat:
         try:
             yield
         except RuntimeError as error:
             raise LostContact(
-                f"another process of this job has ended; see what it said ({_reason(error)})"
+                f"another process of this job has ended; its own output says why ({_reason(error)})"
             ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error of torch's, without the place in its source."""
+    """The first sentence of an error of torch, without the place in torch's source."""
     return re.sub(r"^\[.*?\]\s*", "", re.split(r"\n|\. ", str(error))[0])
 
 
@@ -249,7 +257,7 @@ def _close() -> None:
         dist.destroy_process_group()
 
 
-# -- how processes meet ----------------------------------------------------------------------------------
+# -- how processes connect -------------------------------------------------------------------------------
 
 
 def _started_by_torchrun() -> bool:
@@ -257,11 +265,11 @@ def _started_by_torchrun() -> bool:
 
 
 def _mpi_size() -> int:
-    """The number of processes that an MPI launcher says it has started; 1 without one."""
+    """The number of processes by the environment variables of an MPI launcher; 1 without one."""
     for name in MPI_SIZES:
         if name in os.environ:
             return int(os.environ[name])
-    # Slurm's launcher with PMIx. A batch script has its other variables too, but was started once.
+    # Slurm's launcher with PMIx. A batch script also has SLURM_STEP_NUM_TASKS, but no PMIX_RANK.
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if "PMIX_RANK" in os.environ else 1
 
 
@@ -272,11 +280,11 @@ def _meet_through_torchrun() -> _Meeting:
 
 
 def _meet_through_mpi() -> _Meeting:
-    """MPI tells rank 0's address to the others and is left again: an end is then noticed by gloo alone."""
+    """Use MPI to send the address of rank 0 to the others, and then finalize it."""
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False  # at an exit for an error that would wait for the others
+        mpi4py.rc.finalize = False  # otherwise, a process that ends by an error would wait for the others
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(
@@ -287,12 +295,12 @@ def _meet_through_mpi() -> _Meeting:
     rank, size = comm.Get_rank(), comm.Get_size()
     if size != _mpi_size():
         raise ValueError(
-            f"mpiexec started {_mpi_size()} processes, but the MPI library that mpi4py found sees {size}: they "
-            f"are of different MPI installations; use the mpiexec that belongs to {MPI.get_vendor()[0]}"
+            f"mpiexec started {_mpi_size()} processes, but the MPI library that mpi4py found counts {size}: they "
+            f"belong to different MPI installations; use the mpiexec of {MPI.get_vendor()[0]}"
         )
     one_host = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
     host = "127.0.0.1" if one_host else os.environ.get("MASTER_ADDR") or socket.gethostname()
-    port = int(os.environ.get("MASTER_PORT", 0))  # 0: any that is free
+    port = int(os.environ.get("MASTER_PORT", 0))  # 0: any free one
 
     def open_store(host: str, port: int) -> dist.TCPStore:
         return dist.TCPStore(host, port, size, rank == 0, timeout=MEETING_TIME, wait_for_workers=False)
@@ -305,12 +313,15 @@ def _meet_through_mpi() -> _Meeting:
 
 
 def _choose_interface(one_host: bool) -> None:
-    """See to it that gloo, which listens at the address of this machine's name, can be reached by the others."""
+    """Set the network interface for gloo, or check that the others can reach the one that gloo would choose.
+
+    gloo listens at the address that this machine's name resolves to.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     interfaces = [name for _, name in socket.if_nameindex()]
     if one_host:
-        # A laptop's other interfaces come and go within days of training.
+        # Other interfaces, such as a laptop's wireless network, may disappear during days of training.
         for loopback in {"lo", "lo0"}.intersection(interfaces):
             os.environ["GLOO_SOCKET_IFNAME"] = loopback
         return
@@ -318,7 +329,7 @@ def _choose_interface(one_host: bool) -> None:
         address = socket.gethostbyname(socket.gethostname())
         if ipaddress.ip_address(address).is_loopback:
             raise ValueError(
-                f"this machine's name, {socket.gethostname()}, stands for {address}, where other machines cannot "
+                f"this machine's name, {socket.gethostname()}, resolves to {address}, at which other machines cannot "
                 f"reach it: set GLOO_SOCKET_IFNAME to its network interface, one of {', '.join(interfaces)}"
             )
 
@@ -334,13 +345,13 @@ def _start_heartbeat(meeting: _Meeting) -> Heartbeat:
 
 
 def _settle() -> None:
-    """Find this process's place among those of its machine: its turn, and its share of the cores."""
+    """Set the turn of this process and its number of threads, by the processes on the same machine."""
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     places = all_gather([socket.gethostname(), affinity])
     hosts = [host for host, _ in places]
     first_here = hosts.index(hosts[_job.rank]) == _job.rank
     _job.turn = 0 if _job.rank == 0 else 1 if first_here else 2
-    # torchrun says 1 where the user has said nothing.
-    said = os.environ.get("OMP_NUM_THREADS")
-    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+    # torchrun sets 1 if the user has set nothing.
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         th.set_num_threads(max(1, usable_cores() // places.count(places[_job.rank])))

@@ -1,4 +1,4 @@
-"""The record of a run: lines of text, and rows of metrics as CSV and JSON lines that a resumed run continues.
+"""The logs of a run: lines of text, and rows of metrics as CSV and JSON lines. A resumed run continues them.
 
     logger.configure("runs/first", columns=["step", "loss", "lr"])
     logger.log("training...")               # terminal and log.txt
@@ -6,7 +6,7 @@
     logger.logkv("step", 10)
     logger.dumpkvs()                        # one row of progress.csv and progress.jsonl
 
-Nothing here ever erases a history: existing files are appended to.
+Existing files are continued, never erased.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ Value = int | float | str | None
 
 
 class CsvTable:
-    """A CSV file with fixed columns that grows by whole rows, one line each.
+    """A CSV file with fixed columns. It grows by whole rows of one line each.
 
-    A new file gets its header at once. An existing one is continued: a last line that an interrupted write
-    left without its end is dropped. When its columns differ from `columns`, it is rewritten with `columns`
-    first and its other columns after them, and the old rows keep their values. A file whose first line cannot
-    be a header is put aside.
+    A new file gets its header at once. An existing file is continued. If an interrupted write has left an incomplete
+    last line, that is dropped. If the file has other columns than `columns`, it is rewritten with `columns` first and
+    its own further columns after them; the old rows keep their values. A file whose first line is not a header is
+    renamed to ``<name>.damaged``.
 
-    The file stays open, so that a spreadsheet program that looks at it cannot lock it between two rows.
+    The file stays open. Otherwise, a spreadsheet program could lock it between two rows.
 
-    :param columns: names in the order of the file; rows are selected by the column ``step``.
+    :param columns: the names of the columns, in order, ``step`` among them.
     :raises OSError: the file cannot be read or written.
     """
 
@@ -51,7 +51,9 @@ class CsvTable:
             header, rows, _ = read_csv(path)
         if header and not _is_header(header):
             os.replace(path, path + ".damaged")
-            log(f"WARNING: {path}: its first line is damaged; kept as {path}.damaged, and begun anew")
+            log(
+                f"WARNING: {path}: its first line is damaged; the file is kept as {path}.damaged, and a new one begun"
+            )
             header, rows = [], []
         self.columns += [name for name in header if name not in self.columns]
         if header == self.columns:
@@ -61,21 +63,21 @@ class CsvTable:
         self._open()
 
     def append(self, row: dict[str, Value]) -> None:
-        """Write `row` as one line; a column without a value becomes an empty cell.
+        """Write `row`, values by column, as one line. A column without a value becomes an empty cell.
 
-        Floats are written with all their digits, so that reading them back gives the same number.
+        Floats are written with all digits, so that reading them gives the same numbers.
 
-        :raises OSError: the line could not be written in full; what was written of it is taken back.
+        :raises OSError: the line could not be written. The file is then as it was before.
         """
         unknown = row.keys() - set(self.columns)
         assert not unknown, f"{self.path} has no column {sorted(unknown)}"
         _append_line(self._file, _csv_line([_cell(row.get(name)) for name in self.columns]))
 
     def keep_until(self, step: float) -> float | None:
-        """Drop the rows after `step` and the lines that are no rows at all, as a resumed run must.
+        """Drop the rows after `step`, which a resumed run writes again, and the lines that are not rows.
 
         :return: the step of the last row that stays, or None.
-        :raises OSError: the file cannot be rewritten; it is then as it was.
+        :raises OSError: the file cannot be rewritten. It is then as it was before.
         """
         header, rows, _ = read_csv(self.path)
         table = [dict(zip(header, row)) for row in rows if len(row) == len(header)]
@@ -88,8 +90,8 @@ class CsvTable:
         return _number(kept[-1]["step"]) if kept else None
 
     def sha256(self) -> str:
-        """The checksum of the file as it stands."""
-        self._file.seek(0)  # rows are appended wherever this leaves the position
+        """The SHA-256 of the present file, in hexadecimal."""
+        self._file.seek(0)  # harmless: in append mode, rows go to the end from any position
         return hashlib.sha256(self._file.readall()).hexdigest()
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ class CsvTable:
         self._file.close()
 
     def _open(self) -> None:
-        # Unbuffered: a row is one write call, in the file before `append` returns.
+        # Unbuffered: a row is a single write, and is in the file when `append` returns.
         self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
@@ -107,7 +109,7 @@ class CsvTable:
 
 
 class _Run:
-    """What is open between `configure` and `close`, and what has been logged since the last `dumpkvs`."""
+    """The files that are open between `configure` and `close`, and the values since the last `dumpkvs`."""
 
     def __init__(self):
         self.dir: str | None = None
@@ -133,16 +135,16 @@ def configure(
     keep_until: float | None = None,
     tensorboard: bool = False,
 ) -> None:
-    """Send everything that is logged from now on to the directory `dir`, which is created where needed.
+    """Log to the directory `dir` from now on. It is created if it does not exist.
 
-    `log` writes to ``log.txt``. With `columns`, `dumpkvs` writes to ``progress.csv`` and
-    ``progress.jsonl``. Files that exist are continued, never erased.
+    `log` writes to ``log.txt``. With `columns`, `dumpkvs` writes to ``progress.csv`` and ``progress.jsonl``. Existing
+    files are continued.
 
-    :param dir: by default $OPENAI_LOGDIR, or else a new dated directory in ``runs``.
-    :param columns: all keys that will be logged, in the order of the CSV file; ``step`` among them.
-    :param keep_until: drop the rows after this step: those that a resumed run is going to repeat.
-    :param tensorboard: write TensorBoard event files too.
-    :raises ValueError: `dir` cannot be written, or TensorBoard is not installed.
+    :param dir: by default $OPENAI_LOGDIR or else a new dated directory in ``runs``.
+    :param columns: all keys that will be logged, in the order of the CSV file, ``step`` among them.
+    :param keep_until: drop the rows after this step, which a resumed run writes again.
+    :param tensorboard: also write TensorBoard event files.
+    :raises ValueError: `dir` is remote or cannot be written, or TensorBoard is not installed.
     """
     global _run
     dir = dir or os.environ.get("OPENAI_LOGDIR") or new_directory("runs")
@@ -155,7 +157,7 @@ def configure(
         os.makedirs(run.dir, exist_ok=True)
         run.text = open(os.path.join(run.dir, "log.txt"), "ab", buffering=0)  # noqa: SIM115
         if columns is not None:
-            assert "step" in columns, "rows are told apart by their step"
+            assert "step" in columns
             run.table = CsvTable(os.path.join(run.dir, "progress.csv"), columns)
             path = os.path.join(run.dir, "progress.jsonl")
             _drop_torn_line(path)
@@ -179,7 +181,7 @@ def configure(
 
 
 def close() -> None:
-    """Close the files. What is logged afterwards goes to the terminal only."""
+    """Close the files. From then on, `log` only prints."""
     global _run
     _run.close()
     _run = _Run()
@@ -194,42 +196,43 @@ def get_dir() -> str | None:
 
 
 def log(*args: object) -> None:
-    """Print `args` as one line without tearing a progress bar, and add it to ``log.txt`` with the time."""
+    """Print `args` as one line, above a progress bar if there is one, and add it to ``log.txt`` with the time."""
     line = " ".join(str(arg) for arg in args)
     try:
         tqdm.write(line, file=sys.stdout)
-    except UnicodeEncodeError:  # a Windows console with a legacy code page must not stop a run
+    except UnicodeEncodeError:  # for example on a Windows console with a legacy code page
         tqdm.write(line.encode("ascii", "replace").decode(), file=sys.stdout)
     sys.stdout.flush()
     if _run.text is not None:
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        # The line has been shown. A full disk is reported by what must be on it: rows and checkpoints.
+        # The line was printed already. If the disk is full, writing a row or a checkpoint raises the error.
         with contextlib.suppress(OSError):
             _append_line(_run.text, f"{now}  {line}\n")
 
 
 def logkv(key: str, value: Value) -> None:
-    """Set `key` in the next row to `value`, a number or a zero-dimensional array of any kind."""
+    """Set `key` in the next row to `value`: a text, a number, or a zero-dimensional array or tensor."""
     _run.values[key] = _plain(value)
 
 
 def logkv_mean(key: str, value: float, weight: float = 1.0) -> None:
-    """Set `key` in the next row to the weighted mean of all values given until then."""
+    """Set `key` in the next row to the weighted mean of all values that are given until then."""
     total = _run.sums.setdefault(key, [0.0, 0.0])
     total[0] += float(weight) * float(value)
     total[1] += float(weight)
 
 
 def getkvs() -> dict[str, Value]:
-    """The next row as it stands: the values set and the means so far. A mean of no weight is left out."""
+    """The unfinished row: the values set and the means so far. A mean with a total weight of 0 is left out."""
     means = {key: total / weight for key, (total, weight) in _run.sums.items() if weight}
     return {**_run.values, **means}
 
 
 def dumpkvs() -> dict[str, Value]:
-    """Write the row (where `configure` was given columns), begin the next one, and return it.
+    """Finish the row and begin the next one. If `configure` was given columns, the row is written to the files.
 
-    :raises OSError: the disk is full or gone. The row stays, and its means go on, for the next `dumpkvs`.
+    :return: the row.
+    :raises OSError: the row could not be written. It is then still unfinished, and the next `dumpkvs` tries again.
     """
     row = getkvs()
     if _run.table is not None:
@@ -247,8 +250,10 @@ def dumpkvs() -> dict[str, Value]:
 
 
 def state() -> dict:
-    """The unfinished row, as JSON-able values that `load_state` restores to the last bit, and a checksum of
-    ``progress.csv`` with the rows before it."""
+    """The unfinished row, which `load_state` restores exactly, and the checksum of ``progress.csv``.
+
+    All values are of types that JSON has.
+    """
     return {
         "values": dict(_run.values),
         "sums": {key: list(total) for key, total in _run.sums.items()},
@@ -257,14 +262,14 @@ def state() -> dict:
 
 
 def load_state(saved: dict) -> None:
-    """Continue the unfinished row that `state` returned; warn when the rows before it are not as they were.
+    """Continue the unfinished row in `saved`, which `state` returned. Warn if ``progress.csv`` has changed since.
 
-    :raises ValueError: it was not `state` that returned it.
+    :raises ValueError: `saved` is damaged.
     """
     if _run.table and saved.get("table") and saved["table"] != _run.table.sha256():
         log(
-            f"WARNING: {_run.table.path}: the rows so far are not those that were written (damaged, edited or "
-            "lost); training is not affected"
+            f"WARNING: {_run.table.path}: its rows have changed since the checkpoint (damaged, edited or lost); "
+            "training is not affected"
         )
     try:
         _run.values = dict(saved["values"])
@@ -284,7 +289,7 @@ def _open_tensorboard(dir: str, keep_until: float | None):
 
 
 def _plain(value) -> Value:
-    """A Python number (or text, or None) for a number of NumPy or torch."""
+    """`value`, if it is a number of NumPy or torch, as a Python number."""
     if value is None or isinstance(value, str):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -293,18 +298,18 @@ def _plain(value) -> Value:
 def _cell(value) -> str:
     value = _plain(value)
     if isinstance(value, str):
-        assert "\n" not in value and "\r" not in value, "a row is one line"
+        assert "\n" not in value and "\r" not in value
         return value
     return "" if value is None else repr(value)
 
 
 def _json_value(value: Value) -> Value:
-    """`value` as strict JSON has it, which knows no NaN: the same text as in the CSV file."""
+    """`value` for a JSON file. NaN and infinity, which JSON does not have, become the text of the CSV file."""
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(text) -> float:
-    """`text` as a number; NaN, which no comparison accepts, when it is none."""
+    """`text` as a number; NaN if it is not a number, so that every comparison with it is false."""
     try:
         return float(text)
     except (TypeError, ValueError):
@@ -312,7 +317,7 @@ def _number(text) -> float:
 
 
 def _is_header(cells: list[str]) -> bool:
-    """Whether the first line of a CSV file can be one of ours."""
+    """Whether `cells`, the first line of a CSV file, can be a header of this module."""
     return "step" in cells and len(set(cells)) == len(cells) and all(map(str.isprintable, cells))
 
 
@@ -323,11 +328,11 @@ def _csv_line(cells: list[str]) -> str:
 
 
 def _append_line(file: io.FileIO, line: str) -> None:
-    """Append `line` as a whole, or nothing at all."""
+    """Append all of `line`, or nothing. :raises OSError: it could not be written; the error names the file."""
     data = line.encode("utf-8", "replace")
     size = os.fstat(file.fileno()).st_size
     try:
-        # One write is enough, unless there is no room: then the next one says why.
+        # Usually a single write. When the disk is full, it writes a part, and the next one raises the error.
         while data:
             written = file.write(data)
             if not written:
@@ -336,12 +341,12 @@ def _append_line(file: io.FileIO, line: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(size)
-        error.filename = file.name  # a failed write does not say of itself what was written
+        error.filename = file.name  # which the error of a failed write lacks
         raise
 
 
 def _drop_torn_line(path: str) -> None:
-    """Cut off a last line without an end, to which the next one would otherwise be glued."""
+    """Remove an incomplete last line, because the next line would be appended to it."""
     if not os.path.exists(path):
         return
     with open(path, "rb+") as file:
@@ -349,7 +354,7 @@ def _drop_torn_line(path: str) -> None:
 
 
 def _trim_json_lines(path: str, step: float) -> None:
-    """Keep the JSON lines up to `step`."""
+    """Drop the JSON lines after `step`, and those that cannot be read."""
     kept = []
     for line in read_lines(path)[0] if os.path.exists(path) else ():
         with contextlib.suppress(ValueError, AttributeError):  # no JSON, or no object

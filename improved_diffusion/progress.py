@@ -1,4 +1,4 @@
-"""How far the drawing of images is and how long the rest takes: a bar on a terminal, elsewhere a line now and then."""
+"""The progress of drawing images: a bar on a terminal, and elsewhere a line every `SECONDS_PER_LINE` seconds."""
 
 import sys
 import time
@@ -9,23 +9,23 @@ SECONDS_PER_LINE = 30
 
 
 class Progress:
-    """Counts the steps that images have taken, and the images that are done, within a `with` block.
+    """Counts the steps and the finished images, and shows them, within a `with` block.
 
-    :param images: how many there are to make.
-    :param steps: how many each of them takes.
-    :param doing: what is being done, in a word.
-    :param show: whether anything is shown at all.
+    :param images: the number of images to draw.
+    :param steps: the number of steps of each image.
+    :param doing: a word for the work, such as "drawing".
+    :param show: False shows nothing.
     """
 
     def __init__(self, images: int, steps: int, doing: str, show: bool = True):
         self._images = images
         self._steps = steps
         self._doing = doing
-        self._done = 0
-        self._taken = 0
-        self._started = self._said = time.monotonic()
+        self._images_done = 0
+        self._steps_done = 0
+        self._started = self._last_line = time.monotonic()
         on_terminal = sys.stderr.isatty()
-        self._speaks = show and not on_terminal
+        self._prints_lines = show and not on_terminal
         self._bar = tqdm(
             total=images * steps,
             desc=doing,
@@ -42,19 +42,19 @@ class Progress:
         self._bar.close()
 
     def step(self, images: int) -> None:
-        """So many images have taken one more step."""
-        self._taken += images
+        """Count one more step of `images` images."""
+        self._steps_done += images
         self._bar.update(images)
         now = time.monotonic()
-        if self._speaks and now - self._said >= SECONDS_PER_LINE:
-            self._said = now
-            left = (now - self._started) * (self._images * self._steps / self._taken - 1)
+        if self._prints_lines and now - self._last_line >= SECONDS_PER_LINE:
+            self._last_line = now
+            left = (now - self._started) * (self._images * self._steps / self._steps_done - 1)
             print(f"{self._doing}: {self._state()}, {tqdm.format_interval(round(left))} left", flush=True)
 
     def finish(self, images: int) -> None:
-        """So many more images are done."""
-        self._done += images
+        """Count `images` more finished images."""
+        self._images_done += images
         self._bar.set_postfix_str(self._state())
 
     def _state(self) -> str:
-        return f"{self._done}/{self._images} images"
+        return f"{self._images_done}/{self._images} images"

@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes and paths, for local disks and blobfile URLs alike."""
+"""Atomic writes, reading of text files, and paths: on local disks, and partly for blobfile URLs too."""
 
 import contextlib
 import csv
@@ -22,12 +22,12 @@ def is_remote(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """`path` as a user can find it again: absolute when local, unchanged when remote."""
+    """`path` as an absolute path; a URL stays unchanged."""
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def new_directory(parent: str) -> str:
-    """A path in `parent`, named after the present time, that does not exist yet."""
+    """The path of a directory in `parent` that does not exist yet, named after the present time."""
     path = stamp = os.path.join(parent, datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S"))
     number = 1
     while os.path.exists(path):
@@ -37,9 +37,9 @@ def new_directory(parent: str) -> str:
 
 
 def open_input(path: str) -> BinaryIO:
-    """Open a file that a user has named, or that lies in a folder of theirs, for reading bytes.
+    """Open a file of a user for reading bytes.
 
-    :raises ValueError: a local `path` is a FIFO, a device or the like, which may never begin or never end.
+    :raises ValueError: a local `path` is a FIFO, a device or a socket, from which reading might never end.
     :raises OSError: it cannot be opened.
     """
     if is_remote(path):
@@ -52,10 +52,10 @@ def open_input(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def open_atomic(path: str, mode: str = "wb") -> Iterator:
-    """Open `path` for writing so that it appears complete or not at all.
+    """Open `path` for writing, so that the file appears complete or not at all.
 
-    The data go to a temporary file, are flushed to the disk, and only then take the name `path` (a rename
-    locally, an upload remotely). When the body raises, whatever was at `path` is left as it was.
+    The data are written to a temporary file and flushed to the disk. Only then the file gets the name `path`, by a
+    rename or, for a URL, an upload. If the body raises an error, a file that was at `path` before stays as it was.
 
     :param mode: ``"wb"``, or ``"w"`` for UTF-8 text without newline translation.
     :raises OSError: the folder is missing, full or read-only.
@@ -80,13 +80,16 @@ def open_atomic(path: str, mode: str = "wb") -> Iterator:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = path  # a failed write does not say of itself what was written
+            error.filename = path  # which the error of a failed write lacks
         raise
     _sync_folder(folder)
 
 
 def remove_temporaries(folder: str) -> None:
-    """Delete what a killed process left of its `open_atomic` files; nobody may be writing into `folder` now."""
+    """Delete the temporary files of `open_atomic` that a killed process has left.
+
+    No other process may be writing into `folder` meanwhile.
+    """
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name.startswith(TEMPORARY_PREFIX) and os.path.isfile(path):
@@ -95,21 +98,21 @@ def remove_temporaries(folder: str) -> None:
 
 
 def read_lines(path: str) -> tuple[list[str], bool]:
-    """The complete lines of a text file without their ends, and whether a torn one, without an end, follows.
+    """The complete lines of a text file, without line ends, and whether an incomplete line follows them.
 
     :raises OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         text = file.read().decode("utf-8-sig", "replace")
-    # A power failure may leave NUL bytes where data should have been.
+    # A power failure may leave NUL bytes in the place of data.
     *lines, torn = text.replace("\0", "").split("\n")
     return [line.rstrip("\r") for line in lines], bool(torn)
 
 
 def read_csv(path: str) -> tuple[list[str], list[list[str]], bool]:
-    """The header and the rows of a CSV file with one line per row, and whether a torn line follows them.
+    """The header and the rows of a CSV file with one line per row, and whether an incomplete line follows them.
 
-    Empty lines are left out. A line that cannot be split into cells becomes a row without cells.
+    Empty lines are left out. A line that cannot be split into cells becomes an empty row.
 
     :raises OSError: the file cannot be read.
     """
@@ -126,7 +129,7 @@ def _split(line: str) -> list[str]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a rename in `folder` durable, on systems where a folder can be opened."""
+    """Flush a rename in `folder` to the disk, on systems where a folder can be opened."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -136,7 +139,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write `content` into the JSON file `path`, for people to read too. :raises OSError: as `open_atomic`."""
+    """Write `content` into the JSON file `path`, with indentation. :raises OSError: as `open_atomic`."""
     with open_atomic(path, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")

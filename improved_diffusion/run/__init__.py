@@ -1,1 +1,1 @@
-"""The files and processes of a run: checkpoints, the lock, signals, remote folders, other processes."""
+"""What surrounds a training run: checkpoints, the lock of its directory, signals, cloud storage, the heartbeat."""

@@ -1,11 +1,11 @@
-"""Power-function averages of the weights: kept while training, and any length between made of them afterwards.
+"""Power-function averages of the weights, and how averages of other lengths are reconstructed from them.
 
-The average of length sigma_rel after t updates weighs the weights after update number k in proportion to k^gamma,
-up to t: the longer the run, the longer the average. sigma_rel, the width of this profile relative to t, determines
-gamma. One that follows the weights, a moving average whose decay grows with t, costs nothing to keep.
+After t updates, such an average is the mean of the weights after each update k = 1 .. t, with weights (the profile)
+proportional to k^gamma. Its length sigma_rel is the standard deviation of the profile divided by t. It determines
+gamma. During training the average is computed as a moving average whose decay grows with t.
 
-Karras et al. 2023: "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), arXiv 2312.02696,
-section 3 and appendix C.
+Source: Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), arXiv
+2312.02696, section 3 and appendix C.
 """
 
 from collections.abc import Sequence
@@ -17,34 +17,34 @@ from improved_diffusion.config import LONGEST, SHORTEST, power_lengths
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint
 
-SMALLEST_EIGENVALUE = 1e-11  # what is told apart by less is lost in the rounding of the weights
+SMALLEST_EIGENVALUE = 1e-11  # relative to the largest; smaller ones amplify the rounding of the weights
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the profile whose width is `sigma_rel` (Karras et al. 2023, eq. 126 and algorithm 2)."""
+    """The exponent gamma of the profile of length `sigma_rel` (Karras et al. 2023, eq. 126 and algorithm 2)."""
     roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
     return float(roots[roots.imag == 0].real.max())
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The width of the profile k^`gamma`: its standard deviation for t = 1 (Karras et al. 2023, eq. 123)."""
+    """The length of the profile with exponent `gamma` (Karras et al. 2023, eq. 123)."""
     return (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5
 
 
 def decay(sigma_rel: float, step: int) -> float:
-    """The decay of the average in update number `step`, from 1 on (Karras et al. 2023, eq. 2 and 127)."""
+    """The decay of the average in update `step` = 1, 2, ... (Karras et al. 2023, eq. 2 and 127)."""
     return (1 - 1 / step) ** (gamma_of(sigma_rel) + 1)
 
 
 def profile(sigma_rel: float, step: int) -> np.ndarray:
-    """What share the weights after each of the updates 1 .. `step` have in the average: [step], adding up to 1."""
+    """The share of the weights after each of the updates 1 .. `step` in the average: float64 [step], sum 1."""
     return np.diff((np.arange(step + 1) / step) ** (gamma_of(sigma_rel) + 1))
 
 
 def parse_lengths(text: str) -> list[str]:
-    """The lengths in a comma-separated list, as they shall stand in file names; none in an empty text.
+    """The lengths in a comma-separated list, as texts for file names; none in an empty text.
 
-    :raises ValueError: one is no number from 0.01 to 0.28.
+    :raises ValueError: a length is not a number from 0.01 to 0.28, or stands there twice.
     """
     try:
         return power_lengths(text)
@@ -53,15 +53,18 @@ def parse_lengths(text: str) -> list[str]:
 
 
 def combine(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[np.ndarray, float]:
-    """How averages `kept`, each a length and a step, make up the one of length `sigma_rel` at `step`.
+    """The linear combination of averages that is closest to the average of length `sigma_rel` at `step`.
 
-    :return: the factor of each, whose profiles then come closest to the one wanted (Karras et al. 2023, algorithm
-        3), and how far they are from it: the distance relative to the latter's norm. Unlike there, the factors are
-        made to add up to 1, so that few averages do not shrink the weights.
+    Closest means the least squares of the profiles (Karras et al. 2023, algorithm 3). In addition, the factors are
+    constrained to sum 1. Otherwise a combination of few averages would scale the weights down.
+
+    :param kept: the length and the step of each average.
+    :return: the factor of each average, float64 [len(kept)], and the distance between the combined profile and the
+        wanted one, divided by the norm of the wanted one.
     """
     gammas = np.array([gamma_of(length) for length, _ in kept] + [gamma_of(sigma_rel)])
     ends = np.array([end for _, end in kept] + [step], dtype=np.float64)
-    # Inner products of (gamma + 1) / t^(gamma + 1) k^gamma for k from 0 to t, each profile scaled to a norm of 1.
+    # Inner products of the profiles (gamma + 1) / t^(gamma + 1) k^gamma, k from 0 to t, each scaled to norm 1.
     first = np.minimum(ends[:, None], ends)
     products = (first / ends[:, None]) ** (gammas[:, None] + 0.5) * (first / ends) ** (gammas + 0.5)
     products *= np.sqrt((2 * gammas[:, None] + 1) * (2 * gammas + 1)) / (gammas[:, None] + gammas + 1)
@@ -91,12 +94,14 @@ def with_averages(folder: str) -> list[Checkpoint]:
 def reconstruct(
     checkpoints: Sequence[Checkpoint], sigma_rel: float, step: int | None = None
 ) -> tuple[dict[str, th.Tensor], float]:
-    """The average of length `sigma_rel` after `step` updates, made of those that the checkpoints hold.
+    """The average of length `sigma_rel` after `step` updates, reconstructed from the averages in checkpoints.
 
-    :param checkpoints: of one run, in any order; those after `step` are left out.
-    :param step: by default that of the last checkpoint.
-    :return: a state dict, and how far its profile is from the one wanted (see `combine`): 0.1 is little.
-    :raises ValueError: the length is impossible, or no checkpoint holds an average.
+    :param checkpoints: of one run, in any order, as `with_averages` gives them; those after `step` are ignored.
+    :param step: by default the step of the last checkpoint.
+    :return: a state dict in float32, and the relative distance of its profile from the wanted one (see `combine`).
+        0.1 is small.
+    :raises ValueError: `sigma_rel` is out of range, or no checkpoint holds an average.
+    :raises DamagedCheckpoint: a file of an average is damaged.
     """
     if not SHORTEST <= sigma_rel <= LONGEST:
         raise ValueError(f"sigma_rel {sigma_rel}: expected a number from {SHORTEST} to {LONGEST}")

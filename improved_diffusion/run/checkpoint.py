@@ -52,20 +52,20 @@ class DamagedCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, its step and what its state file holds."""
+    """A checkpoint on disk: its folder, its step and the content of its state file."""
 
     folder: str
     step: int
     state: dict[str, Any]
 
     def path(self, kind: str) -> str:
-        """The file of `kind`: "model", "opt", an EMA rate such as "0.9999", or a `power_kind`."""
+        """The path of the file of `kind`: "model", "opt", "state", an EMA rate such as "0.9999", or a `power_kind`."""
         return bf.join(self.folder, member_name(kind, self.step))
 
     def load(self, kind: str) -> dict[str, Any]:
-        """The tensors of `kind`, verified against the checksum.
+        """The tensors of `kind`, after a comparison of the checksum.
 
-        :raises DamagedCheckpoint: the file is missing or is not what was written.
+        :raises DamagedCheckpoint: the file is missing or was altered.
         :raises ValueError: it holds weights that `load_weights` refuses.
         """
         recorded = self.state["files"].get(member_name(kind, self.step))
@@ -76,12 +76,12 @@ class Checkpoint:
 
     @property
     def ema_rates(self) -> list[str]:
-        """The rates of the moving averages it holds, as they stand in the file names."""
+        """The rates of the moving averages in this checkpoint, as in the file names."""
         return self._named_in_files("rate")
 
     @property
     def power_lengths(self) -> list[str]:
-        """The lengths of the power-function averages it holds, as they stand in the file names."""
+        """The lengths of the power-function averages in this checkpoint, as in the file names."""
         return self._named_in_files("length")
 
     def _named_in_files(self, part: str) -> list[str]:
@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 def power_kind(length: str) -> str:
-    """What the power-function average of `length`, such as "0.05", is called among the kinds of files."""
+    """The kind of file that holds the power-function average of `length`: "power_0.05" for "0.05"."""
     return f"power_{length}"
 
 
@@ -104,17 +104,17 @@ def member_name(kind: str, step: int) -> str:
 
 
 def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]) -> Checkpoint:
-    """Write a checkpoint; it exists once this returns, and not before the last byte is on the disk.
+    """Write a checkpoint. It does not exist before all of it is on the disk.
 
-    :param tensors: by kind ("model", "opt", EMA rates, `power_kind`), what `torch.save` shall write.
-    :param state: what else belongs to it, JSON-able.
-    :raises OSError: it could not be written; earlier checkpoints are untouched. The message names `folder`.
+    :param tensors: what `torch.save` writes, by kind ("model", "opt", EMA rates, `power_kind`).
+    :param state: further content of the state file, of types that JSON has.
+    :raises OSError: the checkpoint could not be written. Earlier ones are untouched. The message names `folder`.
     """
     state_path = bf.join(folder, member_name("state", step))
     files = {}
     try:
         if bf.exists(state_path):
-            # The files below are about to be replaced: until they all are, this step has no checkpoint.
+            # The files are replaced one by one. In between they are not a checkpoint.
             bf.remove(state_path)
         for kind, content in tensors.items():
             name = member_name(kind, step)
@@ -127,8 +127,8 @@ def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]
             json.dump({**state, "sha256": _state_checksum(state)}, file, indent=1)
     except OSError as error:
         raise OSError(
-            f"{folder}: cannot write checkpoint {step} ({error.strerror or error}); earlier checkpoints are "
-            "intact. Make room or mend the directory, then run the same command again"
+            f"{folder}: cannot write checkpoint {step} ({error.strerror or error}); earlier checkpoints are intact. "
+            "Free some space or repair the directory, then run the same command again"
         ) from error
     return Checkpoint(folder, step, state)
 
@@ -199,7 +199,7 @@ def _averages_path(folder: str, step: int) -> str:
 def read(folder: str, step: int) -> Checkpoint:
     """The checkpoint of `step`. Its state file is read, and the sizes of its other files are compared.
 
-    :raises DamagedCheckpoint: the state file or one of the others is missing or not what was written.
+    :raises DamagedCheckpoint: one of the files is missing, damaged or of another size.
     """
     path = bf.join(folder, member_name("state", step))
     state = _read_state(path, step)
@@ -241,7 +241,7 @@ def _check_sizes(folder: str, path: str, state: dict[str, Any]) -> None:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compare the checksum of every file. :raises DamagedCheckpoint: naming the first that differs."""
+    """Compare the checksum of every file. :raises DamagedCheckpoint: one differs; the message names the first."""
     for name, entry in checkpoint.state["files"].items():
         path = bf.join(checkpoint.folder, name)
         try:
@@ -253,11 +253,12 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def find(path: str, log=print) -> Checkpoint:
-    """The checkpoint that `path` stands for.
+    """The checkpoint at `path`.
 
-    :param path: a directory, whose newest intact checkpoint is meant (damaged ones are named through `log`
-        and passed over), or any file of a checkpoint, of which every file must be intact.
-    :raises ValueError: there is none; the message names `path`.
+    :param path: a directory, for its newest intact checkpoint, or any file of a checkpoint, whose files must all be
+        intact.
+    :param log: gets a line about each damaged checkpoint of a directory that is newer than the returned one.
+    :raises ValueError: there is no such checkpoint; the message names the path.
     """
     path = absolute(path)
     if bf.isdir(path):
@@ -268,7 +269,7 @@ def find(path: str, log=print) -> Checkpoint:
                 verify(checkpoint)
                 return checkpoint
             except DamagedCheckpoint as error:
-                log(f"WARNING: passing over checkpoint {step}: {error}")
+                log(f"WARNING: skipping checkpoint {step}: {error}")
         raise ValueError(f"{path}: holds no {'intact' if candidates else 'complete'} checkpoint")
     if not bf.exists(path):
         raise ValueError(f"{path}: there is no such file or directory")
@@ -283,13 +284,16 @@ def find(path: str, log=print) -> Checkpoint:
 
 
 def kind_of(path: str) -> str | None:
-    """What a file's name says it holds: "model", "opt", "state", an EMA rate, a `power_kind`, or None for another."""
+    """The kind of a checkpoint's file, by its name: "model", "opt", "state", an EMA rate, a `power_kind`; else None."""
     match = _MEMBER.fullmatch(bf.basename(path))
     return match and (match["rate"] or match["kind"].rstrip("_"))
 
 
 def state_beside(path: str) -> Checkpoint | None:
-    """The checkpoint that the weights file `path` belongs to, or None when no state file lies beside it."""
+    """The checkpoint that the weights file `path` belongs to, or None without a state file in the same folder.
+
+    :raises DamagedCheckpoint: as `read`.
+    """
     match = _MEMBER.fullmatch(bf.basename(path))
     if match is None or not bf.exists(bf.join(bf.dirname(path), member_name("state", int(match["step"])))):
         return None
@@ -319,10 +323,10 @@ def lone_weights(path: str) -> str | None:
 
 
 def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
-    """What `torch.save` wrote to `path`, on the CPU, without executing anything in it (see `parse_tensors`).
+    """The dictionary that `torch.save` wrote to `path`, on the CPU. Nothing in it is executed (see `parse_tensors`).
 
-    :param sha256: the expected checksum, compared when given.
-    :raises DamagedCheckpoint: the file is missing, damaged, or holds more than tensors.
+    :param sha256: the expected checksum, if known.
+    :raises DamagedCheckpoint: the file is missing or damaged, or holds more than tensors.
     """
     try:
         content = _read(path)
@@ -339,9 +343,9 @@ def load_tensors(path: str, sha256: str | None = None) -> dict[str, Any]:
 
 
 def load_weights(path: str, sha256: str | None = None) -> dict[str, th.Tensor]:
-    """As `load_tensors`, for what a model can compute with: finite floating-point numbers by name.
+    """The weights that `torch.save` wrote to `path`: finite floating-point tensors by name. See `load_tensors`.
 
-    :raises ValueError: something else is among them; the message names the file and the first such entry.
+    :raises ValueError: an entry is something else; the message names the file and the entry.
     """
     weights = load_tensors(path, sha256)
     for name, value in weights.items():
@@ -353,20 +357,21 @@ def load_weights(path: str, sha256: str | None = None) -> dict[str, th.Tensor]:
             )
             raise ValueError(f"{path}: {name!r} is of type {kind}; weights are floating-point numbers")
         if not th.isfinite(value).all():
-            raise ValueError(f"{path}: {name!r} has numbers that are not finite; take an earlier checkpoint")
+            raise ValueError(f"{path}: {name!r} has numbers that are not finite; use an earlier checkpoint")
     return weights
 
 
 def _state_checksum(state: dict[str, Any]) -> str:
-    """The checksum of a state file's content but for the checksum itself."""
+    """The checksum of a state file's content without the checksum itself."""
     return hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
 
 
 def _check_state(state: dict[str, Any], step: int) -> None:
-    """Raise some error unless `state`, fresh from a state file, is whole and of the right types.
+    """Check the checksum and the types of `state`, which was just read from a file, and remove the checksum.
 
-    The checksum is removed. Names of files are what the checkpoint of `step` would call them, so that nobody
-    reads or deletes another file on account of them.
+    The state may list only files of the checkpoint of `step`, so that no other file is read or deleted by it.
+
+    :raises ValueError, TypeError, KeyError, AttributeError, OverflowError: something is wrong.
     """
     recorded = state.pop("sha256", None)
     if state["format"] > FORMAT:
@@ -402,14 +407,14 @@ def _save_tensors(content: dict, writer: "_HashingWriter") -> None:
     try:
         th.save(content, writer)
     except RuntimeError:
-        # torch's writer, stopped in the middle, reports its own state instead of the reason.
+        # After a failed write, torch raises an error about its own writer instead of the reason.
         if writer.error is not None:
             raise writer.error from None
         raise
 
 
 class _HashingWriter:
-    """A file for writing that keeps the checksum of what passes through it, and its first error."""
+    """A file for writing that computes the checksum and size of what is written, and remembers its first error."""
 
     def __init__(self, file):
         self.file = file

@@ -1,8 +1,8 @@
-"""Notices that another process of a job is gone, even when its machine vanished without closing a connection.
+"""The heartbeat of a job with several processes, which detects that one of them has ended.
 
-Rank 0 holds a connection to every other process. Both ends send a byte every second, and whoever hears nothing
-for `PATIENCE` seconds gives the other one up. Collective operations cannot tell that by themselves: they may
-wait for hours while rank 0 reads images, and for ever for a machine without power.
+Rank 0 has a connection to every other process. Both ends send a byte every second. After `PATIENCE` seconds without
+a byte, the other process counts as lost, even if its machine lost power and never closed the connection. A timeout
+of the collective operations cannot do this: they must be able to wait for hours while rank 0 reads images.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-PATIENCE = 40  # beats of silence; with the one-second beat, everybody has stopped within a minute
+PATIENCE = 40  # beats without a byte; at one beat per second, all processes stop within a minute
 _TOKEN_BYTES = 16
 _RANK_BYTES = 4
 
@@ -23,14 +23,16 @@ class LostContact(ConnectionError):
 
 
 class Heartbeat(contextlib.AbstractContextManager):
-    """A thread that exchanges signs of life with `peers` until `stop`.
+    """A thread that exchanges bytes with other processes until `stop`.
 
-    While it is entered, as a context manager, this process waits for the others: if one of them is given up
-    then, the process ends with one line on stderr and exit code 1, because nothing else can interrupt the
-    wait. Otherwise what is under way, such as saving a checkpoint, is finished first.
+    This process enters the heartbeat, as a context manager, while it waits for the others. If one is lost during
+    that time, this process ends with one line on stderr and exit code 1, because nothing else can interrupt the
+    wait. If one is lost at another time, the next attempt to wait raises `LostContact`, so that work such as saving a
+    checkpoint is finished first.
 
-    :param peers: by a name for messages, connected sockets whose other ends are watched likewise.
+    :param peers: connected sockets to the heartbeats of other processes, by the names for messages.
     :param interval: seconds between two beats.
+    :param patience: beats without a byte after which a process counts as lost.
     """
 
     def __init__(self, peers: dict[str, socket.socket], interval: float = 1.0, patience: int = PATIENCE):
@@ -46,7 +48,7 @@ class Heartbeat(contextlib.AbstractContextManager):
         self._thread.start()
 
     def __enter__(self) -> "Heartbeat":
-        """Begin to wait for the others. :raises LostContact: one was given up already."""
+        """Start to wait for the others. :raises LostContact: one is lost already."""
         if self._lost is not None:
             raise LostContact(self._lost)
         self._waiting = True
@@ -56,14 +58,14 @@ class Heartbeat(contextlib.AbstractContextManager):
         self._waiting = False
 
     def stop(self) -> None:
-        """Close the connections. Call it when the others are about to do the same."""
+        """Close the connections. All processes call this at the end, so that none counts as lost."""
         self._stopped.set()
         self._thread.join()
         for peer in self._peers.values():
             peer.close()
 
     def _run(self) -> None:
-        # Counted in this process's own beats, so that a job that is suspended as a whole survives it.
+        # Silence is counted in beats, not in seconds, so that a job survives being suspended as a whole.
         silent = dict.fromkeys(self._peers, 0)
         while not self._stopped.wait(self._interval):
             for name, peer in self._peers.items():
@@ -76,7 +78,7 @@ class Heartbeat(contextlib.AbstractContextManager):
 
 
 def _exchange(peer: socket.socket) -> bool:
-    """Send a sign of life. :return: whether there was one from the other end."""
+    """Send a byte. :return: whether bytes have arrived from the other end."""
     try:
         peer.send(b".")
         return bool(peer.recv(4096))
@@ -85,7 +87,10 @@ def _exchange(peer: socket.socket) -> bool:
 
 
 class Listener:
-    """Rank 0's end before the connections exist: a port for the others, at `address` to be told to them."""
+    """A port of rank 0 for the connections of the others.
+
+    :ivar address: the port and a secret token, which the others need (see `connect`).
+    """
 
     def __init__(self):
         if socket.has_dualstack_ipv6():
@@ -96,7 +101,7 @@ class Listener:
         self.address = f"{self._server.getsockname()[1]} {self._token.hex()}"
 
     def accept(self, count: int, timeout: float) -> dict[str, socket.socket]:
-        """The connections of `count` processes, by name. :raises TimeoutError: they do not come in time."""
+        """Wait for `count` connections. :return: them by name. :raises TimeoutError: `timeout` seconds are over."""
         peers: dict[str, socket.socket] = {}
         deadline = time.monotonic() + timeout
         with self._server:
@@ -123,7 +128,12 @@ class Listener:
 
 
 def connect(host: str, address: str, rank: int, timeout: float) -> dict[str, socket.socket]:
-    """Another rank's connection to rank 0's `Listener` on `host`, by name. :raises OSError: there is none."""
+    """Connect to rank 0, from another rank.
+
+    :param host: the machine of rank 0. :param address: of its `Listener`. :param timeout: in seconds.
+    :return: the connection, by name.
+    :raises OSError: rank 0 cannot be reached.
+    """
     port, token = address.split()
     peer = socket.create_connection((host, int(port)), timeout=timeout)
     peer.sendall(bytes.fromhex(token) + rank.to_bytes(_RANK_BYTES, "big"))

@@ -1,4 +1,4 @@
-"""Signals as requests: what Ctrl-C, a batch system or a colleague asks of a running job, honoured in good order."""
+"""Signals that ask a running job to stop or to save, and how the job finishes its work first."""
 
 import contextlib
 import math
@@ -9,14 +9,16 @@ from collections.abc import Iterator
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """While entered, turns signals into attributes that a loop looks at when it can act on them.
+    """A context in which signals set attributes, which a loop checks between two steps.
 
-    SIGINT, SIGTERM and SIGHUP (the terminal was closed; not under ``nohup``) set `stop` to the signal's name; a
-    second SIGINT ends the process at once. SIGUSR1 sets `save`. Handlers are installed in the main thread only,
-    which is where Python delivers signals; elsewhere the attributes just stay unset.
+    SIGINT, SIGTERM and SIGHUP (the terminal was closed; ignored under ``nohup``) set `stop` to the name of the signal.
+    A second SIGINT ends the process at once. SIGUSR1 sets `save`. Python delivers signals to the main thread, so in
+    other threads nothing is ever set.
 
-    :param echo: seconds after a signal to stop within which another one is its echo: launchers pass on what
-        the terminal has sent to every process already.
+    :param echo: seconds after a signal to stop in which further ones are ignored. The terminal sends Ctrl-C to every
+        process of a job, and the launcher passes it on once more.
+    :ivar stop: the name of the signal that asked to stop, or None.
+    :ivar save: whether SIGUSR1 asked to save.
     """
 
     def __init__(self, echo: float = 0.0):
@@ -42,13 +44,13 @@ class Interrupts(contextlib.AbstractContextManager):
         self._previous.clear()
 
     def check(self) -> None:
-        """Between the steps of work that may be left out: raise `Stopped` if a signal has asked to stop."""
+        """Raise `Stopped` if a signal has asked to stop. For work that may be left out then."""
         if self.stop in signal.Signals.__members__:
             raise Stopped(signal.Signals[self.stop])
 
     @contextlib.contextmanager
     def abandoning(self) -> Iterator[None]:
-        """A block of Python code that may be left out: a signal to stop raises `Stopped` anywhere within it."""
+        """A block that may be left out: within it, a signal to stop raises `Stopped` at once."""
         self._abandons = True
         try:
             yield
@@ -63,7 +65,7 @@ class Interrupts(contextlib.AbstractContextManager):
             os._exit(130)
         self._stopped_at = now
         self.stop = signal.Signals(number).name
-        # The handler may have interrupted a print: Python's buffered files must not be entered again.
+        # Not `print`: the signal may have interrupted a print, and Python's buffered files are not reentrant.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.stop}: finishing this step and saving; Ctrl-C now exits at once\n".encode())
         if self._abandons:
@@ -74,9 +76,9 @@ class Interrupts(contextlib.AbstractContextManager):
 
 
 class Stoppable(contextlib.AbstractContextManager):
-    """A block of work that SIGINT, SIGTERM and SIGHUP end at once, and the program goes on after it.
+    """A block that SIGINT, SIGTERM and SIGHUP end at once. The program continues after the block.
 
-    :ivar exit_code: 0 or, when one of them came, 130, 143 or 129: what the program shall exit with.
+    :ivar exit_code: the exit code for the program: 0, or 130, 143 or 129 after one of these signals.
     """
 
     def __init__(self):
@@ -99,7 +101,7 @@ class Stoppable(contextlib.AbstractContextManager):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has asked to stop; not an error, which somebody might handle as such."""
+    """A signal has asked to stop. Not an `Exception`, so that no handler of errors catches it."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -111,13 +113,13 @@ def _raise_stopped(number: int, frame) -> None:
 
 
 def terminations() -> list[int]:
-    """The signals besides SIGINT that ask this process to end in good order, on this system."""
+    """The signals besides SIGINT that ask a process on this system to finish its work and end."""
     numbers = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     return numbers
 
 
 def exit_code(signal_name: str) -> int:
-    """What a program exits with that a signal has ended, by the convention of shells."""
+    """The exit code of a program that a signal has ended, by the convention of shells."""
     return 128 + signal.Signals[signal_name]

@@ -1,8 +1,8 @@
-"""Runs whose --log_dir is a URL: they work in a local folder, a mirror of the remote one.
+"""Runs in cloud storage. They work in a local folder, which is copied to the remote directory now and then.
 
-Tables grow line by line, and objects in a cloud do not. So everything there is fetched when a run starts, and
-whatever has changed is copied back after each checkpoint and at the end. Between two checkpoints the cloud is
-behind, and what an abrupt end leaves there is the last checkpoint, from which the run goes on.
+Cloud storage has no files that grow line by line, as tables do. So the remote files are downloaded when a run starts,
+and the changed ones are uploaded after each checkpoint and at the end. If the run ends abruptly, the remote directory
+holds the last checkpoint, from which it can be continued.
 """
 
 import contextlib
@@ -17,20 +17,18 @@ from improved_diffusion import logger
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import is_remote
 
-PICTURES = (
-    "samples"  # the folder, within that of a run, for what it draws on the way; the workbook shows them
-)
+PICTURES = "samples"  # the folder of a run for the pictures that it draws during training
 
 
 @contextlib.contextmanager
 def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The local folder in which the run `log_dir` works, and a function that brings `log_dir` up to date.
+    """The local folder in which the run `log_dir` works, and a function that uploads its changes to `log_dir`.
 
-    For a local `log_dir` this is itself, and the function does nothing. That function never fails: what cannot
-    be copied is reported and tried again the next time, at the latest when the block ends.
+    A local `log_dir` is itself the folder, and the function does nothing. The function raises no errors: what cannot
+    be uploaded is logged, and tried again by the next call and at the end of the block.
 
-    :raises OSError: `log_dir` cannot be read, or is not up to date in the end; the message then names the
-        folder, which is kept.
+    :raises OSError: `log_dir` cannot be read, or an upload failed at the end of the block. The message then names the
+        local folder, which is kept.
     """
     if not is_remote(log_dir):
         yield log_dir, lambda: None
@@ -50,25 +48,25 @@ def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
             mirror.publish()
         except Exception as error:
             raise OSError(
-                f"{log_dir}: could not be brought up to date ({error}); everything is in {folder}"
+                f"{log_dir}: could not be brought up to date ({error}); all files are in {folder}"
             ) from error
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Mirror:
-    """A local folder and the remote one that is to be the same; within them, only the folder `PICTURES` takes part.
+    """A local folder and its remote copy. Of the folders in it, only `PICTURES` is copied.
 
-    Files are known by their path in there, with "/" on every system.
+    Files are named by their path within the folder, with "/" on every system.
     """
 
     def __init__(self, folder: str, url: str):
         self.folder = folder
         self.url = url
-        # The size and the time of each file when it was copied.
+        # The size and modification time of each file when it was last copied.
         self.published: dict[str, tuple[int, int]] = {}
 
     def fetch(self) -> None:
-        """Copy everything from the remote folder, which need not exist."""
+        """Download all files of the remote folder, if it exists."""
         for part in ("", PICTURES):
             source, target = bf.join(self.url, part) if part else self.url, os.path.join(self.folder, part)
             if not bf.isdir(source):
@@ -80,10 +78,10 @@ class _Mirror:
         self.published = self._present()
 
     def publish(self) -> None:
-        """Make the remote folder like the local one.
+        """Make the remote folder equal to the local one.
 
-        A checkpoint's state file, which makes it complete, comes last of the new files and goes first of those
-        that are no more, so that there is a complete checkpoint all the time.
+        State files are uploaded last and deleted first, so that every remote state file belongs to a complete
+        checkpoint.
         """
         present = self._present()
         for name in sorted(present, key=_is_state):
@@ -95,13 +93,11 @@ class _Mirror:
             del self.published[name]
 
     def publish_or_warn(self) -> None:
-        """As `publish`, except that a failure is no reason to stop a run."""
+        """As `publish`, but log a failure instead of raising it."""
         try:
             self.publish()
         except Exception as error:
-            logger.log(
-                f"WARNING: {self.url} is not up to date ({error}); tried again after the next checkpoint"
-            )
+            logger.log(f"WARNING: {self.url} is not up to date ({error}); the next checkpoint tries again")
 
     def _present(self) -> dict[str, tuple[int, int]]:
         found = {}

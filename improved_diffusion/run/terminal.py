@@ -1,6 +1,6 @@
-"""A script and its terminal: Ctrl-C ends a start quietly, and no script ends because its terminal has.
+"""What scripts do about their terminal: Ctrl-C during the start, and output that cannot be written.
 
-Nothing here may import what takes long: scripts call `start` before their other imports.
+Scripts call `start` before their other imports, so this module imports nothing that takes long.
 """
 
 import contextlib
@@ -11,15 +11,16 @@ import sys
 
 
 def start() -> None:
-    """Make this process ready to be a script.
+    """Prepare this process. Call it once, at the start of a script.
 
-    Until `clean_up_on_ctrl_c`, Ctrl-C ends it at once, with exit code 130 and without a word. What cannot be
-    written to standard output or standard error, because the terminal is closed, the disk full or the program
-    behind a pipe has ended, is dropped from now on; the first time, a line on standard error says so.
+    Until `clean_up_on_ctrl_c`, Ctrl-C ends the process at once, with exit code 130 and without a message.
+
+    From now on, output that cannot be written is dropped, because the terminal is closed, the disk is full or the
+    program behind a pipe has ended. The first time, a line on standard error says so.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_quietly)
-    # A descriptor that was closed would be given to the next file that is opened, and errors be written there.
+    # The next file that is opened would get the number of a closed descriptor, and error messages would go into it.
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -39,13 +40,13 @@ def _exit_quietly(number: int, frame) -> None:
 
 
 def _outliving(stream: io.TextIOBase | None) -> io.TextIOBase:
-    """`stream`, a standard stream, with an end that never fails."""
+    """The standard stream `stream`, changed so that writing to it never fails."""
     if stream is None:
         return open(os.devnull, "w")
     buffer = getattr(stream, "buffer", None)
     unbuffered = isinstance(buffer, io.FileIO)  # python -u
     file = buffer if unbuffered else getattr(buffer, "raw", None)
-    if not isinstance(file, io.FileIO):  # a test or a notebook has put something in its place
+    if not isinstance(file, io.FileIO):  # replaced by a test or a notebook
         return stream
     outliving = _Outliving(file)
     return io.TextIOWrapper(
@@ -58,7 +59,7 @@ def _outliving(stream: io.TextIOBase | None) -> io.TextIOBase:
 
 
 class _Outliving(io.RawIOBase):
-    """A file for writing that drops what cannot be written, and says so once."""
+    """A file for writing that drops what cannot be written, and prints a line the first time."""
 
     def __init__(self, file: io.FileIO):
         self._file = file
@@ -80,7 +81,7 @@ class _Outliving(io.RawIOBase):
             if not self._has_failed:
                 self._has_failed = True
                 name = {1: "standard output", 2: "standard error"}.get(self.fileno(), "the output")
-                line = f"{os.path.basename(sys.argv[0])}: {name}: {error.strerror}; going on without it\n"
+                line = f"{os.path.basename(sys.argv[0])}: {name}: {error.strerror}; continuing without it\n"
                 with contextlib.suppress(OSError):
                     os.write(2, line.encode("utf-8", "replace"))
             return len(data)

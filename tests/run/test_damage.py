@@ -73,7 +73,7 @@ def test_every_damage_is_found_and_named(run, kind, harm, times):
         harm(path, rng)
         warnings = []
         assert checkpoint.find(str(run), log=warnings.append).step == 4
-        assert len(warnings) == 1 and "passing over checkpoint 6" in warnings[0] and str(path) in warnings[0]
+        assert len(warnings) == 1 and "skipping checkpoint 6" in warnings[0] and str(path) in warnings[0]
         with pytest.raises(DamagedCheckpoint, match=re.escape(str(path))):
             checkpoint.find(str(path))
         path.write_bytes(content)
@@ -91,7 +91,7 @@ def test_the_same_command_goes_on_from_the_newest_intact_one(run, undisturbed):
     cut(run / "model000004.pt", random.Random(0))
     done = run_training(run, *MORE)
     for name in ("opt000006.pt", "model000004.pt"):
-        assert re.search(rf"WARNING: passing over checkpoint \d: {re.escape(str(run / name))}: ", done.stdout)
+        assert re.search(rf"WARNING: skipping checkpoint \d: {re.escape(str(run / name))}: ", done.stdout)
     assert "resumed step 2 " in done.stdout
     assert_same_run(run, undisturbed, END)
     assert checkpoint.find(str(run / "model000006.pt")).step == 6  # which has been written anew
@@ -187,7 +187,7 @@ def test_absurd_state_is_damage(run, change):
     path = rewrite_state(run, change)
     warnings = []
     assert checkpoint.find(str(run), log=warnings.append).step == 4
-    assert len(warnings) == 1 and "passing over checkpoint 6" in warnings[0]
+    assert len(warnings) == 1 and "skipping checkpoint 6" in warnings[0]
     with pytest.raises(DamagedCheckpoint, match=re.escape(str(run))):
         checkpoint.find(str(path))
     # Rotating is not led astray either: nothing outside, and no file of somebody else, is deleted.

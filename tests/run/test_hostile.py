@@ -255,7 +255,7 @@ def test_a_checkpoint_that_would_unpack(tmp_path):
     content = zip_with(tensor_pickle(count, (count,), (1,)), zipfile.ZIP_DEFLATED, _0=bytes(4 * count))
     assert len(content) < count / 100
     (tmp_path / "w.pt").write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match=r"w\.pt: refused: it would unpack to more than its size"):
+    with pytest.raises(DamagedCheckpoint, match=r"w\.pt: refused: it would decompress to more than its size"):
         checkpoint.load_tensors(str(tmp_path / "w.pt"))
 
 

@@ -55,8 +55,8 @@ def train_in_a_shell(folder, redirection, unbuffered=""):
     return done.returncode, done.stderr
 
 
-PIPE = "image_train.py: standard output: Broken pipe; going on without it\n"
-FULL = "image_train.py: standard output: No space left on device; going on without it\n"
+PIPE = "image_train.py: standard output: Broken pipe; continuing without it\n"
+FULL = "image_train.py: standard output: No space left on device; continuing without it\n"
 
 
 @pytest.mark.parametrize(
