@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -117,6 +118,8 @@ def _main(
     argv: list[str], out: Path, err: Path, file_size_limit: int | None, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if file_size_limit is not None:

@@ -137,12 +137,14 @@ def test_nohup_is_respected():
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_stoppable_block_ends_at_once(name, code):
-    if name == "SIGINT":  # a shell starts what it runs in the background deaf to it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell starts what it runs in the background without SIGINT, nohup without SIGHUP.
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(getattr(signal, name), default)
     reached = []
     with Stoppable() as stoppable:
         os.kill(os.getpid(), getattr(signal, name))
         reached.append("the end")
+    signal.signal(getattr(signal, name), before)
     assert stoppable.exit_code == code and not reached
 
 
