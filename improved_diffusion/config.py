@@ -1,4 +1,4 @@
-"""Every flag of every script, declared once: name, type, default, range, help, and what a resumed run does with it."""
+"""Every flag of every script, declared once: name, type, default, range, help, and its role in a resumed run."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MOST_STEPS = 10**9
 
 
 def _problem(parse: Callable[[Any], object]) -> Callable[[Any], str | None]:
-    """A check that tells what `parse` raises."""
+    """A function that returns the message of the ValueError that `parse` raises for a value, or None."""
 
     def check(value: Any) -> str | None:
         try:
@@ -37,35 +37,36 @@ def _problem(parse: Callable[[Any], object]) -> Callable[[Any], str | None]:
 
 
 def ema_rates(text: str | float) -> list[str]:
-    """The rates in a comma-separated list, as they stand in file names.
+    """The rates in a comma-separated list, as texts for file names.
 
-    :raises ValueError: one is not a number in [0, 1); the message is the end of a sentence.
+    :raises ValueError: a rate is not a number in [0, 1), or stands there twice. The message is the end of a sentence.
     """
     rates = [part.strip() for part in str(text).split(",")]
     for rate in rates:
         try:
-            # Short and plain, because it becomes a part of file names.
+            # Few characters, because a rate is a part of file names.
             valid = re.fullmatch(r"[0-9.e-]{1,20}", rate) and 0 <= float(rate) < 1
         except ValueError:
             valid = False
         if not valid:
             raise ValueError("expected numbers from 0 to below 1, separated by commas")
     if len(set(rates)) != len(rates):
-        raise ValueError("a rate is named twice")
+        raise ValueError("a rate is given twice")
     return rates
 
 
 def power_lengths(text: str) -> list[str]:
-    """The lengths of power-function averages in a comma-separated list, as they stand in file names; none in "".
+    """The lengths of power-function averages in a comma-separated list, as texts for file names; none in "".
 
-    :raises ValueError: one is no number from `SHORTEST` to `LONGEST`; the message is the end of a sentence.
+    :raises ValueError: a length is not a number from `SHORTEST` to `LONGEST`, or stands there twice. The message is
+        the end of a sentence.
     """
     lengths = [part.strip() for part in text.split(",")] if text.strip() else []
     for length in lengths:
         if not (re.fullmatch(r"0\.[0-9]{1,8}", length) and SHORTEST <= float(length) <= LONGEST):
             raise ValueError(f"expected numbers from {SHORTEST} to {LONGEST}, separated by commas")
     if len({float(length) for length in lengths}) != len(lengths):
-        raise ValueError("a length is named twice")
+        raise ValueError("a length is given twice")
     return lengths
 
 
@@ -76,9 +77,9 @@ def _check_length(length: float) -> str | None:
 
 
 def interval(text: str) -> tuple[float, float] | None:
-    """The two numbers in "0.2,3"; None for an empty text.
+    """The two numbers in a text such as "0.2,3"; None for an empty text.
 
-    :raises ValueError: they are not two rising numbers from 0 on; the message is the end of a sentence.
+    :raises ValueError: they are not two increasing numbers from 0 on. The message is the end of a sentence.
     """
     if not text:
         return None
@@ -152,8 +153,8 @@ class ClassFlags(Flags):
     )
     class_dropout: float = flag(
         0.0,
-        "share of the training images whose class is withheld, so that image_sample.py --guidance_scale works; "
-        "0.1 is usual",
+        "share of the training images whose class is hidden from the model, which image_sample.py --guidance_scale "
+        "needs; usually 0.1",
         low=0,
         below=1,
         role=Role.ARCHITECTURE,
@@ -175,21 +176,21 @@ class UNetFlags(Flags):
     num_res_blocks: int = flag(2, "residual blocks per level", low=1, high=32, role=Role.ARCHITECTURE)
     patch_size: int = flag(
         1,
-        "side of the squares of pixels that the UNet sees as one position: 2 saves the cost of the level of full "
-        "resolution; --channel_mult and --attention_resolutions are then those of the smaller image",
+        "side of the squares of pixels that become the channels of one position of the UNet: 2 saves the cost of the "
+        "level of full resolution; --channel_mult and --attention_resolutions then refer to the smaller image",
         low=1,
         high=64,
         role=Role.ARCHITECTURE,
     )
     channel_mult: str = flag(
         "",
-        "comma-separated channel multipliers, one per level (1,2,2,2); chosen by image size where not given",
+        "comma-separated channel multipliers, one per level (1,2,2,2); if not given, chosen by the image size",
         role=Role.ARCHITECTURE,
     )
     attention_resolutions: str = flag(
         DEFAULT_ATTENTION,
-        "comma-separated resolutions, in pixels, at which there is attention; the default means all levels of at "
-        "most 16 pixels where the image size has no levels of 16 and 8",
+        "comma-separated resolutions with attention, in pixels; if the image size has no levels of 16 and 8 pixels, "
+        "the default means all levels of at most 16",
         role=Role.ARCHITECTURE,
     )
     num_heads: int = flag(4, "attention heads", low=1, high=1024, role=Role.ARCHITECTURE)
@@ -208,7 +209,7 @@ class UNetFlags(Flags):
     )
     ddpm_details: bool = flag(
         False,
-        "compute as the code of Ho et al. 2020 does in detail; convert_checkpoint.py sets it where needed",
+        "compute as the code of Ho et al. 2020 in all details; convert_checkpoint.py sets it for their models",
         role=Role.ARCHITECTURE,
     )
     use_checkpoint: bool = flag(
@@ -249,17 +250,21 @@ class ProcessFlags(Flags):
         role=Role.TRAINING,
     )
     sigma_std: float = flag(
-        1.2, "standard deviation of ln sigma, likewise", low=0.01, high=100, role=Role.TRAINING
+        1.2,
+        "standard deviation of ln sigma, for the same flags",
+        low=0.01,
+        high=100,
+        role=Role.TRAINING,
     )
     uniform_share: float = flag(
         0.1,
-        "share of uniform timesteps among the log-normal ones, likewise",
+        "share of the timesteps that are uniform instead of log-normal, for the same flags",
         low=0,
         high=1,
         role=Role.TRAINING,
     )
-    rescale_timesteps: bool = flag(True, "tell the model timesteps scaled to 0..1000", role=Role.PROCESS)
-    sigma_small: bool = flag(False, "draw with the smaller of the two fixed variances")
+    rescale_timesteps: bool = flag(True, "scale the timesteps to 0..1000 for the model", role=Role.PROCESS)
+    sigma_small: bool = flag(False, "sample with the smaller of the two fixed variances")
     use_kl: bool = flag(False, "train on the variational bound itself", role=Role.TRAINING)
     rescale_learned_sigmas: bool = flag(
         True,
@@ -270,22 +275,22 @@ class ProcessFlags(Flags):
 
 @dataclass(frozen=True)
 class DiffusionFlags(ProcessFlags):
-    """The diffusion process, and which of its steps are taken."""
+    """The diffusion process, and which of its timesteps are used."""
 
     TITLE: ClassVar[str] = "diffusion"
     timestep_respacing: str = flag(
-        "", 'use fewer steps: a number (250), numbers per section (10,15,20) or "ddim50"; all where not given'
+        "", 'use fewer steps: a number (250), numbers per section (10,15,20) or "ddim50"; all if not given'
     )
 
 
 @dataclass(frozen=True)
 class ModelFlags(ImageFlags, ClassFlags, UNetFlags):
-    """What `script_util.create_model` needs to know."""
+    """The arguments of `script_util.create_model`."""
 
 
 @dataclass(frozen=True)
 class SuperResModelFlags(SuperResSizes, ClassFlags, UNetFlags):
-    """What `script_util.sr_create_model` needs to know."""
+    """The arguments of `script_util.sr_create_model`."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +311,7 @@ MODEL_CLASSES = (ImageFlags, SuperResSizes, ClassFlags, UNetFlags, ProcessFlags,
 
 @dataclass(frozen=True)
 class ComputeFlags(Flags):
-    """What to compute with."""
+    """The precision and the cores for the computation."""
 
     TITLE: ClassVar[str] = "computing"
     precision: str = flag(
@@ -319,18 +324,18 @@ class ComputeFlags(Flags):
 
 @dataclass(frozen=True)
 class FirstFlags(Flags):
-    """What people set first."""
+    """The flags that people set first."""
 
     TITLE: ClassVar[str] = "what to set first"
     data_dir: str = flag(
         "",
-        "training images: a folder, an .npz file, or builtin (drawn shapes); where not given, CIFAR-10",
+        "training images: a folder, an .npz file, or builtin (drawn shapes); if not given, CIFAR-10",
         per_machine=True,
     )
     log_dir: str = flag(
         "",
-        "run directory, to which all output goes; where it holds a run already, that is continued; where not "
-        "given, $OPENAI_LOGDIR or a new directory runs/DATE",
+        "run directory for all output; if it holds a run, that run is continued; if not given, $OPENAI_LOGDIR or a "
+        "new directory runs/DATE",
         role=Role.SESSION,
     )
     init_from: str = flag(
@@ -353,7 +358,7 @@ class FirstFlags(Flags):
     lr: float = flag(1e-4, "learning rate of AdamW", low=0)
     seed: int = flag(
         0,
-        "for everything random: initial weights, order of the images, timesteps, noise, dropout",
+        "seed of everything random: initial weights, order of the images, timesteps, noise, dropout",
         low=-(2**63),
         high=2**63 - 1,
         role=Role.TRAINING,
@@ -369,10 +374,10 @@ class DataFlags(Flags):
         False, "mirror each training image left-right with probability 1/2", role=Role.TRAINING
     )
     cache_limit_gb: float = flag(
-        2.0, "keep data sets up to this size, decoded, in memory; read larger ones from disk", low=0
+        2.0, "keep data sets of up to this many GB in memory; read larger ones from the disk", low=0
     )
     data_workers: int = flag(
-        1, "processes that decode the images of a data set above that limit", low=0, high=256
+        1, "processes that decode the images of data sets above this limit", low=0, high=256
     )
 
 
@@ -395,15 +400,15 @@ class LearningFlags(Flags):
     )
     lr_decay_share: float = flag(
         1.0,
-        "last share of the run over which it falls, with --lr_decay; 1: from the end of the warm-up on",
+        "share of the run, at its end, over which --lr_decay lowers the learning rate; 1: from the end of the warm-up",
         low=0,
         high=1,
         check=lambda share: None if share else "must be above 0",
     )
     ema_lengths: str = flag(
         "",
-        "comma-separated lengths, relative to the run so far, of power-function averages that are kept as well, such "
-        "as 0.05,0.1; afterwards --ema_length of image_sample.py and publish_model.py makes one of any length of them",
+        "comma-separated lengths, relative to the run so far, of power-function averages to keep in addition, such as "
+        "0.05,0.1; from them, --ema_length of image_sample.py and publish_model.py makes an average of any length",
         check=_problem(power_lengths),
     )
     weight_decay: float = flag(0.0, "decoupled weight decay of AdamW", low=0)
@@ -421,27 +426,26 @@ class LearningFlags(Flags):
 
 @dataclass(frozen=True)
 class RunFlags(Flags):
-    """What is written when, and when to stop."""
+    """When to write what, and when to stop."""
 
     TITLE: ClassVar[str] = "saving and stopping"
     log_interval: int = flag(10, "steps per row of progress.csv", low=1, high=MOST_STEPS)
     save_interval: int = flag(1000, "steps between checkpoints", low=1, high=MOST_STEPS)
     sample_interval: int = flag(
         1000,
-        "steps between pictures that show the progress, in samples/ and in the workbook; the last step always has one; "
-        "0: none",
+        "steps between pictures of the progress, in samples/ and the workbook; the last step always has one; 0: none",
         low=0,
         high=MOST_STEPS,
     )
     heldout_dir: str = flag(
         "",
-        "other images, whose loss is measured at every checkpoint: a folder, an .npz file, or none; where not given, "
-        "CIFAR-10's test images if the model is trained on CIFAR-10",
+        "images that are not trained on, whose loss is measured at every checkpoint: a folder, an .npz file, or none; "
+        "if not given, CIFAR-10's test images in a training on CIFAR-10",
         per_machine=True,
     )
     heldout_share: float = flag(
         0.0,
-        "instead, withhold this share of the training images for that, such as 0.02",
+        "instead of --heldout_dir, withhold this share of the training images, such as 0.02",
         low=0,
         high=0.5,
         role=Role.TRAINING,
@@ -454,14 +458,14 @@ class RunFlags(Flags):
     )
     keep_every: int = flag(
         0,
-        "with --keep_last, also keep the checkpoints whose step this divides; 0: none",
+        "with --keep_last, also keep the checkpoints whose step is a multiple of this; 0: none",
         low=0,
         high=MOST_STEPS,
     )
     hours: float = flag(
         0.0,
-        "train for this many hours, all sessions together: after a minute, the speed so far decides --total_steps, at "
-        "which --lr_decay ends; 0: for --total_steps",
+        "train for this many hours, all sessions together: after a minute, --total_steps is set by the speed so far; "
+        "0: train for --total_steps",
         low=0,
         high=100_000,
     )
@@ -473,7 +477,7 @@ class RunFlags(Flags):
     )
     allow_changed_flags: bool = flag(
         False,
-        "resume although flags that change the result differ from the checkpoint's",
+        "resume even if flags that change the result differ from the checkpoint's",
         role=Role.SESSION,
     )
     tensorboard: bool = flag(False, "also write TensorBoard event files")
@@ -484,9 +488,9 @@ class HalfPrecisionFlags(Flags):
     """The 16 bits of improved-diffusion."""
 
     TITLE: ClassVar[str] = "flags of improved-diffusion"
-    use_fp16: bool = flag(False, "16 bits; on a CPU that means --precision bf16")
+    use_fp16: bool = flag(False, "compute in 16 bits; on a CPU this means --precision bf16")
     fp16_scale_growth: float = flag(
-        1e-3, "accepted with --use_fp16; bfloat16 needs no scaling of the loss", low=0
+        1e-3, "without effect, because bfloat16 needs no scaling of the loss", low=0
     )
 
 
@@ -501,7 +505,7 @@ class TrainingFlags(
     DiffusionFlags,
     HalfPrecisionFlags,
 ):
-    """What both training scripts have in common, but for what people set first."""
+    """The flags that both training scripts have, without `FirstFlags`."""
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
@@ -534,15 +538,15 @@ class TrainingFlags(
 
 
 def check_classes(config: ClassFlags) -> None:
-    """:raises ValueError: classes are to be withheld from a model that is told none."""
+    """:raises ValueError: --class_dropout is given for a model without classes."""
     if config.class_dropout and not config.class_cond:
         raise ValueError(f"--class_dropout {config.class_dropout}: needs --class_cond True")
 
 
 def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The channel multipliers of all levels, and the downsampling factors at which there is attention.
+    """The channel multipliers of all levels, and the downsampling factors of the levels with attention.
 
-    :param config: with the sizes of its images.
+    :param config: also has the `output_size` of `ImageFlags` or `SuperResSizes`.
     :raises ValueError: they do not fit the size; the message names the flag.
     """
     size = config.output_size
@@ -565,7 +569,7 @@ class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
     TITLE: ClassVar[str] = "what to set first"
     recipe: str = flag(
         "",
-        "set the flags that are not given to what was found to learn best in hours on a CPU: cifar10, or small for "
+        "settings that learned best within hours on a CPU, for all flags that are not given: cifar10, or small for "
         f"other images of 32 to 64 pixels; {explain()}",
         choices=("", *RECIPES),
         role=Role.TRAINING,
@@ -593,8 +597,8 @@ class SuperResTrainConfig(FirstFlags, SuperResSizes, TrainingFlags):
 # -- using a model --------------------------------------------------------------------------------------------
 
 MODEL_PATH = (
-    "the model: a run directory, of which the newest moving average of the weights is taken, or a .pt file; "
-    "where not given, the model that comes with the code"
+    "the model: a run directory, for its newest moving average of the weights, or a .pt file; if not given, the model "
+    "that comes with the code"
 )
 SEED_RANGE = {"low": -(2**63), "high": 2**63 - 1}
 
@@ -609,61 +613,59 @@ class DrawingFlags(Flags):
     num_samples: int = flag(64, "number of images to draw", low=1, high=MOST_IMAGES)
     ema_length: float = flag(
         0.0,
-        "draw with a power-function average of this length relative to the run, from 0.01 to 0.28, made of all "
-        "checkpoints of a run with --ema_lengths; 0: with the average of --ema_rate",
+        "draw with the power-function average of this length, relative to the run, from 0.01 to 0.28; it is made from "
+        "all checkpoints of a run with --ema_lengths; 0: draw with the average of --ema_rate",
         check=_check_length,
     )
     batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
     log_dir: str = flag(
-        "", "directory for the images; where not given, $OPENAI_LOGDIR or a new directory samples/DATE"
+        "", "directory for the images; if not given, $OPENAI_LOGDIR or a new directory samples/DATE"
     )
-    seed: int = flag(0, "of the noise that the images begin as: the same seed, the same images", **SEED_RANGE)
+    seed: int = flag(0, "seed of the initial noise; the same seed gives the same images", **SEED_RANGE)
     class_label: str = flag(
-        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+        "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )
     save_png: bool = flag(False, "also write every image as a PNG file of its own")
-    save_trajectory: bool = flag(
-        False, "also write an animated picture, trajectory.webp, of the way from noise to image"
-    )
+    save_trajectory: bool = flag(False, "also write trajectory.webp, an animation from noise to image")
 
 
 @dataclass(frozen=True)
 class GuidanceFlags(Flags):
-    """What only plain models can do."""
+    """Flags for plain models, not for super-resolution."""
 
     TITLE: ClassVar[str] = "drawing"
     guidance_scale: float = flag(
         1.0,
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
-        "--class_dropout; 1: as trained; where not given, what the model was published with",
+        "--class_dropout; 1: as trained; if not given, the value that the model was published with",
     )
     guidance_interval: str = flag(
         "",
-        "guide only where the noise sigma, relative to the image, lies between two numbers, such as 0.2,3; elsewhere "
-        "a step costs half; everywhere where not given",
+        "guide only where the noise sigma, relative to the image, is between two numbers, such as 0.2,3; the other "
+        "steps cost half; if not given, guide everywhere",
         check=_problem(interval),
     )
     autoguidance_path: str = flag(
         "",
-        "a worse model to be guided away from (autoguidance, Karras et al. 2024), such as an early checkpoint",
+        "guide away from this worse model, such as an early checkpoint (autoguidance, Karras et al. 2024)",
         per_machine=True,
     )
-    autoguidance_scale: float = flag(2.0, "how far from it: 1 not at all")
+    autoguidance_scale: float = flag(2.0, "strength of the autoguidance; 1: none")
     interpolate: bool = flag(
         False,
-        "draw --num_samples (10 where not given) images that lead from image 0 to image 1 of the seed, in a row; "
-        "a row for each class of --class_label (at most 10)",
+        "draw a row of --num_samples images (10 if not given) that lead from image 0 to image 1 of the seed; a row for "
+        "each class of --class_label (at most 10)",
     )
 
 
 @dataclass(frozen=True)
 class SamplerFlags(Flags):
-    """The way from noise to image."""
+    """The sampler and its steps."""
 
     TITLE: ClassVar[str] = "sampler"
     sampler: str = flag(
         "ddim",
-        "how to get from noise to image; ddpm takes all timesteps unless --sample_steps is given",
+        "sampling method; ddpm uses all timesteps unless --sample_steps is given",
         choices=SAMPLERS,
     )
     sample_steps: int = flag(
@@ -671,20 +673,20 @@ class SamplerFlags(Flags):
     )
     timestep_spacing: str = flag(
         "quadratic",
-        "how the steps are spread; where --sampler, --use_ddim or --eta is given, as suits it (docs/sampling.md)",
+        "how the steps are spread; if --sampler, --use_ddim or --eta is given, the best for it (docs/sampling.md)",
         choices=SPACINGS,
     )
     eta: float = flag(
         1.0,
-        "with --sampler ddim or sde_dpmpp_2m, how random it is: 0 not at all, 1 like ddpm; where --sampler or "
-        "--use_ddim is given, 0, and 1 for sde_dpmpp_2m",
+        "randomness of --sampler ddim and sde_dpmpp_2m, from 0 (none) to 1 (as ddpm); if --sampler or --use_ddim is "
+        "given, the default is 0, and 1 for sde_dpmpp_2m",
         low=0,
         high=1,
     )
     clip_denoised: bool = flag(True, "clip the predicted clean image to [-1, 1] in every step")
     use_ddim: bool = flag(
         False,
-        "as in improved-diffusion: ddim, or with False ddpm, at all timesteps or those of --timestep_respacing",
+        "as in improved-diffusion: ddim (True) or ddpm (False), at all timesteps or those of --timestep_respacing",
     )
     timestep_respacing: str = flag(
         "",
@@ -726,16 +728,16 @@ class SuperResSampleConfig(
     )
     data_dir: str = flag(
         "",
-        "instead, large images, which are shrunk first: a folder, an .npz file or builtin",
+        "instead of --base_samples, large images, which are shrunk first: a folder, an .npz file or builtin",
         per_machine=True,
     )
     model_path: str = flag(
         "",
-        "the model: a run directory, of which the newest moving average of the weights is taken, or a .pt file",
+        "the model: a run directory, for its newest moving average of the weights, or a .pt file",
         per_machine=True,
     )
     num_samples: int = flag(
-        64, "number of images to enlarge, at most as many as there are", low=1, high=MOST_IMAGES
+        64, "number of images to enlarge; if there are fewer, all", low=1, high=MOST_IMAGES
     )
 
     def check(self, given: set[str]) -> None:
@@ -760,18 +762,18 @@ class NllConfig(ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags)
     )
     model_path: str = flag("", MODEL_PATH, per_machine=True)
     num_samples: int = flag(
-        1000, "number of images to measure, at most as many as there are", low=1, high=MOST_IMAGES
+        1000, "number of images to measure; if there are fewer, all", low=1, high=MOST_IMAGES
     )
     batch_size: int = flag(16, "images measured at a time; less takes less memory", low=1, high=MOST_IMAGES)
     log_dir: str = flag(
-        "", "directory for the results; where not given, $OPENAI_LOGDIR or a new directory nll/DATE"
+        "", "directory for the results; if not given, $OPENAI_LOGDIR or a new directory nll/DATE"
     )
-    seed: int = flag(0, "of the noise that is added to the images", **SEED_RANGE)
+    seed: int = flag(0, "seed of the noise that is added to the images", **SEED_RANGE)
     timestep_respacing: str = flag(
         "", "measure at fewer timesteps: a number (250) or numbers per section (10,15,20)"
     )
     clip_denoised: bool = flag(True, "clip the predicted clean image to [-1, 1]")
-    # What is compared with the numbers of others should not depend on the processor.
+    # Not auto: the result, which is compared with those of others, should not depend on the processor.
     precision: str = flag(
         "fp32", "number format: 32 or 16 bits, or auto for the faster one", choices=PRECISIONS
     )
@@ -784,7 +786,7 @@ class NllConfig(ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags)
 
 @dataclass(frozen=True)
 class ReferenceFlags(Flags):
-    """What images are compared with, and how."""
+    """The images to compare with, and the features for the comparison."""
 
     TITLE: ClassVar[str] = "evaluation"
     reference: str = flag(
@@ -792,11 +794,11 @@ class ReferenceFlags(Flags):
     )
     features: str = flag(
         "inception",
-        "what the images are compared by: inception, as in papers; pixel: their colours, without a network; or a "
+        "features by which images are compared: inception, as in papers; pixel: the colours, without a network; or a "
         "TorchScript file, which must come from somebody you trust",
     )
     inception_weights: str = flag(
-        "", "where you have inception-2015-12-05.pt; where not given, it is downloaded once (96 MB)"
+        "", "path of inception-2015-12-05.pt; if not given, it is downloaded once (96 MB)"
     )
 
     def check(self, given: set[str]) -> None:
@@ -817,11 +819,11 @@ class EvalConfig(ReferenceFlags):
     )
     classifier: str = flag(
         "",
-        "file of train_classifier.py: also measure what share of the samples is of the class that was asked for "
+        "file of train_classifier.py: also measure the share of the samples that are of the requested class "
         "(class_accuracy)",
     )
     batch_size: int = flag(4, "images measured at a time", low=1, high=MOST_IMAGES)
-    output: str = flag("", "JSON file to write; where not given, evaluation.json beside the samples")
+    output: str = flag("", "JSON file to write; if not given, evaluation.json beside the samples")
     run_dir: str = flag("", "also add the result to this run's directory and workbook")
 
     def check(self, given: set[str]) -> None:
@@ -837,12 +839,14 @@ class ClassifierConfig(ComputeFlags):
 
     TITLE: ClassVar[str] = "classifier"
     data_dir: str = flag("", "training images with classes: a folder, an .npz file or builtin")
-    test_dir: str = flag("", "images to test it on; where not given, it is not tested")
+    test_dir: str = flag("", "images to test the classifier on; if not given, it is not tested")
     output: str = flag("classifier.pt", "file to write")
     image_size: int = flag(32, "side in pixels of the images", low=16, high=1024)
-    epochs: float = flag(12.0, "how often it sees every image", low=0.01, high=1000)
+    epochs: float = flag(12.0, "how often every image is used", low=0.01, high=1000)
     batch_size: int = flag(512, "images per training step", low=1, high=MOST_IMAGES)
-    seed: int = flag(0, "of the initial weights, the order of the images and their changes", **SEED_RANGE)
+    seed: int = flag(
+        0, "seed of the initial weights, the order of the images and their augmentation", **SEED_RANGE
+    )
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
@@ -859,8 +863,8 @@ class ComparingConfig(ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNet
     model_path: str = flag("", MODEL_PATH, per_machine=True)
     samplers: str = flag(
         "ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
-        "comma-separated samplers to compare; unipc:karras is unipc with that --timestep_spacing, ddim:uniform:1 "
-        "ddim with that --eta",
+        "comma-separated samplers to compare; unipc:karras means unipc with --timestep_spacing karras, ddim:uniform:1 "
+        "also sets --eta 1",
     )
     steps: str = flag("5,10,20,50", "comma-separated numbers of steps")
     seeds: str = flag(
@@ -876,15 +880,15 @@ class ComparingConfig(ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNet
     )
     batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
     timestep_spacing: str = flag(
-        "", "one spacing for all samplers; where not given, the one that suits each", choices=("", *SPACINGS)
+        "", "one spacing for all samplers; if not given, the best for each", choices=("", *SPACINGS)
     )
-    baseline: bool = flag(True, "compare with ddpm at all timesteps too, which takes most of the time")
+    baseline: bool = flag(True, "also compare with ddpm at all timesteps, which takes most of the time")
     class_label: str = flag(
-        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+        "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )
     log_dir: str = flag(
         "",
-        "directory for images and tables; with one of an interrupted comparison, that goes on; where not given, "
+        "directory for images and tables; the directory of an interrupted comparison continues it; if not given, "
         "$OPENAI_LOGDIR or a new directory samples/DATE",
     )
 
@@ -900,7 +904,7 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
     )
     seed: int = flag(0, "of the noise", **SEED_RANGE)
     class_label: str = flag(
-        "", "comma-separated names or numbers of the classes to draw; all classes in turn where not given"
+        "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )
     guidance_scale: float = flag(
         1.0, "strengthen the influence of the class in runs with --class_dropout; 1: as trained"
@@ -908,7 +912,7 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
     batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
     log_dir: str = flag(
         "",
-        "directory for workbook and picture; where not given, $OPENAI_LOGDIR or a new directory samples/DATE",
+        "directory for workbook and picture; if not given, $OPENAI_LOGDIR or a new directory samples/DATE",
     )
 
 
@@ -922,10 +926,10 @@ class BenchmarkConfig(ComputeFlags, ImageFlags, UNetFlags):
     TITLE: ClassVar[str] = "measurement"
     only: str = flag(
         "memory,peaks,training,command,parts,sampling,busy",
-        "comma-separated: what to measure; there are also ablation (what each optimisation gains) and cost (how "
-        "time and memory grow with the configuration), of ten minutes each",
+        "comma-separated list of what to measure; there are also ablation (the gain by each optimisation) and cost "
+        "(time and memory of other configurations), which take ten minutes each",
     )
-    rounds: int = flag(15, "how often everything is measured, in turns", low=1, high=MOST_STEPS)
+    rounds: int = flag(15, "how often each measurement is repeated; they alternate", low=1, high=MOST_STEPS)
     json: str = flag("", "also write all results to this file")
     data_dir: str = flag("builtin", "training images: a folder, an .npz file or builtin")
     batch_size: int = flag(8, "images per training step", low=1, high=MOST_IMAGES)
@@ -949,7 +953,7 @@ class ConvertConfig(ImageFlags, ClassFlags, UNetFlags, ProcessFlags):
     from_diffusers: str = flag(
         "", "folder of a model that diffusers has saved; it becomes a run in --log_dir"
     )
-    log_dir: str = flag("", "with --from_diffusers, a new run directory; where not given, runs/DATE")
+    log_dir: str = flag("", "with --from_diffusers, a new run directory; if not given, runs/DATE")
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
@@ -972,17 +976,17 @@ class PublishConfig(Flags):
     TITLE: ClassVar[str] = "publishing"
     model_path: str = flag("", "directory of the run whose model is to be published")
     log_dir: str = flag("", "new folder for the copy")
-    ema_rate: str = flag("", "which moving average to publish; the one of the largest rate where not given")
+    ema_rate: str = flag("", "rate of the moving average to publish; if not given, the largest")
     ema_length: float = flag(
         0.0,
-        "publish a power-function average of this length relative to the run instead, made of all checkpoints of a run "
-        "with --ema_lengths",
+        "instead, publish the power-function average of this length, relative to the run; it is made from all "
+        "checkpoints of a run with --ema_lengths",
         check=_check_length,
     )
-    guidance_scale: float = flag(1.0, "what image_sample.py takes for this model where it is not given")
+    guidance_scale: float = flag(1.0, "default --guidance_scale of image_sample.py for the published model")
     guidance_interval: str = flag(
         "",
-        "the interval of noise to which that is limited; everywhere where not given",
+        "default --guidance_interval for the published model; if not given, guidance everywhere",
         check=_problem(interval),
     )
 

@@ -1,4 +1,4 @@
-"""Flags declared as fields of frozen dataclasses: from one declaration come the parser, --help, checks and defaults."""
+"""Flags, declared as fields of frozen dataclasses. The parser, --help, the checks and defaults come from them."""
 
 import argparse
 import contextlib
@@ -19,18 +19,20 @@ import improved_diffusion
 
 
 class Role(enum.Enum):
-    """What becomes of a flag when a run is resumed or its model is used."""
+    """Where the value of a flag comes from when a run is resumed or its model is used."""
 
-    ARCHITECTURE = "defines the weights: always the checkpoint's"
-    PROCESS = "defines what the model has learned: the checkpoint's, unless --allow_changed_flags is given"
-    TRAINING = "defines the training: as PROCESS, but of no interest once the model is trained"
-    FREE = "taken from the checkpoint where it is not given"
-    SESSION = "never taken from the checkpoint"
+    ARCHITECTURE = "from the checkpoint, because the weights depend on it"
+    PROCESS = (
+        "from the checkpoint, unless --allow_changed_flags is given, because what was learned depends on it"
+    )
+    TRAINING = "as PROCESS in a resumed run; ignored when the model is used"
+    FREE = "from the command, or else from the checkpoint"
+    SESSION = "from the command only"
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is known of a flag besides its name, type and default; see `flag`."""
+    """The declaration of a flag, without its name, type and default; see `flag`."""
 
     help: str
     low: float | None = None
@@ -42,7 +44,7 @@ class Declaration:
     per_machine: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`, as the end of a sentence; None: nothing."""
+        """What is wrong with `value`, as the end of a sentence; None if it is valid."""
         if self.choices and value not in self.choices:
             near = difflib.get_close_matches(str(value), self.choices, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -59,12 +61,12 @@ class Declaration:
 
 
 def flag(default: Any, help: str, **declaration: Any) -> Any:
-    """A field of a subclass of `Flags`, its name being that of the flag and its type bool, int, float or str.
+    """Declare a flag, as a field of a subclass of `Flags`. Its type is bool, int, float or str.
 
-    :param help: what it is for; --help adds choices and default.
-    :param declaration: low, high, below: the range of a number, the last one excluded. choices: of a text. check:
-        a function of the value that returns what is wrong with it, or None. role: a `Role`. per_machine: several
-        processes of one job may have different values.
+    :param help: the text for --help, which adds choices and default.
+    :param declaration: the other fields of `Declaration`. low, high, below: the range of a number; `below` itself is
+        excluded. choices: of a text. check: a function that returns what is wrong with a value, or None. role: a
+        `Role`. per_machine: whether the processes of one job may have different values.
     """
     return field(default=default, metadata={"flag": Declaration(help, **declaration)})
 
@@ -76,9 +78,9 @@ F = TypeVar("F", bound="Flags")
 class Flags:
     """The values of a command's flags. Subclasses declare fields with `flag`, or combine other subclasses.
 
-    :cvar TITLE: under which --help lists the flags that a class declares itself.
-    :cvar FROM_CHECKPOINT: the classes whose flags a command reads from a checkpoint; --help only names them.
-    :raises ValueError: a value is out of its range; the message names the flag.
+    :cvar TITLE: the title in --help for the flags that the class declares itself.
+    :cvar FROM_CHECKPOINT: the classes whose flags the command reads from a checkpoint; --help only lists their names.
+    :raises ValueError: a value is not allowed; the message names the flag.
     """
 
     TITLE: ClassVar[str] = ""
@@ -91,22 +93,23 @@ class Flags:
                 raise ValueError(f"--{name} {str(value)[:80]}: {problem}")
 
     def completed(self: F, given: set[str]) -> F:
-        """With what some flags decide about others that were not `given`."""
+        """A copy in which the flags that were not `given` have the values that other flags set."""
         return self
 
     def check(self, given: set[str]) -> None:
-        """Check flags against each other. :raises ValueError: two contradict each other; the message names them.
+        """Check combinations of flags.
 
         :param given: the names of the flags that the user gave.
+        :raises ValueError: two flags contradict each other, or one is missing; the message names them.
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """All values by name, as `args.json` has them."""
+        """All values by name, as for `args.json`."""
         return {name: getattr(self, name) for name in declared(type(self))}
 
 
 def _own(cls: type[Flags]) -> Iterator[tuple[type[Flags], dataclasses.Field]]:
-    """The fields of `cls`, each with the class that declares it, in the order in which the bases are listed."""
+    """The fields of `cls`, each with the class that declares it, in the order of the base classes."""
     present = {item.name: item for item in fields(cls)}
     for base in cls.__mro__:
         for name in inspect.get_annotations(base):
@@ -115,7 +118,7 @@ def _own(cls: type[Flags]) -> Iterator[tuple[type[Flags], dataclasses.Field]]:
 
 
 def declared(cls: type[Flags]) -> dict[str, Declaration]:
-    """What `cls` declares of each flag, by name, in the order of --help."""
+    """The declarations of the flags of `cls`, by name, in the order of --help."""
     return {item.name: item.metadata["flag"] for _, item in _own(cls)}
 
 
@@ -130,13 +133,13 @@ def names_of(cls: type[Flags], *roles: Role) -> list[str]:
 
 
 def pick(cls: type[F], values: dict[str, Any]) -> F:
-    """An instance of `cls` from those of `values` that are its flags; the rest have their defaults."""
+    """An instance of `cls` with those of `values` that are its flags. The other flags have their defaults."""
     known = declared(cls)
     return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def with_defaults(config: F, given: set[str], others: dict[str, Any]) -> F:
-    """`config` with the values of `others` for the flags that were not `given`; unknown names are ignored."""
+    """A copy of `config` with the values of `others` for flags that were not `given`. Unknown names are ignored."""
     changes = {name: value for name, value in others.items() if name not in given}
     return replace(config, **{name: changes[name] for name in declared(type(config)) if name in changes})
 
@@ -156,7 +159,7 @@ def named(error: Exception, flags: dict[str, str]) -> ValueError:
 
 @contextlib.contextmanager
 def errors_about(flag_name: str) -> Iterator[None]:
-    """A block in which the message of every ValueError begins with the flag's value: put the flag before it."""
+    """A block whose ValueErrors have messages that begin with the flag's value. The flag's name is put before them."""
     try:
         yield
     except ValueError as error:
@@ -174,20 +177,20 @@ _METAVARS = {bool: "True|False", int: "N", float: "X", str: "TEXT"}
 class Parser(argparse.ArgumentParser):
     """The command line of a script.
 
-    It knows which flags were given, says in one line what is wrong, and reads flags from files (`@args.txt`).
+    Errors are one line. `@args.txt` reads flags from a file.
 
-    :param config: the flags.
-    :param description: what the script does.
-    :param examples: commands that --help ends with.
-    :param operand: what the words are that are no flags, such as "RUN"; where it is empty, they are errors.
-    :ivar operands: those words, once `parse_flags` was called.
+    :param config: the class of the flags.
+    :param description: what the script does, for --help.
+    :param examples: commands, for the end of --help.
+    :param operand: a name such as "RUN" for words that are not flags; if empty, such words are errors.
+    :ivar operands: these words, after `parse_flags`.
     """
 
     def __init__(
         self, config: type[Flags], description: str, examples: Sequence[str] = (), operand: str = ""
     ):
         lines = "".join(f"\n  {line}" for line in examples)
-        more = "@FILE stands for the flags in a text file, such as @args.txt."
+        more = "@FILE reads flags from a text file, such as @args.txt."
         super().__init__(
             usage=f"%(prog)s {f'{operand} ... ' if operand else ''}[--FLAG VALUE ...] [@FILE ...]",
             description=description,
@@ -226,9 +229,9 @@ class Parser(argparse.ArgumentParser):
             groups[title].add_argument(f"--{item.name}", metavar=metavar, help=text)
 
     def parse_flags(self, argv: list[str] | None = None) -> tuple[Any, set[str]]:
-        """Parse and check `argv`, by default the command line; what is wrong with it ends the process.
+        """Parse and check `argv`, by default the command line. An error ends the process with exit code 2.
 
-        :return: the flags, an instance of `config`, and the names of those that were given.
+        :return: the flags, an instance of `config`, and the names of the flags that were given.
         """
         values, unknown = self.parse_known_args(argv)
         self.operands = vars(values).pop("operands", [])
@@ -250,12 +253,12 @@ class Parser(argparse.ArgumentParser):
             return f"unexpected {text!r}: flags are written --NAME VALUE"
         name = text[2:].split("=")[0]
         near = difflib.get_close_matches(name, self._types, 1)
-        # What is missing at the end is not near in letters, but what is meant all the same.
+        # A long name that was cut short is not a close match, but meant all the same.
         near = near or [known for known in self._types if name and known.startswith(name)]
         return f"--{name}: there is no such flag" + (f"; did you mean --{near[0]}?" if near else "")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """The flags in a line of a file: any number of them, and comments."""
+        """Split a line of a file into any number of flags, without its comment."""
         try:
             return shlex.split(line, comments=True, posix=os.name != "nt")
         except ValueError as error:
@@ -267,7 +270,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps the description, but not the examples."""
+    """Wraps the lines of the description, but not the examples."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28)
@@ -297,7 +300,7 @@ def _convert(name: str, kind: type, text: str) -> Any:
 
 
 def str2bool(text: str | bool) -> bool:
-    """A truth value as people write it. :raises argparse.ArgumentTypeError: it is not one."""
+    """A Boolean from a text such as "true", "yes" or "0". :raises argparse.ArgumentTypeError: it is none."""
     if isinstance(text, bool):
         return text
     if text.lower() in ("yes", "true", "t", "y", "1", "on"):
@@ -308,5 +311,5 @@ def str2bool(text: str | bool) -> bool:
 
 
 def one_line(message: str) -> str:
-    """`message` without line ends and what else a terminal might act upon; file names can hold anything."""
+    """`message` without line ends and other control characters, which file names may contain."""
     return re.sub(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]\s*", " ", message)
