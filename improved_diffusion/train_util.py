@@ -4,7 +4,6 @@ import datetime
 import math
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import blobfile as bf
 import torch as th
-from tqdm import tqdm
 
 from improved_diffusion import dist_util, logger, seeding
 from improved_diffusion.config import ema_rates
@@ -23,42 +21,41 @@ from improved_diffusion.cpu.machine import release_memory
 from improved_diffusion.cpu.optimizer import Optimizer
 from improved_diffusion.cpu.workers import Workers
 from improved_diffusion.evaluation.heldout import columns as heldout_columns
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelVarType
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.learning_rate import check_lr_schedule, learning_rate
-from improved_diffusion.logger import CsvTable
 from improved_diffusion.nn import Dropout, dropout_seeds
-from improved_diffusion.progress import SECONDS_PER_LINE
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.results.export import export
 from improved_diffusion.run import averages, checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint, member_name, power_kind
+from improved_diffusion.run.checkpoint_table import CheckpointTable
 from improved_diffusion.run.interrupts import Interrupts, Stopped
+from improved_diffusion.run.pace import Pace, steps_within
+from improved_diffusion.run.train_log import TrainLog
 from improved_diffusion.seeding import Purpose
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
-ECHO = 2.0  # seconds within which a launcher has passed on a signal
-NO_END = 10**9  # of `total_steps`, until --hours have decided
-PLANNING_SECONDS = 60.0  # of training that decide how many steps --hours are
-PLANNING_STEPS = 5  # at the least; as many before them do not count, in which memory and caches fill
-RESERVE = 0.01  # share of the hours for what cannot be foreseen
-PREVIEW_IMAGES = 110  # training images that take as long as a preview
-EXPORT_SECONDS = 3.0  # longer exports of the workbook are left out when a signal has asked to stop
-CHECKPOINT_COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files")
+ECHO = 2.0  # seconds within which a launcher passes a signal on to its processes
+NO_END = 10**9  # `total_steps` until the first minute of training has decided it (--hours)
+RESERVE = 0.01  # share of --hours for what cannot be foreseen
+PREVIEW_IMAGES = 110  # a preview takes as long as a training step on this many images
+EXPORT_SECONDS = 3.0  # after a signal to stop, the workbook is not written if that takes longer
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is no longer a finite number; nothing was updated with it."""
+    """The loss or the gradient is infinite or NaN. No weight was changed by it."""
 
 
 class Draws(NamedTuple):
-    """A batch of B images and all that is random in a step, which then is a function of it.
+    """A batch of B images and all random numbers of a training step.
 
-    :ivar images: of this process, [B, C, H, W]; so are the next five.
-    :ivar cond: arguments of the model; some classes are withheld.
-    :ivar t: timesteps, [B]; `weights`: of their losses, [B].
-    :ivar noise: as the images.
-    :ivar masks: seeds of the images' dropout masks.
-    :ivar all_t: the timesteps of all R processes, [R * B]; `all_weights` likewise.
+    :ivar images: the images of this process, [B, C, H, W].
+    :ivar cond: arguments of the model, such as labels `y` [B], some of them replaced by "no class".
+    :ivar t: timesteps, [B].
+    :ivar weights: weights of the losses, [B].
+    :ivar noise: standard normal noise, [B, C, H, W].
+    :ivar masks: seeds of the dropout masks, one for each of the B images.
+    :ivar all_t, all_weights: `t` and `weights` of all R processes, [R * B].
     """
 
     images: th.Tensor
@@ -72,55 +69,52 @@ class Draws(NamedTuple):
 
 
 class TrainLoop:
-    """Train `model` until `total_steps` updates are done, into the directory the logger is configured for.
+    """Train `model` for `total_steps` updates, and write the run into the directory of `logger`.
 
-    Everything random in step n (timesteps, noise, dropout) is a function of (`seed`, n), and the data of
-    their position, so a resumed run repeats exactly what an undisturbed one would have done.
+    The timesteps, noise and dropout masks of step n depend only on `seed` and n, and a batch only on its position in
+    the data. So a resumed run ends with the same result as a run that was never stopped.
 
-    With several processes (see `dist_util`) each makes a loop with the same arguments but its own part of the
-    data, and all stay alike: R processes with batches of B images do what one does with R * B. Rank 0 alone
-    reads checkpoints, writes and keeps the moving averages.
+    Several processes (see `dist_util`) each create a loop with the same arguments, except for their own part of the
+    data. R processes with B images each compute the same as one process with R * B images. Only rank 0 reads
+    checkpoints, writes files and keeps the moving averages.
 
-    :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), B = `batch_size`:
-        with several processes, the part of the batch that falls to this one, in the order of the ranks.
-        When it has a method ``seek(samples)``, a resumed run continues the data where it stopped.
+    :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), where B is `batch_size`. Of
+        several processes, rank r gets part r of the global batch. If `data` has a method ``seek(samples)``, a resumed
+        run calls it to continue where the run stopped.
     :param batch_size: images per step and process.
-    :param microbatch: images per forward and backward pass, -1 for the whole batch. Each pass is weighted by
-        its share of the batch, so this changes neither the gradient nor `grad_norm`.
-    :param ema_rate: a rate, or several separated by commas, for the moving averages (see `ema_decay`).
-    :param ema_lengths: widths, separated by commas, of the power-function averages that are kept beside them (see
-        `averages`); none by default.
-    :param resume_checkpoint: a checkpoint, a run directory or any file of a checkpoint; empty: start afresh.
-    :param schedule_sampler: draws the timesteps; uniformly by default.
-    :param lr_anneal_steps: anneal the learning rate linearly to zero over so many steps; 0: do not.
+    :param microbatch: images per forward and backward pass; -1: the whole batch. Each pass is weighted by its share
+        of the batch, so this changes neither the gradient nor `grad_norm` (beyond rounding).
+    :param ema_rate: the rates of the moving averages, separated by commas (see `ema_decay`).
+    :param ema_lengths: the lengths of the power-function averages, separated by commas (see `averages`); may be empty.
+    :param resume_checkpoint: a checkpoint, a run directory or any file of a checkpoint; empty: start a new run.
+    :param schedule_sampler: draws the timesteps (see `resample`); by default a `UniformSampler`.
+    :param lr_anneal_steps: the number of steps in which the learning rate falls linearly to zero; 0: it does not.
     :param lr_warmup_steps, lr_decay, lr_decay_share: the rise and fall of the learning rate (see `learning_rate`).
     :param grad_clip: largest norm of the gradient; 0: unlimited.
-    :param skip_nonfinite: steps in a row with a non-finite gradient to skip before giving up.
-    :param class_dropout: share of the images whose class is withheld (Ho & Salimans 2022, algorithm 1): their
-        label becomes the model's last one.
-    :param hours: instead of `total_steps`: let the speed of the first minute decide them, so that training takes
-        this many hours, all sessions together. A resumed run keeps what was decided. 0: do not.
-    :param on_plan: called by rank 0 with the `total_steps` that were decided.
-    :param max_hours: save and stop after so many hours of this session, as a batch system's limit demands;
-        0: unlimited.
-    :param keep_last: keep this many of the newest checkpoints and those whose step `keep_every` divides; 0:
-        keep all.
+    :param total_steps: updates of the whole run, all sessions together.
+    :param skip_nonfinite: how many steps in a row may be skipped because their gradient is not finite.
+    :param class_dropout: the probability that an image's label is replaced by the model's last label, "no class" (Ho &
+        Salimans 2022, algorithm 1).
+    :param hours: when not 0, `total_steps` is ignored. The speed of the first minute decides the number of steps, so
+        that all sessions together take this many hours. A resumed run keeps that number.
+    :param on_plan: called by rank 0 with the number of steps that `hours` led to.
+    :param max_hours: save and stop after this many hours of this session; 0: unlimited.
+    :param keep_last: keep this many of the newest checkpoints, and those whose step is a multiple of `keep_every`;
+        0: keep all.
     :param tensorboard: also write TensorBoard event files.
-    :param arguments: the flags of the run; they are stored in every checkpoint.
-    :param data_facts: what identifies the data (fingerprint, class names); stored likewise, and a run is not
-        resumed on other data.
-    :param origin: of a run that starts from the weights of another model, what it took; stored likewise.
-    :param sample_interval: steps between calls of `preview`, which is called at the last step as well; 0: none.
-    :param preview: called by rank 0, before the checkpoint of that step, with the model as a function, its weights
-        the first moving average, and the step.
-    :param heldout: called by rank 0 before every checkpoint with the model as a function, its weights the first moving
-        average, and a function that tells whether to stop; returns what it has measured, by the names of
-        `heldout.columns`, for checkpoints.csv.
-    :param precision: "fp32" or "bf16", what forward and backward passes compute in (see `Gradients`).
-    :param num_workers: cores to compute on, with passes of their own (see `plan_passes`).
-    :param publish: called by rank 0 after each checkpoint, when everything in the directory belongs together.
-    :param check_folder: called by rank 0 before anything is written; raises an OSError that ends the run when the
-        directory is no longer its own (see `run_lock`).
+    :param arguments: the flags of the run, stored in every checkpoint.
+    :param data_facts: the fingerprint and class names of the data, stored in every checkpoint.
+    :param origin: the model whose weights the run started from, if any, stored in every checkpoint.
+    :param sample_interval: steps between calls of `preview`; 0: no previews.
+    :param preview: called by rank 0 every `sample_interval` steps and at the last step, before the checkpoint, with
+        the averaged model (see `_averaged_model`) and the step.
+    :param heldout: called by rank 0 before every checkpoint with the averaged model. Its results, by the names of
+        `heldout.columns`, go to checkpoints.csv.
+    :param precision: "fp32" or "bf16", the precision of forward and backward passes (see `Gradients`).
+    :param num_workers: cores to compute on (see `plan_passes`).
+    :param publish: called by rank 0 after each checkpoint, when all files of the directory belong to the same step.
+    :param check_folder: called by rank 0 before it writes. Raises an OSError, which ends the run, if the directory is
+        no longer this run's (see `run_lock`).
     :raises ValueError: a parameter or the checkpoint is unusable.
     """
 
@@ -160,7 +154,7 @@ class TrainLoop:
         origin: dict[str, Any] | None = None,
         sample_interval: int = 0,
         preview: Callable[[Callable[..., th.Tensor], int], object] | None = None,
-        heldout: Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None = None,
+        heldout: Callable[[Callable[..., th.Tensor]], dict[str, float]] | None = None,
         precision: str = "fp32",
         num_workers: int = 1,
         publish: Callable[[], object] | None = None,
@@ -171,7 +165,7 @@ class TrainLoop:
         self.data = data
         self.batch_size = batch_size
         self.global_batch = batch_size * dist_util.get_world_size()
-        self.writes = dist_util.get_rank() == 0
+        self.is_first = dist_util.get_rank() == 0
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr = lr
         self.log_interval = log_interval
@@ -189,7 +183,7 @@ class TrainLoop:
         self.class_dropout = class_dropout
         self.hours = hours
         self.on_plan = on_plan
-        self.plan: dict[str, float] = {}  # what `hours` have led to
+        self.plan: dict[str, float] = {}  # the measurements from which `hours` became a number of steps
         self.max_hours = max_hours
         self.keep_last = keep_last
         self.keep_every = keep_every
@@ -205,17 +199,20 @@ class TrainLoop:
         self.check_folder = check_folder or (lambda: None)
 
         self.step = 0  # completed optimizer updates
-        self.samples = 0  # images consumed, by all processes together
-        self.elapsed = 0.0  # seconds of wall-clock over all sessions
-        self.previewed_step = 0
+        self.samples = 0  # images trained on so far, in all processes together
+        self.elapsed = 0.0  # seconds of all sessions
+        self.previewed_step = 0  # step of the last preview
+        self.logged_step = 0  # step of the last row that covers a whole interval
+        self.saved_step: int | None = None  # step of the last checkpoint in this directory
+        self.resumed_here: Checkpoint | None = (
+            None  # the checkpoint that is continued, if it is in this directory
+        )
+        self.skipped = 0  # steps in a row that were skipped because the gradient was not finite
+        self.unfinished_row: dict[str, Any] = {"values": {}, "sums": {}}  # state of `logger` to go on with
+        self.export_seconds = 0.0  # duration of the last export of the workbook
         self.interrupts = Interrupts(echo=ECHO if dist_util.get_world_size() > 1 else 0.0)
-        self.next_line = 0.0  # when to say next how far training is, where there is no bar
-        self.export_seconds = 0.0  # what the last export took
-        self.logged_step = 0  # the last step with a row for its whole interval
-        self.saved_step: int | None = None
-        self.resumed_here: Checkpoint | None = None  # what this run continues, when it is its own
-        self.skipped = 0  # steps in a row that were not finite
-        self.log_state: dict[str, Any] = {"values": {}, "sums": {}}  # the row that a resumed run goes on with
+        self.log = TrainLog(diffusion, self.global_batch)
+        self.pace = Pace()
 
         self.params = list(model.parameters())
         self.model.train()
@@ -231,7 +228,7 @@ class TrainLoop:
             length: [p.detach().clone() for p in self.params]
             for length in averages.parse_lengths(ema_lengths)
         }
-        if not self.writes:
+        if not self.is_first:
             self.ema_params, self.power_params = {}, {}
         elif resume_checkpoint:
             if not isinstance(resume_checkpoint, Checkpoint):
@@ -257,71 +254,71 @@ class TrainLoop:
     def run_loop(self) -> str | None:
         """Train until `total_steps`.
 
-        :return: what ended it early, the name of a signal or "--max_hours", or None.
-        :raises NonFiniteError: the loss or gradient was not finite more often than allowed. What the last finite
-            step has left is saved; the message names the checkpoint.
-        :raises OSError: a checkpoint or row could not be written; what was saved before is intact.
+        :return: the reason to stop before that: the name of a signal or "--max_hours"; otherwise None.
+        :raises NonFiniteError: the gradient was not finite more often than allowed. The state after the last finite
+            step is saved; the message names the checkpoint.
+        :raises OSError: a checkpoint or row could not be written. Earlier checkpoints are intact.
         """
-        if self.writes:
-            self._continue_checkpoint_table()
+        if self.is_first:
+            self._open_checkpoint_table()
         if self.step >= self.total_steps:
             logger.log(
                 f"nothing left to do: this run has reached step {self.step}; raise --total_steps to go on"
             )
-            if self.writes:
-                # The process that came to the end may have been stopped before it could.
+            if self.is_first:
+                # The last session may have been stopped before it drew the last picture and wrote the workbook.
                 with self.interrupts:
                     self._draw_preview()
                 self._export()
             return None
-        bar = self._open_records() if self.writes else None
-        self.interval = _Stopwatch()
-        session_started = time.monotonic()
-        self.started = session_started - self.elapsed
+        if self.is_first:
+            self.log.open(
+                self.step,
+                logged_step=self.logged_step,
+                unfinished_row=self.unfinished_row,
+                tensorboard=self.tensorboard,
+            )
+        self.session_started = time.monotonic()
+        self.started = self.session_started - self.elapsed
         end = f"to {self.total_steps}" if self.total_steps != NO_END else f"for {self.hours:g} hours in all"
         logger.log(f"training from step {self.step} {end}; the first step is under way...")
-        pace = _Pace()
+        failure: NonFiniteError | None = None
         with self.interrupts:
             self._draw_preview()  # again, if the last session was stopped while it drew
-            stopped_by, save = self._requests(session_started)
-            failure: NonFiniteError | None = None
+            stopped_by, save = self._requests()
             while self.step < self.total_steps and stopped_by is None:
                 try:
-                    with self.interval:
+                    with self.log.stopwatch:
                         batch, cond = next(self.data)
                         self.run_step(batch, cond)
                 except NonFiniteError as error:
                     failure = error
                     break
                 self.check_folder()
-                if self.total_steps == NO_END and self._agree(pace.is_known()):
-                    self._plan(pace.seconds_per_step)
-                    if bar is not None:
-                        bar.total = self.total_steps
-                if bar is not None:
-                    bar.update(self.step - bar.n)
+                if self.total_steps == NO_END and self._is_pace_known():
+                    self._plan()
+                self.log.show_step(self.step, self._known_total())
                 if self.step % self.log_interval == 0 and self.logged_step < self.step:
-                    self._log_row(bar)
+                    self._write_row()
                     self.logged_step = self.step
                 self._draw_preview()
-                stopped_by, requested = self._requests(session_started)
+                stopped_by, requested = self._requests()
                 save = save or requested
                 due = save or self.step % self.save_interval == 0
                 if due and self.saved_step != self.step and self.step < self.total_steps:
                     save = False
-                    self.save(logger.state())
+                    self.save()
             unfinished_row = logger.state()
             if self.logged_step < self.step:
-                # Written for the reader; a run that goes on replaces this row by that of the whole interval.
-                self._log_row(bar)
-            # The last checkpoint comes after the last row: with it, the run is complete.
+                # For the reader. A resumed run replaces this row by that of the whole interval.
+                self._write_row()
+            # The last checkpoint is saved after the last row: it marks the run as complete.
             if self.saved_step != self.step and (failure is None or self._is_finite()):
                 self.save(unfinished_row)
-            elif self.writes:
+            elif self.is_first:
                 self._export()
-        if bar is not None:
-            bar.close()
-        if self.writes:
+        self.log.close()
+        if self.is_first:
             self.checkpoint_table.close()
         if failure is not None:
             kept = "no checkpoint has been saved"
@@ -332,43 +329,15 @@ class TrainLoop:
             raise NonFiniteError(f"{failure}; {kept}")
         return stopped_by
 
-    def _agree(self, ready: bool) -> bool:
-        """Whether rank 0 is `ready`, which measures for all."""
-        return dist_util.broadcast(ready) if dist_util.get_world_size() > 1 else ready
-
-    def _plan(self, seconds_per_step: float) -> None:
-        """Decide `total_steps` by the speed so far, and save what was decided."""
-        seconds_per_step = dist_util.broadcast(seconds_per_step)
-        before = time.monotonic()
-        self.save(logger.state())
-        per_save = time.monotonic() - before
-        extra = per_save / self.save_interval
-        if self.preview is not None and self.sample_interval:
-            extra += seconds_per_step * PREVIEW_IMAGES / self.global_batch / self.sample_interval
-        left = self.hours * 3600 * (1 - RESERVE) - (time.monotonic() - self.started) - 2 * per_save
-        steps = steps_within(left, seconds_per_step + extra)
-        self.total_steps = dist_util.broadcast(max(self.step + steps, self.lr_warmup_steps + 1))
-        self.plan = {"hours": self.hours, "seconds_per_step": seconds_per_step, "seconds_per_save": per_save}
-        self.arguments = {**self.arguments, "total_steps": self.total_steps}
-        logger.log(
-            f"--hours {self.hours:g}: at {self.global_batch / seconds_per_step:.1f} images/s, and {per_save:.1f} s "
-            f"for each checkpoint, that is --total_steps {self.total_steps}"
-        )
-        if self.writes and self.on_plan is not None:
-            self.on_plan(self.total_steps)
-        if self.writes:
-            self.checkpoint_table.keep_until(self.step - 1)  # the same step is saved again, with the plan
-        self.save(logger.state())
-
     def _is_finite(self) -> bool:
-        """Whether all that is trained consists of finite numbers; an update with a huge --lr may overflow."""
+        """Whether all weights and moments are finite: an update with a very large --lr may overflow."""
         tensors = [*self.params, *self.opt.state_tensors()]
         return dist_util.broadcast(all(bool(th.isfinite(tensor).all()) for tensor in tensors))
 
-    def _requests(self, session_started: float) -> tuple[str | None, bool]:
-        """What was asked of any process, so that all act on it at the same step: a reason to stop, and whether
-        to save."""
-        if self.max_hours and time.monotonic() - session_started > self.max_hours * 3600:
+    def _requests(self) -> tuple[str | None, bool]:
+        """The reason to stop, if there is one, and whether to save, as asked of any of the processes. All processes
+        get the same answer."""
+        if self.max_hours and time.monotonic() - self.session_started > self.max_hours * 3600:
             self.interrupts.stop = self.interrupts.stop or "--max_hours"
         stops = (self.interrupts.stop == reason for reason in STOP_REASONS)
         asked = th.tensor([*stops, self.interrupts.save]).int()
@@ -377,8 +346,51 @@ class TrainLoop:
         *stops, save = asked.tolist()
         return next((reason for reason, count in zip(STOP_REASONS, stops) if count), None), save > 0
 
+    # -- the number of steps that --hours are ------------------------------------------------------------
+
+    def _known_total(self) -> int | None:
+        return None if self.total_steps == NO_END else self.total_steps
+
+    def _is_pace_known(self) -> bool:
+        """Whether rank 0 has measured the speed."""
+        known = self.pace.is_known()
+        return dist_util.broadcast(known) if dist_util.get_world_size() > 1 else known
+
+    def _plan(self) -> None:
+        """Decide `total_steps` by the speed that rank 0 has measured, and save it with a checkpoint."""
+        per_step = dist_util.broadcast(self.pace.seconds_per_step)
+        before = time.monotonic()
+        self.save()
+        per_save = time.monotonic() - before
+        steps = steps_within(
+            self.hours * 3600 * (1 - RESERVE) - (time.monotonic() - self.started),
+            per_step,
+            seconds_per_save=per_save,
+            save_interval=self.save_interval,
+            seconds_per_preview=per_step * PREVIEW_IMAGES / self.global_batch,
+            sample_interval=self.sample_interval if self.preview is not None else 0,
+        )
+        self.total_steps = dist_util.broadcast(max(self.step + steps, self.lr_warmup_steps + 1))
+        self.plan = {"hours": self.hours, "seconds_per_step": per_step, "seconds_per_save": per_save}
+        self.arguments = {**self.arguments, "total_steps": self.total_steps}
+        logger.log(
+            f"--hours {self.hours:g}: at {self.global_batch / per_step:.1f} images/s, and {per_save:.1f} s "
+            f"for each checkpoint, that is --total_steps {self.total_steps}"
+        )
+        if self.is_first and self.on_plan is not None:
+            self.on_plan(self.total_steps)
+        if self.is_first:
+            self.checkpoint_table.keep_until(self.step - 1)  # the same step is saved again, with the plan
+        self.save()
+
+    # -- a step ------------------------------------------------------------------------------------------
+
     def run_step(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> None:
-        """One optimizer update: draw timesteps and noise, add up the gradient, clip, AdamW, averages, metrics."""
+        """One optimizer update: draw timesteps and noise, compute the gradient, update weights and averages, log.
+
+        :param batch: images [B, C, H, W] float32 in [-1, 1]. :param cond: arguments of the model.
+        :raises NonFiniteError: the gradient is not finite, and no more steps may be skipped.
+        """
         # This thread has little to compute: with more cores it would wait for each of them at every operation.
         if th.get_num_threads() != 1:  # setting them takes time even when nothing changes
             th.set_num_threads(1)
@@ -411,14 +423,13 @@ class TrainLoop:
         gradients = self.gradients
         self.opt.step(gradients.values, means, gradients.copies.in_16_bits, factor, gradients.more)
         self.gradients.clear()
-        self._log_losses(t, weights, losses)
-        logger.logkv_mean("grad_norm", grad_norm)
-        logger.logkv("lr", self.opt.lr)
+        if self.is_first:
+            self.log.add_step(t, weights, losses, grad_norm, self.opt.lr)
 
     def compute_gradient(self, drawn: "Draws") -> dict[str, th.Tensor]:
-        """Set `self.gradients` to the gradient of the weighted mean loss over the batch of all processes.
+        """Set `self.gradients` to the gradient of the weighted mean loss over the batches of all R processes.
 
-        :return: the loss terms of all images, each [R * B].
+        :return: the loss terms of all images, without weights, each [R * B].
         """
         self.gradients.clear()
         parts = self.passes.slices(len(drawn.images))
@@ -426,8 +437,8 @@ class TrainLoop:
         return self._exchange({key: th.cat([some[key] for some in terms]) for key in terms[0]})
 
     def _pass(self, drawn: "Draws", number: int, part: slice) -> dict[str, th.Tensor]:
-        """Compute the losses of one part of the batch, each [B'], and add their gradient."""
-        # Gradient checkpointing evaluates layers again on the way back, with the same dropout masks.
+        """Compute the loss terms of the n images in `part`, each [n], and add their gradient as number `number`."""
+        # The seeds hold for the backward pass too, in which gradient checkpointing evaluates the layers again.
         with self.gradients.model() as model, dropout_seeds(drawn.masks[part]):
             losses = self.diffusion.training_losses(
                 model,
@@ -436,14 +447,14 @@ class TrainLoop:
                 model_kwargs={key: value[part] for key, value in drawn.cond.items()},
                 noise=drawn.noise[part],
             )
-            # The sum over all passes and processes is the mean over the batch, whatever the sizes of passes.
+            # Divided by the size of the global batch, so that the sum over passes and processes is the mean.
             share = (losses["loss"] * drawn.weights[part]).sum() / len(drawn.all_t)
             self.gradients.add(share, model, number)
         return {key: value.detach() for key, value in losses.items()}
 
     def draw(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> "Draws":
-        """Draw what is random in a step: timesteps, noise, withheld classes, dropout masks."""
-        # The position in the data, not the step, numbers the draws, so that a skipped step is not drawn again.
+        """Draw the random numbers of a step: timesteps, noise, classes to leave out, seeds of dropout masks."""
+        # They depend on the position in the data, not on the step: after a skipped step they must not repeat.
         position = self.samples
         total = len(batch) * dist_util.get_world_size()
         offset = len(batch) * dist_util.get_rank()
@@ -456,7 +467,7 @@ class TrainLoop:
             chances = seeding.generator(self.seed, Purpose.CLASS_DROPOUT, position).random(total)
             withheld = th.from_numpy(chances[mine] < self.class_dropout)
             cond = {**cond, "y": cond["y"].masked_fill(withheld, self.model.num_classes - 1)}
-        # Image by image, so that neither the microbatch nor the number of workers changes a mask.
+        # A seed for each image, so that a mask depends neither on the microbatch nor on the number of workers.
         masks = [0] * len(batch)
         if self.has_dropout:
             streams = (
@@ -467,10 +478,10 @@ class TrainLoop:
         return Draws(batch, cond, t[mine], weights[mine], noise[mine], masks, t, weights)
 
     def _exchange(self, losses: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-        """Add up the gradients of all processes, and collect their losses, in a single message.
+        """Add up the gradients of all R processes and collect their losses, in a single all-reduce.
 
-        :param losses: this process's loss terms, each [B / R].
-        :return: the terms of the whole batch, each [B], in the order of the ranks.
+        :param losses: the loss terms of this process, each [B].
+        :return: the loss terms of all processes, each [R * B], in the order of the ranks.
         """
         ranks = dist_util.get_world_size()
         if ranks == 1:
@@ -493,123 +504,77 @@ class TrainLoop:
             raise NonFiniteError(message)
         logger.log(f"WARNING: {message}: skipped ({self.skipped} in a row, at most {self.skip_nonfinite})")
 
-    # -- metrics -----------------------------------------------------------------------------------------
+    # -- metrics and pictures ----------------------------------------------------------------------------
 
-    def columns(self) -> list[str]:
-        """The columns of progress.csv, all of which exist from the first row on."""
-        terms = ["loss"]
-        if not self.diffusion.loss_type.is_vb():
-            learned = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-            terms += ["mse", "vb"] if self.diffusion.model_var_type in learned else ["mse"]
-        quartiles = [f"{term}{suffix}" for term in terms for suffix in ("", "_q0", "_q1", "_q2", "_q3")]
-        tail = ["grad_norm", "param_norm", "lr", "images_per_sec", "elapsed"]
-        return ["step", "samples", *quartiles, *tail]
-
-    def _log_losses(self, t: th.Tensor, weights: th.Tensor, losses: dict[str, th.Tensor]) -> None:
-        if not self.writes:
-            return
-        quarters = (4 * t // self.diffusion.num_timesteps).tolist()
-        for key, values in losses.items():
-            # The weights make the mean over all timesteps independent of how often each is drawn. Within a quarter
-            # they would multiply the mean by the quarter's share of the draws.
-            for quarter, value, weighted in zip(quarters, values.tolist(), (values * weights).tolist()):
-                logger.logkv_mean(key, weighted)
-                logger.logkv_mean(f"{key}_q{quarter}", value)
-
-    def _log_row(self, bar: tqdm | None) -> None:
-        if not self.writes:
+    def _write_row(self) -> None:
+        """Write the metrics of the steps since the last row, in rank 0."""
+        if not self.is_first:
             return
         self.elapsed = time.monotonic() - self.started
-        logger.logkv("step", self.step)
-        logger.logkv("samples", self.samples)
-        logger.logkv("param_norm", th.nn.utils.get_total_norm([p.detach() for p in self.params]).item())
-        # A session that is stopped before its first step may have a row to write, but has no speed yet.
-        speed = self.interval.laps * self.global_batch / self.interval.seconds if self.interval.laps else None
-        logger.logkv("images_per_sec", speed)
-        logger.logkv("elapsed", self.elapsed)
-        self.interval.reset()
-        row = logger.dumpkvs()
-        pace, left = "", ""
-        end = "" if self.total_steps == NO_END else f"/{self.total_steps}"
-        if speed is not None:
-            pace = f"{speed:.1f} images/s"
-            if self.total_steps != NO_END:
-                left = (self.total_steps - self.step) * self.global_batch / speed
-                left = f"{datetime.timedelta(seconds=round(left))} left"
-        if bar is not None:
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
-        elif self.step == self.total_steps or time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + SECONDS_PER_LINE
-            logger.log(
-                f"step {self.step}{end}  loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}  {pace}  {left}"
-            )
+        self.log.write_row(self.step, self._known_total(), self.samples, self.elapsed, self.params)
 
     def _draw_preview(self) -> None:
-        if not self.writes or self.preview is None or not self.sample_interval:
+        """Draw the pictures of this step if they are due and not yet drawn; a signal to stop ends that."""
+        if not self.is_first or self.preview is None or not self.sample_interval:
             return
         due = self.step % self.sample_interval == 0 or self.step == self.total_steps
         if not due or self.step == self.previewed_step:
             return
-        model = self._averaged_model()
-
-        def stoppable(*args, **kwargs) -> th.Tensor:
-            self.interrupts.check()
-            return model(*args, **kwargs)
-
         try:
-            self.preview(stoppable, self.step)
+            self.preview(self._averaged_model(), self.step)
         except Stopped:
             return
         self.previewed_step = self.step
 
+    def _measure_heldout(self) -> dict[str, float]:
+        """The held-out loss; empty if it is not measured, or a signal to stop has ended that."""
+        if self.heldout is None:
+            return {}
+        try:
+            return self.heldout(self._averaged_model())
+        except Stopped:
+            return {}
+
     def _averaged_model(self) -> Callable[..., th.Tensor]:
-        """The model as a function, with the first moving average as its weights."""
+        """The model as a function of (x, timesteps, ...), with the first moving average as its weights.
+
+        Every call raises `Stopped` if a signal has asked to stop.
+        """
+        self.interrupts.check()
         release_memory()
         averaged = next(iter(self.ema_params.values()))
-        return fast_model(self.model, self.precision, self.num_workers, averaged)
+        model = fast_model(self.model, self.precision, self.num_workers, averaged)
 
-    def _measure_heldout(self) -> dict[str, float]:
-        """The held-out loss; empty where there is none, or a signal has asked to stop."""
-        if self.heldout is None or self.interrupts.stop in Signals.__members__:
-            return {}
-        return self.heldout(self._averaged_model(), lambda: self.interrupts.stop in Signals.__members__)
+        def stoppable(*args: th.Tensor, **kwargs: th.Tensor) -> th.Tensor:
+            self.interrupts.check()
+            return model(*args, **kwargs)
 
-    # -- state on disk -----------------------------------------------------------------------------------
+        return stoppable
 
-    def _continue_checkpoint_table(self) -> None:
-        self.checkpoint_table = CsvTable(
-            os.path.join(logger.get_dir(), "checkpoints.csv"),
-            [*CHECKPOINT_COLUMNS, *(heldout_columns() if self.heldout is not None else ())],
-        )
+    # -- files -------------------------------------------------------------------------------------------
+
+    def _open_checkpoint_table(self) -> None:
+        """Continue checkpoints.csv at this step."""
+        measured = heldout_columns() if self.heldout is not None else ()
+        self.checkpoint_table = CheckpointTable(logger.get_dir(), measured)
         last = self.checkpoint_table.keep_until(self.step)
         if last != self.step and self.resumed_here is not None and self.step > 0:
-            # The process that saved it was killed before it could do this. (Step 0 is that of an imported model.)
-            self._add_row_of(self.resumed_here)
+            # The process that saved the checkpoint was killed before it added the row. (An imported model has step 0.)
+            self.checkpoint_table.add(self.resumed_here)
 
-    def _open_records(self) -> tqdm | None:
-        """Continue the tables of metrics. :return: a progress bar, on a terminal."""
-        logger.configure(
-            logger.get_dir(), self.columns(), keep_until=self.logged_step, tensorboard=self.tensorboard
-        )
-        logger.load_state(self.log_state)
-        if not sys.stderr.isatty():
-            return None
-        return tqdm(
-            total=None if self.total_steps == NO_END else self.total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-        )
+    def save(self, unfinished_row: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step, and bring the workbook up to date.
 
-    def save(self, unfinished_row: dict[str, Any]) -> None:
-        """Write a checkpoint of this step, with the state of the logger, and bring the workbook up to date."""
-        # Machines that round differently drift apart by last digits; equal ones lose nothing by this.
+        :param unfinished_row: the state of `logger` that a resumed run continues with; by default the current one.
+        """
+        unfinished_row = logger.state() if unfinished_row is None else unfinished_row
+        # The weights of machines that round differently drift apart. Where they have not, this changes nothing.
         dist_util.sync_params(self.params)
         self.saved_step = self.step
-        if not self.writes:
+        if not self.is_first:
             return
         measured = self._measure_heldout()
-        self.check_folder()  # drawing the preview may have taken minutes
+        self.check_folder()  # again: the preview and the held-out loss may have taken minutes
         before = time.monotonic()
         self.elapsed = before - self.started
         tensors = {
@@ -637,51 +602,35 @@ class TrainLoop:
             "torch": th.__version__,
         }
         saved = checkpoint.save(logger.get_dir(), self.step, tensors, state)
-        self._add_row_of(saved, seconds=time.monotonic() - before)
+        self.checkpoint_table.add(saved, seconds=time.monotonic() - before)
         if self.keep_last:
             checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
         self._export()
         if self.publish is not None:
             self.publish()
 
-    def _add_row_of(self, saved: Checkpoint, seconds: float | None = None) -> None:
-        """Add the row of a checkpoint to checkpoints.csv; `seconds` is what saving took, where that is known."""
-        files, measured = saved.state["files"], saved.state.get("heldout", {})
-        self.checkpoint_table.append(
-            {
-                "step": saved.step,
-                "samples": saved.state["samples"],
-                "saved_at": saved.state.get("saved_at"),
-                "elapsed": saved.state["elapsed"],
-                "seconds": seconds,
-                "megabytes": sum(entry["bytes"] for entry in files.values()) / 1e6,
-                "files": " ".join(files),
-                **{name: value for name, value in measured.items() if name in self.checkpoint_table.columns},
-            }
-        )
-
     def _export(self) -> None:
+        """Write the workbook. After a signal to stop, leave it out if that takes long."""
         self.check_folder()
         if self.interrupts.stop in Signals.__members__ and self.export_seconds > EXPORT_SECONDS:
-            self._leave_workbook()
+            self._report_old_workbook()
             return
-        # Between two steps there is much to give back, and a workbook of thousands of rows takes some.
-        release_memory()
+        release_memory()  # that of the last step: a workbook of thousands of rows needs some
         before = time.monotonic()
         try:
             with self.interrupts.abandoning():
                 export(logger.get_dir())
         except Stopped:
-            self._leave_workbook()
-        except Exception as error:  # whatever is wrong with a report, it is no reason to end a run of days
+            self._report_old_workbook()
+        except Exception as error:  # no error in a report may end a run of days
             logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
         self.export_seconds = time.monotonic() - before
 
-    def _leave_workbook(self) -> None:
-        # A container that is told to stop is killed ten seconds later.
+    def _report_old_workbook(self) -> None:
+        # Writing it is not worth the risk: a container that is told to stop is killed ten seconds later.
         logger.log(
-            "the workbook is left as it was, because writing it takes long: the run that goes on writes it, and so "
-            f"does export_results.py {shlex.quote(logger.get_dir())}"
+            "the workbook was not updated, because that takes long. The run updates it when it is continued; "
+            f"export_results.py {shlex.quote(logger.get_dir())} updates it now"
         )
 
     def _restore(self, source: Checkpoint) -> None:
@@ -689,7 +638,7 @@ class TrainLoop:
         state = source.state
         self.model.load_state_dict(source.load("model"))
         means = [("ema_rate", rate, rate, mean) for rate, mean in self.ema_params.items()]
-        # Where it starts, such an average takes the weights to have been as they are since the first step.
+        # A new power-function average treats the current weights as those of all earlier steps.
         means += [
             ("ema_lengths", length, power_kind(length), mean) for length, mean in self.power_params.items()
         ]
@@ -713,7 +662,7 @@ class TrainLoop:
         self.logged_step = state["logged_step"]
         self.skipped = state["skipped"]
         self.previewed_step = state.get("previewed_step", self.step)
-        self.log_state = state["log"]
+        self.unfinished_row = state["log"]
         self.plan = state.get("plan", {})
         before = state.get("global_batch", self.global_batch)
         if before != self.global_batch:
@@ -725,7 +674,7 @@ class TrainLoop:
             self.saved_step = self.step
             self.resumed_here = source
         else:
-            # A run that branches off into a directory of its own brings its history along.
+            # A run that branches off into a new directory takes the earlier rows along.
             for name in ("progress.csv", "progress.jsonl"):
                 origin, target = bf.join(source.folder, name), os.path.join(logger.get_dir(), name)
                 if bf.exists(origin) and not os.path.exists(target):
@@ -736,7 +685,7 @@ class TrainLoop:
         )
 
     def _make_all_alike(self) -> None:
-        """Give every process what rank 0 has, which may have read a checkpoint."""
+        """Copy the state of rank 0, which may have read a checkpoint, to the other processes."""
         position = {
             name: getattr(self, name)
             for name in ("step", "samples", "logged_step", "saved_step", "skipped", "plan")
@@ -750,14 +699,14 @@ class TrainLoop:
         dist_util.sync_params(self.opt.state_tensors())
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
-        """A state dict like the model's with `params` in the place of its parameters."""
+        """The model's state dict with `params`, in the order of its parameters, in their place."""
         state = self.model.state_dict()
         state.update(zip(dict(self.model.named_parameters()), params))
         return state
 
 
 def parse_ema_rates(text: str | float) -> list[str]:
-    """The rates in a comma-separated list, as they shall stand in file names.
+    """The rates in a comma-separated list, each as the text that file names contain.
 
     :raises ValueError: one is not a number in [0, 1).
     """
@@ -768,52 +717,9 @@ def parse_ema_rates(text: str | float) -> list[str]:
 
 
 def ema_decay(rate: float, step: int) -> float:
-    """The decay of a moving average in update number `step` (from 1): (1 + step) / (10 + step), up to `rate`.
+    """The decay of a moving average in update number `step` (from 1 on): `rate`, but at most (1 + step) / (10 + step).
 
-    The growing decay makes young averages usable: they forget the initial weights within a fraction of the
-    run so far, instead of within a fixed 1 / (1 - rate) steps.
+    With a constant decay, an average would contain the initial weights for 1 / (1 - rate) steps. With this limit, it is
+    at most about as long as the last tenth of the run so far.
     """
     return min(rate, (1 + step) / (10 + step))
-
-
-def steps_within(seconds: float, seconds_per_step: float) -> int:
-    """How many whole steps fit into some time; at least one."""
-    return max(1, int(seconds / seconds_per_step))
-
-
-class _Pace:
-    """Measures the seconds per step, from the first steps of a session on."""
-
-    def __init__(self):
-        self._steps, self._started = 0, 0.0
-        self.seconds_per_step = 0.0
-
-    def is_known(self) -> bool:
-        """To be asked after every step: whether enough of them were measured."""
-        self._steps += 1
-        if self._steps == PLANNING_STEPS:
-            self._started = time.monotonic()
-        counted = self._steps - PLANNING_STEPS
-        seconds = time.monotonic() - self._started
-        if counted < PLANNING_STEPS or seconds < PLANNING_SECONDS:
-            return False
-        self.seconds_per_step = seconds / counted
-        return True
-
-
-class _Stopwatch:
-    """Adds up the time spent within its `with` blocks."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        self.seconds = 0.0
-        self.laps = 0
-
-    def __enter__(self) -> None:
-        self.before = time.monotonic()
-
-    def __exit__(self, *exc_info) -> None:
-        self.seconds += time.monotonic() - self.before
-        self.laps += 1

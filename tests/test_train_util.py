@@ -386,7 +386,7 @@ def test_metrics_are_means_over_the_interval(tmp_path):
     every.run_loop()
     make_loop(tmp_path / "thirds", total_steps=6, log_interval=3).run_loop()
     fine, coarse = rows(tmp_path / "every"), rows(tmp_path / "thirds")
-    assert list(fine[0]) == [name for name in every.columns() if name not in TIMING]
+    assert list(fine[0]) == [name for name in every.log.columns if name not in TIMING]
     assert [row["step"] for row in coarse] == ["3", "6"] and coarse[-1]["samples"] == "36"
     for key in ("loss", "mse", "grad_norm"):
         expected = np.mean([float(row[key]) for row in fine[:3]])
@@ -451,6 +451,21 @@ def test_a_signal_ends_a_preview_and_it_is_drawn_later(tmp_path):
         tmp_path, total_steps=6, data=BatchStream(images, 6), **flags, resume_checkpoint=str(tmp_path)
     ).run_loop()
     assert drawn == [2, 4, 5, 6]
+
+
+@needs_signals
+def test_a_signal_ends_the_held_out_loss(tmp_path):
+    calls = []
+
+    def heldout(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        calls.append("asked to stop")
+        model(th.zeros(1, 3, 8, 8), th.zeros(1))
+        calls.append("went on")
+
+    assert make_loop(tmp_path, total_steps=5, save_interval=2, heldout=heldout).run_loop() == "SIGTERM"
+    assert calls == ["asked to stop"] and checkpoint.steps(str(tmp_path)) == [2, 3]
+    assert checkpoint.read(str(tmp_path), 3).state["heldout"] == {}
 
 
 @needs_signals

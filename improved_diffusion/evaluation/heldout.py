@@ -66,7 +66,6 @@ def heldout_loss(
     diffusion: GaussianDiffusion,
     heldout: HeldOut,
     sigmas: Sequence[float] = SIGMAS,
-    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """The error of the predicted x_start at each of `sigmas`, and their mean.
 
@@ -75,7 +74,7 @@ def heldout_loss(
     weighs the levels by EDM's density over ln sigma. Image i is denoised at level i mod len(sigmas), with noise that
     depends on i alone.
 
-    :param model: as in `gaussian_diffusion`. :param stop: asked between batches; when it says so, nothing is returned.
+    :param model: as in `gaussian_diffusion`.
     :return: by the names of `columns`; a level that the diffusion does not reach is left out of it.
     """
     known = np.exp(-log_signal_to_noise(diffusion))  # sigma at every timestep, rising
@@ -87,8 +86,6 @@ def heldout_loss(
         chosen = range(number, len(heldout.images), len(sigmas))
         errors = []
         for start in range(0, len(chosen), heldout.batch_size):
-            if stop():
-                return {}
             part = chosen[start : start + heldout.batch_size]
             errors.append(_errors(model, diffusion, heldout, list(part), t))
         if not errors:

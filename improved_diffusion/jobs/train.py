@@ -265,7 +265,7 @@ def _heldout(
     images: ImageSet,
     others: ImageSet | None,
     project: str,
-) -> Callable[[Callable[..., th.Tensor], Callable[[], bool]], dict[str, float]] | None:
+) -> Callable[[Callable[..., th.Tensor]], dict[str, float]] | None:
     """What measures the held-out loss, or None.
 
     :param others: the images withheld from training, if any were.
@@ -289,7 +289,7 @@ def _heldout(
     chosen = choose_images(len(others))
     labels = th.from_numpy(others.labels[chosen]) if config.class_cond else None
     heldout = HeldOut(from_uint8(others.get(chosen)), labels)
-    return lambda model, stop: heldout_loss(model, diffusion, heldout, stop=stop)
+    return lambda model: heldout_loss(model, diffusion, heldout)
 
 
 def _schedule_sampler(

@@ -13,7 +13,7 @@ from improved_diffusion import train_util
 from improved_diffusion.evaluation.heldout import columns, withhold
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs import runs
-from improved_diffusion.run import averages, checkpoint
+from improved_diffusion.run import averages, checkpoint, pace
 
 MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
 LEARNING = "--prediction v --schedule_sampler log-normal --sigma_mean -1 --sigma_std 1.4 --uniform_share 0.2"
@@ -166,7 +166,7 @@ def test_mistakes_in_training(tmp_path, call_script, flags, message):
 
 
 def test_hours_decide_the_steps(tmp_path, call_script, monkeypatch):
-    monkeypatch.setattr(train_util, "PLANNING_SECONDS", 0.3)
+    monkeypatch.setattr(pace, "MEASURED_SECONDS", 0.3)
     flags = [
         "--data_dir",
         "builtin",
@@ -198,20 +198,23 @@ def test_hours_decide_the_steps(tmp_path, call_script, monkeypatch):
 
 
 def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_script, monkeypatch):
-    monkeypatch.setattr(train_util, "PLANNING_SECONDS", 0.3)
+    plan = train_util.TrainLoop._plan
+
+    def plan_and_stop(loop):
+        plan(loop)
+        loop.max_hours = 1e-9
+
+    monkeypatch.setattr(pace, "MEASURED_SECONDS", 0)
+    monkeypatch.setattr(train_util, "steps_within", lambda *arguments, **options: 6)
+    monkeypatch.setattr(train_util.TrainLoop, "_plan", plan_and_stop)
     flags = ["--data_dir", "builtin", *TINY_FLAGS, "--hours", "0.002", "--sample_interval", 0]
     flags += ["--precision", "fp32", "--log_dir", tmp_path / "run"]
-    call_script("image_train.py", *flags, "--max_hours", "0.0006")
+    call_script("image_train.py", *flags)
     stopped = checkpoint.find(str(tmp_path / "run"))
-    assert stopped.step < stopped.state["arguments"]["total_steps"] < 10**9
-    monkeypatch.setattr(train_util, "steps_within", lambda *arguments: 1)
-    call_script("image_train.py", *flags, "--max_hours", 0)
-    assert checkpoint.find(str(tmp_path / "run")).step == stopped.state["arguments"]["total_steps"]
-
-
-def test_steps_within_hours():
-    assert train_util.steps_within(3600, 0.5) == 7200
-    assert train_util.steps_within(-5, 0.5) == 1
+    assert stopped.state["arguments"]["total_steps"] == stopped.step + 6
+    monkeypatch.setattr(train_util, "steps_within", lambda *arguments, **options: 1)
+    call_script("image_train.py", *flags)
+    assert checkpoint.find(str(tmp_path / "run")).step == stopped.step + 6
 
 
 def test_a_share_of_the_images_is_withheld(tmp_path, call_script):
