@@ -1,4 +1,4 @@
-"""Image sets from a folder, an .npz file or the package itself: found, read, and summed up in words."""
+"""Reads sets of images from a folder, an .npz file or the package itself, and describes them in words."""
 
 import hashlib
 import os
@@ -20,11 +20,13 @@ from improved_diffusion.flags import one_line
 from improved_diffusion.storage import absolute, is_remote, open_input
 
 BUILTIN = "builtin"
-NAMES_SHOWN = 5  # skipped files that a summary names for each reason
+NAMES_SHOWN = 5  # names of skipped files in a summary, for each reason
 CLASSES_SHOWN = 12
-MAX_UNPACKED = 10**9  # bytes of an array in an .npz; only beyond it does MAX_COMPRESSION count
-MAX_COMPRESSION = 200  # times the size of the .npz; pictures shrink to a tenth at best, zeros to a thousandth
-MAX_CLASSES = 100_000  # a label above it, in an .npz, is no class
+# An array in an .npz file may have this many bytes, or this many times the size of the file if that is more. Pictures
+# are compressed to a tenth at best, zeros to a thousandth.
+MAX_UNPACKED = 10**9
+MAX_COMPRESSION = 200
+MAX_CLASSES = 100_000  # labels in an .npz file must be below it
 
 
 def load_data(
@@ -39,9 +41,9 @@ def load_data(
     data_workers: int = 0,
     cache_limit_gb: float = 2.0,
 ) -> BatchStream:
-    """Iterate for ever over batches of the images of `data_dir`: `read_images`, then `BatchStream`.
+    """An endless iterator over batches of the images of `data_dir`; see `read_images` and `BatchStream`.
 
-    :raises ValueError: a bad argument or unusable data; the message names the flag.
+    :raises ValueError: an argument or the data are unusable; the message begins with the argument or the place.
     """
     images = read_images(data_dir, image_size, cache_limit_gb=cache_limit_gb)
     return BatchStream(
@@ -64,20 +66,21 @@ def read_images(
     log: Callable[[str], object] = print,
     progress: bool = True,
 ) -> ImageSet:
-    """Read a set of images, each fitted into a square as `image_reading.read_image` does.
+    """Read a set of images, scaled and cropped to squares (see `data.decode.fit_image`).
 
-    :param data_dir: a folder of image files, searched recursively, whose names tell the classes (see
-        `image_folder.classify`); an .npz file with images as ``arr_0`` or as its first uint8 array [N, H, W,
-        3 or 1] and, optionally, classes as ``arr_1`` or ``labels``; or "builtin" for the pictures that the
-        package draws. Folder and file may be blobfile URLs.
-    :param cache_limit_gb: a folder whose pixels take at most this many GB (10^9 bytes) is held in memory; a
-        larger one is decoded while it is used. An .npz file is always held in memory.
-    :param cache_dir: where a decoded folder is kept for the next start (default:
-        `image_cache.default_cache_dir`).
+    :param data_dir: one of three. A folder of image files, searched recursively; their names give the classes (see
+        `data.folder.classify`). An .npz file, whose images are ``arr_0`` or the first uint8 array [N, H, W, 3 or 1],
+        and whose classes, if any, are ``arr_1`` or ``labels``. Or "builtin": pictures that the package draws. The
+        folder or file may be a blobfile URL.
+    :param image_size: the side of the squares, in pixels.
+    :param cache_limit_gb: a folder whose pixels take at most this many GB (10^9 bytes) is kept in memory. Images of
+        a larger folder are decoded when they are needed. An .npz file is always kept in memory.
+    :param cache_dir: where the pixels of a folder are stored for the next start; by default
+        `data.cache.default_cache_dir`.
     :param log: called with each line about the cache that a user should see.
-    :param progress: show a bar, on a terminal.
-    :raises ValueError: nothing usable there; the message begins with the place.
-    :raises OSError: the folder, or one in it, must not be read.
+    :param progress: whether to show a progress bar, on a terminal.
+    :raises ValueError: there are no usable images; the message begins with the place.
+    :raises OSError: the folder, or a folder in it, may not be read.
     """
     if not data_dir:
         raise ValueError("unspecified data directory: give a folder of images, an .npz file or builtin")
@@ -118,7 +121,7 @@ def read_images(
 
 
 def describe(images: ImageSet) -> str:
-    """What was read, in a few lines for a person."""
+    """A few lines of text about the images: their number, place, sizes, classes, and the files that were skipped."""
     about = images.summary
     megabytes = about["bytes"] / 1e6
     where = f"{megabytes:,.0f} MB in memory" if images.in_memory else "decoded while they are used"
@@ -139,12 +142,12 @@ def describe(images: ImageSet) -> str:
     if images.class_names:
         lines.append(f"  classes: {images.num_classes:,} ({_counts(about['classes'], CLASSES_SHOWN)})")
     else:
-        lines.append("  classes: none (neither the file names nor the folders tell any)")
+        lines.append("  classes: none (neither file names nor folders name any)")
     for reason, count in about["skipped"].items():
         names = about["skipped_names"][reason]
         more = ", ..." if count > len(names) else ""
         lines.append(f"  skipped: {count:,} x {reason} ({', '.join(names)}{more})")
-    # Names of files and classes can hold anything: no valid text, line ends, what a terminal would act upon.
+    # Names of files and classes may contain invalid text, line ends and control characters of terminals.
     return "\n".join(map(one_line, lines)).encode("utf-8", "replace").decode("utf-8")
 
 
@@ -172,7 +175,7 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
                 labels = np.asarray(arrays[names[0]]) if names else None
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # of damaged files, zipfile and NumPy raise almost anything
+    except Exception as error:  # for a damaged file, zipfile and NumPy raise exceptions of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as an .npz file of images: {reason}") from None
     _check_memory(path, len(pixels), image_size)
@@ -194,7 +197,10 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse what is no zip archive, or one that unpacks to more than pictures do, before it does."""
+    """Check that `file` is a zip archive, and that its arrays are not larger than pictures can be, before unpacking.
+
+    :raises ValueError: it is not.
+    """
     if not zipfile.is_zipfile(file):
         raise ValueError("it is no .npz archive")
     file.seek(0, os.SEEK_END)
@@ -207,7 +213,7 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def _check_memory(source: str, count: int, image_size: int) -> None:
-    """Refuse a set that is to be held in memory and cannot be."""
+    """Check that a set of images fits in memory. :raises ValueError: it does not."""
     gigabytes, available = count * image_size**2 * 3 / 2**30, memory_gb()
     if available is not None and gigabytes > available:
         raise ValueError(
@@ -217,7 +223,7 @@ def _check_memory(source: str, count: int, image_size: int) -> None:
 
 
 def _find_images(arrays: np.lib.npyio.NpzFile) -> np.ndarray:
-    """The array of images, uint8 [N, H, W, 3 or 1]."""
+    """The array of images, uint8 [N, H, W, 3 or 1]. :raises ValueError: there is none."""
     for name in ["arr_0"] if "arr_0" in arrays.files else arrays.files:
         array = np.asarray(arrays[name])
         if array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3) and array.size:
@@ -236,7 +242,7 @@ def _checked_labels(labels: np.ndarray, count: int, path: str) -> np.ndarray:
 
 
 def _fit_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Images [N, H, W, 3 or 1] as [N, S, S, 3]."""
+    """Images uint8 [N, H, W, 3 or 1], scaled and cropped to [N, S, S, 3]."""
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
     if pixels.shape[1:3] == (image_size, image_size):
         return np.ascontiguousarray(pixels)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: a rise, a constant part, a fall to zero."""
+"""The learning rate as a function of the step: a linear rise, a constant part, a fall to zero."""
 
 import math
 
@@ -14,12 +14,15 @@ def learning_rate(
     decay_share: float = 1.0,
     total_steps: int = 0,
 ) -> float:
-    """The learning rate after `step` updates: a linear rise over `warmup_steps`, then `lr`, then a fall to zero.
+    """The learning rate of the update after `step` others.
 
-    :param anneal_steps: fall linearly from the first step on, over so many (improved-diffusion's way); 0: do not.
-    :param decay: "none", "linear", or "cosine" (half a period: slow at first and at last).
-    :param decay_share: the last share of `total_steps` over which it falls; 1: from the end of the rise on. With
-        less than 1, a run can be prolonged from a checkpoint before its fall.
+    :param lr: the learning rate of the constant part.
+    :param warmup_steps: the number of steps in which it rises linearly from zero; 0: no rise.
+    :param anneal_steps: the number of steps in which it falls linearly to zero, from the first step on, as in
+        improved-diffusion; 0: no such fall.
+    :param decay: the shape of the fall to zero at `total_steps`: "linear", "cosine" (half a period), or "none".
+    :param decay_share: the share of `total_steps`, at their end, in which it falls; 1: it falls from the end of the
+        rise on. Below 1, a run can be continued beyond `total_steps` from a checkpoint before the fall.
     """
     if decay != "none":
         start = max(warmup_steps, (1 - decay_share) * total_steps)
@@ -35,7 +38,10 @@ def learning_rate(
 def check_lr_schedule(
     warmup_steps: int, anneal_steps: int, decay: str, decay_share: float, total_steps: int
 ) -> None:
-    """:raises ValueError: these arguments of `learning_rate` are impossible, or contradict each other."""
+    """Check these arguments of `learning_rate`.
+
+    :raises ValueError: one is out of range, or two contradict each other.
+    """
     if decay not in LR_DECAYS:
         raise ValueError(f"lr_decay {decay!r}: use one of {', '.join(LR_DECAYS)}")
     if not 0 < decay_share <= 1:

@@ -2,7 +2,7 @@
 
 import math
 
-# Channel multipliers of improved-diffusion (32, 64, 256) and, for other sizes, of the same taste.
+# The channel multipliers of improved-diffusion (32, 64, 256), and similar ones for other sizes.
 CHANNEL_MULT = {
     32: (1, 2, 2, 2),
     64: (1, 2, 3, 4),
@@ -13,19 +13,22 @@ CHANNEL_MULT = {
 DEFAULT_ATTENTION = "16,8"
 MAX_LEVELS = 10
 MAX_MULTIPLIER = 64
-MAX_ATTENTION_SIDE = 128  # pixels; attention there holds 2^28 numbers per head and image
+MAX_ATTENTION_SIDE = 128  # pixels; at 128, attention needs memory for 2^28 numbers per head and image
 
 
 def channel_multipliers(text: str, image_size: int) -> tuple[int, ...]:
-    """The multipliers of all levels, from the text of a flag, which may be empty.
+    """The channel multipliers of all levels.
 
-    :raises ValueError: that many levels do not fit the image size; the message begins with the argument's name.
+    :param text: numbers separated by commas; empty: chosen by the image size.
+    :param image_size: in pixels.
+    :raises ValueError: the text is malformed, or the image size does not allow so many levels. The message begins with
+        the name of the argument.
     """
     if text:
         multipliers = _integers(text, "channel_mult")
         if len(multipliers) > MAX_LEVELS or max(multipliers) > MAX_MULTIPLIER:
             raise ValueError(
-                f"channel_mult: at most {MAX_LEVELS} levels and multipliers up to {MAX_MULTIPLIER}, please"
+                f"channel_mult: use at most {MAX_LEVELS} levels and multipliers up to {MAX_MULTIPLIER}"
             )
         divisor = 2 ** (len(multipliers) - 1)
         if image_size % divisor:
@@ -42,16 +45,19 @@ def channel_multipliers(text: str, image_size: int) -> tuple[int, ...]:
         raise ValueError(
             f"image_size {image_size}: an odd size cannot be halved; try {image_size + 1}, or channel_mult 1"
         )
-    # Levels below 4 pixels have nothing left to see.
+    # A level of less than 4 pixels would be of no use.
     while halvings > 1 and image_size >> halvings < 4:
         halvings -= 1
     return CHANNEL_MULT[nearest][: halvings + 1]
 
 
 def attention_factors(text: str, image_size: int, levels: int) -> tuple[int, ...]:
-    """The downsampling factors at which there is attention, from resolutions in pixels.
+    """The downsampling factors of the levels with attention.
 
-    :raises ValueError: there is no such resolution, or too large a one; the message begins with the argument's name.
+    :param text: resolutions in pixels, separated by commas; resolutions above the image size are ignored.
+    :param image_size: in pixels. :param levels: the number of levels.
+    :raises ValueError: the text is malformed, or a resolution does not exist or is too large. The message begins with
+        the name of the argument.
     """
     sizes = [image_size >> level for level in range(levels)]
     resolutions = _integers(text, "attention_resolutions") if text else ()

@@ -1,4 +1,4 @@
-"""The low-resolution images that a super-resolution model is shown beside the one it makes."""
+"""The low-resolution images that a super-resolution model gets as its second input."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ from improved_diffusion.data.batch_stream import BatchStream
 
 
 def shrink(images: th.Tensor, size: int) -> th.Tensor:
-    """Images [N, C, H, W] as [N, C, size, size]; each pixel is the mean of those it takes the place of.
+    """Images [N, C, H, W] reduced to [N, C, size, size]. Each pixel is the mean of the area that it replaces.
 
-    Where the sizes do not divide, the areas that are averaged overlap by up to a pixel.
+    If `size` does not divide H and W, neighbouring areas overlap by up to one pixel.
     """
     return F.interpolate(images, (size, size), mode="area")
 
@@ -19,7 +19,7 @@ def shrink(images: th.Tensor, size: int) -> th.Tensor:
 class LowResStream:
     """The batches of `stream`, with the same images at `small_size` pixels as the model argument "low_res".
 
-    Like the stream itself it can `seek`, and knows the number of `samples` it has given.
+    An endless iterator of (images [N, 3, H, W], dict of model arguments), like `BatchStream` itself.
     """
 
     def __init__(self, stream: BatchStream, small_size: int):
@@ -28,11 +28,11 @@ class LowResStream:
 
     @property
     def samples(self) -> int:
-        """The number of images given so far."""
+        """The number of images that were returned so far."""
         return self._stream.samples
 
     def seek(self, samples: int) -> None:
-        """Continue as if `samples` images had been given."""
+        """Continue as if `samples` images had been returned."""
         self._stream.seek(samples)
 
     def __iter__(self) -> Iterator[tuple[th.Tensor, dict[str, th.Tensor]]]:

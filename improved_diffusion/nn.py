@@ -1,4 +1,4 @@
-"""Building blocks of the UNet: layers by dimension, normalisation, seeded dropout, timestep embeddings, EMA."""
+"""Building blocks of the UNet: layers for 1 to 3 dimensions, normalisation, seeded dropout, timestep embedding, EMA."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
 
 
 class PointwiseConv1d(nn.Conv1d):
-    """A convolution with a kernel of size 1 along one dimension, as fast as CPUs can do it."""
+    """A convolution over one dimension with a kernel of size 1, in the form that is fastest on CPUs."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
@@ -28,7 +28,7 @@ class PointwiseConv1d(nn.Conv1d):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A convolution with a kernel of size 1 over two dimensions, as fast as CPUs can do it."""
+    """A convolution over two dimensions with a kernel of size 1, in the form that is fastest on CPUs."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
@@ -40,7 +40,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def pointwise_conv_nd(dims: int, in_channels: int, out_channels: int) -> nn.Module:
-    """A convolution with a kernel of size 1 over `dims` (1, 2 or 3) dimensions: a matrix for every position."""
+    """A convolution over `dims` (1, 2 or 3) dimensions with a kernel of size 1: one matrix for all positions."""
     if dims == 3:
         return nn.Conv3d(in_channels, out_channels, 1)
     return {1: PointwiseConv1d, 2: PointwiseConv2d}[dims](in_channels, out_channels)
@@ -48,28 +48,30 @@ def pointwise_conv_nd(dims: int, in_channels: int, out_channels: int) -> nn.Modu
 
 def _pointwise(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, conv) -> th.Tensor:
     if x.dtype == th.bfloat16:
-        # Products of matrices reach the processor's 16-bit peak, where convolutions reorder the image twice.
+        # Matrix products are faster here: convolutions would copy the image into another layout and back.
         products = th.baddbmm(bias[:, None], weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))
         return products.view(len(x), -1, *x.shape[2:])
-    # Any dilation means the same to a kernel of size 1. On a single thread, torch hands such kernels to its own
-    # slow convolution unless they are dilated; oneDNN's is 1.6 times as fast.
+    # Dilation changes nothing in a kernel of size 1. Without it, torch on a single thread takes its own convolution
+    # for such kernels; with it, that of oneDNN, which is 1.6 times as fast.
     return conv(x, weight, bias, dilation=2)
 
 
 def in_channels_last(x: th.Tensor) -> bool:
-    """Whether `x` [N, C, H, W] lies in memory as [N, H, W, C], and not as it says."""
+    """Whether `x` [N, C, H, W] has the memory layout channels_last, [N, H, W, C], and is not contiguous too."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=th.channels_last)
 
 
 def pointwise_channels_last(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """A convolution with a kernel of size 1 of `x` [N, C, H, W] in channels_last layout, which the result has too.
+    """A convolution with a kernel of size 1, in channels_last layout.
 
-    :param weight: [out_channels, C] and any dimensions of size 1.
+    :param x: [N, C, H, W] in channels_last layout.
+    :param weight: [out_channels, C], followed by any number of dimensions of size 1. :param bias: [out_channels].
+    :return: [N, out_channels, H, W] in channels_last layout.
     """
     weight = weight.flatten(1)
     if x.dtype == th.bfloat16:
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    # oneDNN's convolutions in 32 bits are twice as fast as the products of torch's library of linear algebra.
+    # In float32, oneDNN's convolution is twice as fast as torch's matrix product. For the dilation, see `_pointwise`.
     return F.conv2d(x, weight[:, :, None, None], bias, dilation=2)
 
 
@@ -84,14 +86,17 @@ def linear(*args, **kwargs) -> nn.Linear:
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set every parameter of `module` to zero, so that a residual branch starts as the identity."""
+    """Set all parameters of `module` to zero, and return it.
+
+    A residual block that ends with such a module starts as the identity.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Group normalisation with 32 groups (Wu & He 2018), as used throughout the UNet.
+    """Group normalisation with 32 groups (Wu & He 2018, arXiv 1803.08494), which the whole UNet uses.
 
     :raises ValueError: `channels` is not a multiple of 32.
     """
@@ -106,13 +111,13 @@ def normalization(channels: int) -> nn.GroupNorm:
 def timestep_embedding(
     timesteps: th.Tensor, dim: int, max_period: float = 10000, reach_end: bool = False
 ) -> th.Tensor:
-    """Sinusoidal embedding of (possibly fractional) timesteps, cosines first (Vaswani et al. 2017, sec. 3.5).
+    """Sinusoidal embedding of timesteps, cosines first (Vaswani et al. 2017, section 3.5).
 
-    :param timesteps: shape [N].
-    :param dim: width of the embedding; an odd one is padded with a zero.
-    :param max_period: the wavelengths, in timesteps, grow geometrically from 2 pi towards 2 pi times this.
-    :param reach_end: let the last one be that long; otherwise the one after it would be.
-    :return: float32, shape [N, dim].
+    :param timesteps: [N], whole numbers or not.
+    :param dim: width of the embedding. If it is odd, the last column is zero.
+    :param max_period: the wavelengths form a geometric sequence from 2 pi timesteps to 2 pi `max_period`.
+    :param reach_end: whether the last wavelength is 2 pi `max_period`; if not, the sequence ends one term earlier.
+    :return: float32 [N, dim].
     """
     half = dim // 2
     frequencies = th.exp(
@@ -129,7 +134,7 @@ def timestep_embedding(
 def update_ema(
     target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99
 ) -> None:
-    """Move an exponential moving average towards the current parameters: target += (1 - rate)(source - target)."""
+    """Update an exponential moving average in place: target += (1 - rate) (source - target)."""
     th._foreach_lerp_(list(target_params), list(source_params), 1 - rate)
 
 
@@ -138,12 +143,12 @@ _dropout = threading.local()
 
 @contextlib.contextmanager
 def dropout_seeds(seeds: Sequence[int]) -> Iterator[None]:
-    """Make the dropout masks drawn by this thread within the block a function of the image's seed and the layer.
+    """Within the `with` block, dropout masks of this thread depend only on the image's seed and the layer.
 
-    Masks then depend neither on other images and threads nor on how often a layer is evaluated, so gradient
-    checkpointing recomputes the same ones, a resumed run repeats them, and a batch may be cut anywhere.
+    So gradient checkpointing computes the same masks twice, a resumed run repeats them, and neither the microbatch nor
+    the number of threads changes them.
 
-    :param seeds: one for each image of the batches that the layers are given.
+    :param seeds: a seed for each image of the batches that the layers get.
     """
     previous = getattr(_dropout, "seeds", None)
     _dropout.seeds = seeds
@@ -154,9 +159,9 @@ def dropout_seeds(seeds: Sequence[int]) -> Iterator[None]:
 
 
 class Dropout(nn.Module):
-    """Dropout with probability `p` whose masks can be fixed by `dropout_seeds`.
+    """Dropout with probability `p` (Srivastava et al. 2014). Within `dropout_seeds`, its masks are reproducible.
 
-    `layer` tells apart the layers of one network; `UNetModel` numbers its own.
+    `layer` is the number of the layer in its network, so that each layer has other masks. `UNetModel` sets it.
     """
 
     def __init__(self, p: float):

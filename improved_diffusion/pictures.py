@@ -1,4 +1,4 @@
-"""What is drawn, as files to look at and to go on with: an .npz file, a grid, single PNGs, an animation."""
+"""Files of drawn images: an .npz file for programs, and a grid, single PNGs and an animation to look at."""
 
 import math
 from collections.abc import Iterable
@@ -12,9 +12,10 @@ from improved_diffusion.run.interrupts import Interrupts, Stoppable
 from improved_diffusion.storage import open_atomic
 
 MAX_IN_GRID = 400
-# An animation shows the first images, as many as do not strain the memory.
+# An animation shows the first images; its frames must fit in the memory.
 MAX_IN_ANIMATION = 64
 MAX_PIXELS_IN_ANIMATION = 1_000_000
+# durations of all frames but the last together, and of the last frame
 MILLISECONDS_OF_WAY, MILLISECONDS_OF_LAST = 3000, 2500
 
 
@@ -27,17 +28,18 @@ def save_samples(
     save_png: bool = False,
     save_trajectory: bool = False,
 ) -> int:
-    """Write images into `out_dir`, and say where they are.
+    """Write images into `out_dir`, and print the paths of the files.
 
-    They become ``samples_NxHxWx3.npz`` (arr_0: the images; arr_1: `labels`, where there are any) and the
-    picture ``grid.png``. Ctrl-C, SIGTERM and SIGHUP end the drawing; the batches that are finished by then are written
-    all the same. Only rank 0 of several processes writes.
+    The files are ``samples_NxHxWx3.npz`` (arr_0: the images; arr_1: `labels`, if there are any) and ``grid.png``.
+    Ctrl-C, SIGTERM and SIGHUP end the drawing; the finished batches are still written. Of several processes, only
+    rank 0 writes.
 
-    :param batches: uint8 [n, F, H, W, 3] each: F frames from noise to image, or just the image.
-    :param rows: which images are to share a row of the grid (see `image_grid`).
-    :param save_png: also write every image as a PNG file of its own, at once.
-    :param save_trajectory: also write all frames of the first images, as an animated picture.
-    :return: the exit code: 0, or what `Stoppable` says when a signal has ended the drawing.
+    :param batches: uint8 [n, F, H, W, 3] each: F frames from noise to image, or only the image.
+    :param labels: the class of each image, [N].
+    :param rows: the row of each image in the grid (see `image_grid`).
+    :param save_png: also write every image as a PNG file, as soon as it is drawn.
+    :param save_trajectory: also write the frames of the first images as an animation.
+    :return: the exit code: 0, or that of the signal that has ended the drawing (see `Stoppable`).
     """
     if dist_util.get_rank() > 0:
         for _ in batches:
@@ -60,7 +62,7 @@ def save_samples(
         return stoppable.exit_code
     drawn = np.concatenate(images)
     path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
-    with Interrupts():  # who asks now to stop wants these files all the same
+    with Interrupts():  # a signal must not prevent these files from being written
         with open_atomic(path) as file:
             np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
         grid = bf.join(out_dir, "grid.png")
@@ -73,11 +75,11 @@ def save_samples(
 
 
 def image_grid(images: np.ndarray, rows: np.ndarray | None = None, padding: int = 2) -> Image.Image:
-    """One picture of all images, enlarged when they are small enough to strain the eye.
+    """One picture of all images, enlarged by the largest whole factor that leaves them at 64 pixels or less.
 
-    :param images: uint8 [N, H, W, 3]; of more than `MAX_IN_GRID` the first are shown.
-    :param rows: a number for each image [N], such as its class; those with the same have a row to themselves.
-        Without, the grid is about square.
+    :param images: uint8 [N, H, W, 3]; only the first `MAX_IN_GRID` are shown.
+    :param rows: a number for each image, [N], such as its class. Images with the same number share a row. None: the
+        grid is about square.
     :param padding: pixels between images.
     """
     images = images[:MAX_IN_GRID]
@@ -107,12 +109,11 @@ def image_grid(images: np.ndarray, rows: np.ndarray | None = None, padding: int 
 
 
 def save_animation(frames: np.ndarray, out_dir: str, rows: np.ndarray | None = None) -> str:
-    """Write ``trajectory.webp``, or ``trajectory.gif`` where Pillow was built without WebP; returns its path.
-
-    It shows grids of the images, one frame after the other, and rests on the last one.
+    """Write an animation from noise to images: ``trajectory.webp``, or ``trajectory.gif`` if Pillow has no WebP.
 
     :param frames: uint8 [N, F, H, W, 3].
     :param rows: as in `image_grid`.
+    :return: the path of the file.
     """
     kind = "WebP" if features.check("webp") else "GIF"
     path = bf.join(out_dir, f"trajectory.{kind.lower()}")
@@ -124,5 +125,5 @@ def save_animation(frames: np.ndarray, out_dir: str, rows: np.ndarray | None = N
 
 
 def _count_in_animation(batch: np.ndarray) -> int:
-    """How many images of such a batch [n, F, H, W, 3] an animation shows."""
+    """How many images an animation shows, given a batch [n, F, H, W, 3] of them."""
     return max(1, min(MAX_IN_ANIMATION, MAX_PIXELS_IN_ANIMATION // (batch.shape[2] * batch.shape[3])))

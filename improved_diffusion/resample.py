@@ -1,4 +1,4 @@
-"""Schedule samplers: which timesteps to train at, and the weights that keep the loss unbiased."""
+"""Schedule samplers: they draw the timesteps to train at, and the weights that keep the mean loss unbiased."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,11 @@ def create_named_schedule_sampler(
     sigma_std: float = SIGMA_STD,
     uniform_share: float = UNIFORM_SHARE,
 ) -> "UniformSampler | LossSecondMomentResampler | LogNormalSampler":
-    """The sampler called `name`, for the timesteps of `diffusion`.
+    """The sampler called `name` for the timesteps of `diffusion`.
 
-    :param sigma_mean, sigma_std, uniform_share: of "log-normal"; see `weighting.log_normal_shares`.
-    :raises ValueError: there is no such sampler, or a number is impossible.
+    :param name: "uniform", "loss-second-moment" or "log-normal".
+    :param sigma_mean, sigma_std, uniform_share: for "log-normal"; see `weighting.log_normal_shares`.
+    :raises ValueError: there is no such sampler, or one of the numbers is out of range.
     """
     if name == "log-normal":
         return LogNormalSampler(diffusion, sigma_mean, sigma_std, uniform_share)
@@ -33,13 +34,13 @@ def create_named_schedule_sampler(
 
 
 class UniformSampler:
-    """Every timestep equally often; all weights are 1."""
+    """Draws all timesteps with the same probability. All loss weights are 1."""
 
     def __init__(self, diffusion: GaussianDiffusion):
         self._num_timesteps = diffusion.num_timesteps
 
     def weights(self) -> np.ndarray:
-        """How often each timestep is drawn, up to a common factor: [T], float64."""
+        """The relative frequency of each timestep, float64 [T]."""
         return np.ones(self._num_timesteps)
 
     def sample(
@@ -49,26 +50,27 @@ class UniformSampler:
         return _draw(self.weights(), batch_size, device, rng)
 
     def state_dict(self) -> dict:
-        """Nothing: the sampler has no memory."""
+        """An empty dict: the sampler has no history."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Accept the state of a sampler without memory.
+        """Accept the state of a sampler without a history.
 
-        :raises ValueError: it is another sampler's.
+        :raises ValueError: it is the state of a sampler with a history.
         """
         _refuse_history(state)
 
 
 class LogNormalSampler:
-    """Timesteps whose noise is log-normal, and some uniform ones: where most is to be learned (Karras et al. 2022).
+    """Draws timesteps whose noise is log-normal, and some uniformly (Karras et al. 2022, table 1).
 
-    Each batch covers the whole range: it is cut into as many parts of equal share as there are images, and each part
-    is drawn from once. Neighbours in the batch lie far apart, so that microbatches and the processes' shares cover it
-    too: in order of their noise, image i has the rank that the fractional part of i times the golden ratio has.
+    The batch is stratified: the range of timesteps is cut into as many parts of equal probability as the batch has
+    images, and one timestep is drawn from each part. Neighbours in the batch get parts that are far apart, so that
+    every microbatch and every process gets timesteps from the whole range: image i gets the part whose number is the
+    rank of frac(i * golden ratio) among all i.
 
     :param sigma_mean, sigma_std, uniform_share: as in `weighting.log_normal_shares`.
-    :raises ValueError: one of them is impossible.
+    :raises ValueError: one of them is out of range.
     """
 
     def __init__(
@@ -82,39 +84,39 @@ class LogNormalSampler:
         self._shares = log_normal_shares(sigma, sigma_mean, sigma_std, uniform_share)
 
     def weights(self) -> np.ndarray:
-        """The share of each timestep: [T], float64."""
+        """The probability of each timestep, float64 [T]."""
         return self._shares
 
     def sample(
         self, batch_size: int, device: th.device | str, rng: np.random.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw a batch of timesteps and their loss weights, as `_draw` does, but one from each part of the range."""
+        """Draw a stratified batch of timesteps and their loss weights; arguments and results are those of `_draw`."""
         rng = np.random.default_rng() if rng is None else rng
         ranks = np.argsort(np.argsort(np.arange(batch_size) * GOLDEN_RATIO % 1))
         quantiles = (ranks + rng.random(batch_size)) / batch_size
-        # The last sum may lie below 1 by rounding, and no quantile may fall beyond it.
+        # Without the last sum: rounding may leave it below 1, and a quantile above it would find no timestep.
         timesteps = np.searchsorted(np.cumsum(self._shares)[:-1], quantiles, side="right")
         return _with_factors(timesteps, self._shares, device)
 
     def state_dict(self) -> dict:
-        """Nothing: the sampler has no memory."""
+        """An empty dict: the sampler has no history."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Accept the state of a sampler without memory.
+        """Accept the state of a sampler without a history.
 
-        :raises ValueError: it is another sampler's.
+        :raises ValueError: it is the state of a sampler with a history.
         """
         _refuse_history(state)
 
 
 class LossSecondMomentResampler:
-    """Timesteps in proportion to the root mean square of their latest losses.
+    """Draws timesteps in proportion to the root mean square of their latest losses (Nichol & Dhariwal 2021, eq. 18).
 
-    Nichol & Dhariwal 2021, eq. 18. Uniform until every timestep has a full history.
+    It draws uniformly until the history of every timestep is full.
 
-    :param history_per_term: how many of the latest losses of each timestep are remembered.
-    :param uniform_prob: the share of draws that stays uniform, so that no timestep is ever forgotten.
+    :param history_per_term: how many of its latest losses the history of a timestep holds.
+    :param uniform_prob: the share of uniform draws, so that every timestep is drawn from time to time.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -123,7 +125,7 @@ class LossSecondMomentResampler:
         self._counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
 
     def weights(self) -> np.ndarray:
-        """How often each timestep is drawn, up to a common factor: [T], float64."""
+        """The relative frequency of each timestep, float64 [T]."""
         num_timesteps, history_per_term = self._losses.shape
         if (self._counts < history_per_term).any():
             return np.ones(num_timesteps)
@@ -138,9 +140,11 @@ class LossSecondMomentResampler:
         return _draw(self.weights(), batch_size, device, rng)
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        """Remember one loss per timestep drawn, in order.
+        """Add losses to the history, in order.
 
-        With several processes each passes all processes' losses in the same order, so that they stay alike.
+        All processes must pass the losses of all processes, in the same order, so that their histories stay the same.
+
+        :param ts: the timesteps drawn, [N]. :param losses: the loss at each, [N], without its weight.
         """
         assert len(ts) == len(losses)
         for t, loss in zip(ts, losses):
@@ -148,17 +152,17 @@ class LossSecondMomentResampler:
             self._counts[t] = min(self._counts[t] + 1, self._losses.shape[1])
 
     def update_with_local_losses(self, ts: Tensor, losses: Tensor) -> None:
-        """The same from tensors [N], for a single process."""
+        """`update_with_all_losses` for tensors [N], in a training of a single process."""
         self.update_with_all_losses(ts.tolist(), losses.tolist())
 
     def state_dict(self) -> dict:
-        """The history as plain lists: JSON keeps it exactly."""
+        """The history as lists of numbers, which JSON stores exactly."""
         return {"losses": self._losses.tolist(), "counts": self._counts.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from the history that `state_dict` gave.
+        """Continue from the history that `state_dict` returned.
 
-        :raises ValueError: it is another sampler's, or for another number of timesteps.
+        :raises ValueError: it is the state of another kind of sampler, or has another shape.
         """
         if not state:
             raise ValueError(
@@ -169,8 +173,8 @@ class LossSecondMomentResampler:
         counts = np.array(state["counts"], dtype=np.int64)
         if losses.shape != self._losses.shape or counts.shape != self._counts.shape:
             raise ValueError(
-                f"diffusion_steps {len(self._losses)}: this history of losses is of shape {losses.shape} (timesteps, "
-                f"losses of each), and not {self._losses.shape}"
+                f"diffusion_steps {len(self._losses)}: this history of losses has the shape {losses.shape} (timesteps, "
+                f"losses of each); it must be {self._losses.shape}"
             )
         self._losses, self._counts = losses, counts
 
@@ -188,9 +192,9 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Draw timesteps in proportion to `weights` [T].
 
-    :param rng: makes the draw a pure function of its state and `weights`; without it nothing is seeded.
-    :return: timesteps [batch_size], int64, and the factors 1 / (T p_t) [batch_size], float32, by which their
-        losses are to be multiplied so that the mean estimates the uniform mean over all timesteps.
+    :param rng: the source of randomness; by default, one with a random seed.
+    :return: timesteps, int64 [batch_size], and their loss weights 1 / (T p_t), float32 [batch_size]. The mean of the
+        weighted losses is an unbiased estimate of the mean loss over all timesteps.
     """
     rng = np.random.default_rng() if rng is None else rng
     probabilities = weights / weights.sum()
@@ -201,7 +205,7 @@ def _draw(
 def _with_factors(
     timesteps: np.ndarray, probabilities: np.ndarray, device: th.device | str
 ) -> tuple[Tensor, Tensor]:
-    """What `_draw` returns, for timesteps [N] drawn with `probabilities` [T]."""
+    """The result of `_draw` for timesteps [N] that were drawn with `probabilities` [T]."""
     factors = 1 / (len(probabilities) * probabilities[timesteps])
     return (
         th.as_tensor(timesteps, dtype=th.int64, device=device),

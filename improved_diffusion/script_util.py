@@ -1,4 +1,4 @@
-"""The names of improved-diffusion for defaults, models and diffusions; from flags to what they describe."""
+"""Flags become models, diffusions and data, under the names of improved-diffusion."""
 
 import argparse
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 DEFAULT_NUM_CLASSES = 1000
-# By the names of --prediction.
+# the values of --prediction
 MEAN_TYPES = {
     "epsilon": gd.ModelMeanType.EPSILON,
     "x_start": gd.ModelMeanType.START_X,
@@ -53,7 +53,7 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
-    """Add a flag for every key, typed by its default, and explained where a training script has it."""
+    """Add a flag for every key, with the type of its default. The flags of the training scripts also get their help."""
     known = declared(TrainConfig)
     for name, default in default_dict.items():
         kind = str2bool if isinstance(default, bool) else str if default is None else type(default)
@@ -62,48 +62,53 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of `keys` in parsed arguments."""
+    """The values of `keys` in parsed arguments, by name."""
     return {key: getattr(args, key) for key in keys}
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """Build the model and its diffusion.
 
-    :param flags: any of `model_and_diffusion_defaults`; those left out take their default.
-    :raises ValueError: a flag's value is impossible; the message names it.
+    :param flags: any of `model_and_diffusion_defaults`; the others have their defaults.
+    :raises ValueError: a value is unusable; the message names the flag.
     """
     return create_from_flags(ModelAndDiffusion(**flags))
 
 
 def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
-    """Build a super-resolution model and its diffusion; see `sr_model_and_diffusion_defaults`."""
+    """Build a super-resolution model and its diffusion.
+
+    :param flags: any of `sr_model_and_diffusion_defaults`; the others have their defaults.
+    :raises ValueError: a value is unusable; the message names the flag.
+    """
     return create_from_flags(SuperResModelAndDiffusion(**flags))
 
 
 def create_model(**flags: Any) -> UNetModel:
-    """Build a UNet from any of the flags that describe one."""
+    """Build a UNet from the flags of `config.ModelFlags`; see `create_model_and_diffusion`."""
     return _build(ModelFlags(**flags))
 
 
 def sr_create_model(large_size: int, small_size: int, **flags: Any) -> SuperResModel:
-    """Build a UNet that sees an image of `small_size` pixels while it makes one of `large_size`."""
+    """Build a UNet that enlarges images from `small_size` to `large_size` pixels; see `create_model`."""
     return _build(SuperResModelFlags(large_size=large_size, small_size=small_size, **flags))
 
 
 def is_super_resolution(config: Flags) -> bool:
-    """Whether `config` is that of a super-resolution model."""
+    """Whether `config` describes a super-resolution model."""
     return isinstance(config, SuperResSizes)
 
 
 def describe_model(arguments: dict[str, Any]) -> ModelAndDiffusion | SuperResModelAndDiffusion:
-    """The model, super-resolution or not, and diffusion that the arguments stored with a checkpoint describe."""
+    """The flags of the model and its diffusion, from the arguments that are stored with a checkpoint."""
     return pick(SuperResModelAndDiffusion if "large_size" in arguments else ModelAndDiffusion, arguments)
 
 
 def create_from_flags(config: ModelAndDiffusion) -> tuple[UNetModel, SpacedDiffusion]:
-    """Build what `config` describes, the flags of a script or of a model.
+    """Build the model and the diffusion that `config` describes.
 
-    :param config: with those of `ModelAndDiffusion` or `SuperResModelAndDiffusion` among its flags.
+    :param config: flags that include those of `ModelAndDiffusion` or `SuperResModelAndDiffusion`.
+    :raises ValueError: a value is unusable; the message names the flag.
     """
     return _build(config), _build_diffusion(config)
 
@@ -118,8 +123,8 @@ def _build(config: ModelFlags | SuperResModelFlags) -> UNetModel:
             )
     arguments = {"in_channels": 3, **_unet_arguments(config)}
     try:
-        with th.device("meta"):  # a model without numbers, which takes no memory
-            # Embeddings apart: to initialise one there, torch loads its compiler.
+        with th.device("meta"):  # tensors without memory
+            # Without classes: to initialise an embedding on this device, torch would load its compiler.
             skeleton = kind(**{**arguments, "num_classes": None})
     except ValueError as error:
         raise named(error, {"num_heads": "num_heads", "channels": "num_channels / --channel_mult"}) from None
@@ -144,7 +149,7 @@ def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
             predict_xstart=config.predict_xstart,
             rescale_timesteps=config.rescale_timesteps,
             rescale_learned_sigmas=config.rescale_learned_sigmas,
-            # A command that takes no steps, such as a conversion, has no such flag.
+            # Commands that do not sample, such as a conversion, do not have this flag.
             timestep_respacing=getattr(config, "timestep_respacing", ""),
             prediction=config.prediction,
             loss_weighting=config.loss_weighting,
@@ -180,10 +185,11 @@ def create_gaussian_diffusion(
 ) -> SpacedDiffusion:
     """Build the diffusion process; the arguments are the flags of `config.DiffusionFlags`.
 
-    :param prediction: what the model predicts, a name in `MEAN_TYPES`; `predict_xstart` stands for "x_start".
+    :param prediction: what the model predicts, a name in `MEAN_TYPES`. `predict_xstart` is the same as "x_start".
     :param loss_weighting: "none", "min_snr" or "edm"; see `weighting`.
-    :param sigma_mean, sigma_std, uniform_share: how often "edm" looks at which noise; see `log_normal_shares`.
-    :raises ValueError: a value is unknown, or two contradict each other.
+    :param sigma_mean, sigma_std, uniform_share: the distribution of noise in the weights of "edm"; see
+        `weighting.log_normal_shares`.
+    :raises ValueError: a value is unknown or out of range, or two contradict each other.
     """
     if prediction not in MEAN_TYPES:
         raise ValueError(f"--prediction {prediction!r} is unknown; use one of {', '.join(MEAN_TYPES)}")
@@ -230,7 +236,7 @@ def create_gaussian_diffusion(
 
 
 def _unet_arguments(config: ModelFlags | SuperResModelFlags) -> dict[str, Any]:
-    """The arguments of `UNetModel` that the flags stand for."""
+    """The arguments of `UNetModel` that these flags stand for."""
     channel_mult, attention_factors = levels_of(config)
     return {
         "model_channels": config.num_channels,
@@ -250,20 +256,21 @@ def _unet_arguments(config: ModelFlags | SuperResModelFlags) -> dict[str, Any]:
 
 
 def _embedded_classes(config: ClassFlags) -> int | None:
-    """The labels that the model knows: its classes and, with class dropout, a last one for "no class"."""
+    """The number of labels: one for each class and, with class dropout, a last one for "no class". None: no labels."""
     check_classes(config)
     return count_classes(config) + (config.class_dropout > 0) if config.class_cond else None
 
 
 def count_classes(config: ClassFlags) -> int:
-    """The classes that a class-conditional model can be asked for, "no class" not among them."""
+    """The number of classes of a class-conditional model, without "no class"."""
     return config.num_classes or DEFAULT_NUM_CLASSES
 
 
 def check_images_fit(config: Flags, name: str, bytes_per_number: int) -> None:
-    """Check that the memory of some machine holds as many images as the flag `name` says, all at a time.
+    """Check that the number of images that the flag `name` gives does not need an impossible amount of memory.
 
-    :raises ValueError: naming the flag.
+    :param bytes_per_number: of each of the 3 numbers of a pixel.
+    :raises ValueError: all images together take more than `MAX_IMAGES_GB` GB; the message names the flag.
     """
     side, count = config.output_size, getattr(config, name)
     gigabytes = count * 3 * side**2 * bytes_per_number / 1e9
@@ -275,9 +282,9 @@ def check_images_fit(config: Flags, name: str, bytes_per_number: int) -> None:
 
 
 def join_processes(config: Flags) -> None:
-    """Join the other processes of the job, if a launcher started several (see `dist_util.setup_dist`).
+    """Join the other processes of the job, if a launcher has started several (see `dist_util.setup_dist`).
 
-    :raises ValueError: they were started with other flags; only paths to read from may differ.
+    :raises ValueError: another process has other flags; only paths to read from may differ.
     """
     dist_util.setup_dist()
     known = declared(type(config))
@@ -301,12 +308,12 @@ def read_flag(flag_name: str, path: str, image_size: int) -> ImageSet:
 def read_images_alike(
     place: str, image_size: int, cache_limit_gb: float = 2.0, flag_name: str = "data_dir"
 ) -> ImageSet:
-    """The images at `place` (see `read_images`), in all processes of the job.
+    """Read the images at `place` (see `read_images`) in all processes of the job.
 
-    Rank 0 reads first, so that the others on its machine find its cache.
+    Rank 0 reads first and makes a cache, which the other processes on its machine use.
 
-    :param flag_name: of the flag that names the place.
-    :raises ValueError: they are unusable, or not the same in all processes; the message names the flag.
+    :param flag_name: the name of the flag that gives the place.
+    :raises ValueError: the images are unusable, or not the same in all processes; the message names the flag.
     """
     with dist_util.rank_0_first(), errors_about(flag_name):
         images = read_images(

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a seed, a purpose and indices, so that nothing has to be stored to resume."""
+"""Random numbers that depend only on a seed, a purpose and indices, so that a resumed run needs no stored state."""
 
 from enum import IntEnum
 
@@ -7,7 +7,7 @@ import torch as th
 
 
 class Purpose(IntEnum):
-    """What a random stream is for; streams of different purposes never overlap."""
+    """What a random stream is for. Streams of different purposes are independent."""
 
     TIMESTEPS = 1
     NOISE = 2
@@ -17,11 +17,11 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *indices: int) -> np.random.Generator:
-    """A generator that depends on nothing but its arguments.
+    """A random generator that depends only on these arguments.
 
-    :param indices: for example the step or the image's number; non-negative.
+    :param indices: non-negative numbers, for example the number of the step or of the image.
     """
-    # SeedSequence takes non-negative words only; a negative seed is told apart from its absolute value.
+    # SeedSequence takes non-negative numbers only, so the sign of the seed is a number of its own.
     words = (abs(seed), int(seed < 0), int(purpose), *indices)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 

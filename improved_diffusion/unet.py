@@ -24,14 +24,14 @@ from improved_diffusion.nn import (
     zero_module,
 )
 
-FUSED_ATTENTION_LENGTH = 128  # positions from which torch's attention is the faster one, in 32 bits
-DDPM_EPSILON = 1e-6  # of normalisations in the code of Ho et al. 2020; torch's default is 1e-5
+FUSED_ATTENTION_LENGTH = 128  # from this many positions on, torch's own attention is faster, in float32
+DDPM_EPSILON = 1e-6  # epsilon of the normalisations in the code of Ho et al. 2020; torch's default is 1e-5
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in sequence, of which the residual blocks are also given the timestep embedding.
+    """Layers in sequence. The residual blocks among them get the timestep embedding as a second argument.
 
-    Instead of the embedding, `forward` takes what `project` has made of it for each block.
+    Instead of the embedding, `forward` also takes its projections for all blocks (see `project`).
     """
 
     def forward(self, x: th.Tensor, emb: "th.Tensor | Projected") -> th.Tensor:
@@ -46,9 +46,9 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution when `use_conv`.
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `use_conv`.
 
-    In three dimensions only the inner two are enlarged. Input [N, C, *size], output [N, C, *2size].
+    Input [N, C, *size], output [N, C, *(2 size)]. Of three dimensions, only the last two are enlarged.
     """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2):
@@ -69,9 +69,9 @@ class Upsample(nn.Module):
 def _upsample_conv(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     """Nearest-neighbour upsampling of `x` [N, C, H, W] by 2 and a padded 3x3 convolution, as one operation.
 
-    Every pixel of the result sees only 2x2 pixels of `x`, by sums of the same weights: a transposed convolution
-    with a 4x4 kernel, in which each pixel of `x` spreads the kernel of both of its copies. That is 4/9 of the
-    arithmetic. (In 16 bits the time saved is lost on the sums.)
+    The 3x3 pixels under the kernel are copies of only 2x2 pixels of `x`. So the whole equals a transposed convolution
+    with stride 2, whose 4x4 kernel holds sums of neighbouring weights. It takes 4/9 of the arithmetic. (In bfloat16,
+    computing the sums takes the time that this saves.)
     """
     padded = F.pad(weight, (1, 1, 1, 1))
     rows = padded[:, :, 1:] + padded[:, :, :-1]
@@ -80,12 +80,11 @@ def _upsample_conv(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tenso
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2: a strided 3x3 convolution when `use_conv`, otherwise average pooling.
+    """Downsampling by 2: a strided 3x3 convolution if `use_conv`, otherwise average pooling.
 
-    In three dimensions only the inner two shrink. Input [N, C, *size], output [N, C, *size/2].
+    Input [N, C, *size], output [N, C, *(size / 2)]. Of three dimensions, only the last two are reduced.
 
-    :param pad_end: where the convolution's zeros go, in two dimensions: below and to the right of the image
-        only, instead of all around it.
+    :param pad_end: pad the image with zeros only below and on the right, not on all sides. For two dimensions.
     """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, pad_end: bool = False):
@@ -105,15 +104,17 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised convolutions around an injection of the timestep embedding, plus a skip connection.
+    """A residual block: two normalised convolutions with the timestep embedding between them, and a skip connection.
 
-    The embedding is added to the hidden layer, or scales and shifts its normalisation when
-    `use_scale_shift_norm` (Nichol & Dhariwal 2021, sec. 3.2 and appendix A).
+    The embedding is added to the output of the first convolution. With `use_scale_shift_norm`, it scales and shifts
+    the second normalisation instead (Nichol & Dhariwal 2021, appendix A).
 
     :param channels: channels of the input.
     :param emb_channels: width of the timestep embedding.
-    :param out_channels: channels of the output; as the input's by default.
-    :param use_conv: let a 3x3 rather than a 1x1 convolution change the channels of the skip connection.
+    :param dropout: the probability of dropout before the second convolution.
+    :param out_channels: channels of the output; by default those of the input.
+    :param use_conv: whether the skip connection changes the number of channels by a 3x3 convolution; otherwise, by a
+        1x1 convolution.
     :param use_checkpoint: recompute the block in the backward pass instead of keeping its activations.
     """
 
@@ -159,7 +160,8 @@ class ResBlock(nn.Module):
         return self.evaluate(x, self.emb_layers(emb))
 
     def evaluate(self, x: th.Tensor, projected: th.Tensor) -> th.Tensor:
-        """As `forward`, given what `emb_layers` make of the embedding: [N, out_channels], or twice as many."""
+        """`forward` with the embedding already projected by `emb_layers`: [N, out_channels], or twice as many channels
+        with `use_scale_shift_norm`."""
         if self.use_checkpoint and th.is_grad_enabled():
             return checkpoint(self._evaluate, x, projected, use_reentrant=False)
         return self._evaluate(x, projected)
@@ -180,9 +182,9 @@ Projected = dict[ResBlock, th.Tensor]
 
 
 def project(blocks: Sequence[ResBlock], emb: th.Tensor) -> Projected:
-    """What the `emb_layers` of all `blocks` make of the timestep embedding `emb` [N, emb_channels], in one go.
+    """The projections of the timestep embedding `emb` [N, emb_channels] by the `emb_layers` of all `blocks`.
 
-    For a few images, one product with a tall matrix takes less time than two dozen with small ones.
+    They are computed as one product with a tall matrix, which is faster than a product for each of two dozen blocks.
     """
     layers = [block.emb_layers[1] for block in blocks]
     weight, bias = (th.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
@@ -193,19 +195,20 @@ def project(blocks: Sequence[ResBlock], emb: th.Tensor) -> Projected:
 def normalize(
     norm: nn.GroupNorm, x: th.Tensor, modulation: th.Tensor | None = None, activate: bool = True
 ) -> tuple[th.Tensor, th.Tensor]:
-    """SiLU(norm(x) * (1 + scale) + shift) in as few passes over `x` [N, C, *size] as can be.
+    """SiLU(norm(x) * (1 + scale) + shift), by the compiled kernel if it can be used.
 
-    :param modulation: scales and shifts, [N, 2 C]; None: without.
-    :param activate: False: without SiLU.
-    :return: that, and `x` for what else is to be made of it (see `norm_act`).
+    :param x: [N, C, *size].
+    :param modulation: scales, then shifts, [N, 2 C]; None: no scale and shift.
+    :param activate: whether to apply SiLU.
+    :return: the result, of x's shape, and `x`. Use this `x` for a skip connection (see `norm_act`).
     """
     if suits(x, norm, modulation):
         return norm_act(norm, x, modulation, activate)
     if modulation is None:
         h = norm(x)
     else:
-        # Every image's channels become channels of a single image, whose normalisation then has weights and
-        # biases of its own for each of them.
+        # As a single image with N * C channels, so that the weights and biases of the normalisation can differ from
+        # image to image.
         scale, shift = modulation.chunk(2, dim=1)
         n, channels = scale.shape
         weight = norm.weight * (1 + scale)
@@ -217,7 +220,10 @@ def normalize(
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of all positions with each other, as a residual (Ho et al. 2020, appendix B)."""
+    """A residual block of self-attention between all positions (Ho et al. 2020, appendix B).
+
+    :raises ValueError: `num_heads` does not divide `channels`.
+    """
 
     def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False):
         super().__init__()
@@ -262,45 +268,46 @@ class QKVAttention(nn.Module):
         width = channels // (3 * self.num_heads)
         q, k, v = qkv.reshape(n * self.num_heads, 3 * width, length).split(width, dim=1)
         if qkv.dtype == th.float32 and length >= FUSED_ATTENTION_LENGTH:
-            # The fused kernel wants every position's vector in one piece; q, k, v are [N, positions, width].
+            # torch's fused attention needs q, k and v as [N, positions, width], contiguous.
             q, k, v = (part.transpose(1, 2).contiguous()[:, None] for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(n, -1, length)
-        # Keys lie along dimension 1 of the weights, so that neither they nor the values, both [width, T] in
-        # memory, have to be transposed: this layout is the fastest of those measured on CPUs.
+        # The weights are [N, keys, queries], so that neither keys nor values, both [width, T] in memory, have to be
+        # transposed. Of the arrangements measured on CPUs, this is the fastest.
         scores = th.bmm((k * (1 / math.sqrt(width))).transpose(1, 2), q)
         return th.bmm(v, scores.softmax(dim=1)).reshape(n, -1, length)
 
     def attend(self, qkv: th.Tensor) -> th.Tensor:
-        """As `forward`, of and to tensors whose last dimension is that of the channels: [N, T, channels]."""
+        """`forward` with the channels last: from [N, T, heads * 3 * width] to [N, T, heads * width]."""
         if attention.suits(qkv, self.num_heads):
             return attention.attention(qkv, self.num_heads)
         return self(qkv.transpose(1, 2)).transpose(1, 2)
 
 
 class UNetModel(nn.Module):
-    """A UNet that predicts from a noisy image and its timestep (Nichol & Dhariwal 2021, appendix A).
+    """A UNet that makes a prediction from a noisy image and its timestep (Nichol & Dhariwal 2021, appendix A).
 
     :param in_channels: channels of the input image.
     :param model_channels: channels of the first level; a multiple of 32.
-    :param out_channels: channels of the output: those of the image, twice that when the variance is learned.
-    :param num_res_blocks: residual blocks per level on the way down (one more on the way up): a number, or one for
-        each level.
-    :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each block.
+    :param out_channels: channels of the output: those of the image, or twice as many if the variance is learned.
+    :param num_res_blocks: residual blocks per level in the downward half; the upward half has one more per level. A
+        number, or a list with one number per level.
+    :param attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention after each block.
     :param dropout: dropout probability within the residual blocks.
     :param channel_mult: for each level, its channels as a multiple of `model_channels`.
-    :param conv_resample: learn the resampling between levels with convolutions.
+    :param conv_resample: whether downsampling and upsampling contain convolutions.
     :param dims: spatial dimensions of the data: 1, 2 or 3.
-    :param num_classes: when given, the model is class-conditional and `forward` needs labels `y`.
-    :param use_checkpoint: trade compute for memory by recomputing blocks in the backward pass.
-    :param num_heads: attention heads; `num_heads_upsample` sets another number for the way up.
-    :param use_scale_shift_norm: let the timestep scale and shift the normalisation (see `ResBlock`).
-    :param ddpm_details: compute as the code of Ho et al. 2020 does where that differs, for weights that come
-        from it: other frequencies of the timestep embedding, a smaller epsilon in the normalisation, and
-        downsampling that pads at the end. The parameters are the same.
-    :param patch_size: P > 1: every P x P pixels become the channels of one position before the first layer, and
-        again pixels after the last one (space to depth: Shi et al. 2016, arXiv 1609.05158). The levels are then
-        those of an image P times smaller, and so is most of the cost.
-    :raises ValueError: the channels do not divide into groups or heads.
+    :param num_classes: the number of labels of a class-conditional model, whose `forward` needs labels `y`; None for
+        other models.
+    :param use_checkpoint: recompute blocks in the backward pass, which takes more time and less memory.
+    :param num_heads: attention heads. :param num_heads_upsample: those of the upward half; -1: the same.
+    :param use_scale_shift_norm: whether the timestep scales and shifts the normalisation (see `ResBlock`).
+    :param ddpm_details: compute like the code of Ho et al. 2020, for weights that come from it. It has other
+        frequencies of the timestep embedding, a smaller epsilon in the normalisation, and downsampling that pads only
+        at the end. The parameters are the same.
+    :param patch_size: P > 1: P x P pixels become the channels of one position before the first layer, and pixels again
+        after the last one (space to depth: Shi et al. 2016, arXiv 1609.05158). The levels are then those of an image
+        with 1 / P of the side, so most of the cost falls to 1 / P^2.
+    :raises ValueError: the channels of a level are not a multiple of 32, or not of the number of heads.
     """
 
     def __init__(
@@ -351,7 +358,7 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        pixels = patch_size**2  # that make one position
+        pixels = patch_size**2  # in one position
         first = conv_nd(dims, in_channels * pixels, model_channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
         skip_channels = [model_channels]
@@ -400,8 +407,8 @@ class UNetModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.GroupNorm):
                     module.eps = DDPM_EPSILON
-        # The layout that the compiled operations, and convolutions even without, are fastest in. PyTorch's own
-        # normalisation is so slow in it that it does not pay without them.
+        # The compiled kernels need channels_last, and convolutions are faster in it. Without the kernels, PyTorch's
+        # normalisation is so slow in channels_last that the contiguous layout is faster.
         self.channels_last = dims == 2 and kernels.generation() is not None
         if self.channels_last:
             self.to(memory_format=th.channels_last)
@@ -409,10 +416,11 @@ class UNetModel(nn.Module):
     def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """Evaluate the model.
 
-        :param x: images, [N, in_channels, *size], values in [-1, 1] plus noise.
-        :param timesteps: [N].
-        :param y: labels, int64 [N], exactly when the model is class-conditional.
+        :param x: noisy images, [N, in_channels, *size].
+        :param timesteps: [N], whole numbers or not.
+        :param y: labels, int64 [N], if and only if the model is class-conditional.
         :return: [N, out_channels, *size].
+        :raises ValueError: labels are missing or not wanted, or there is not one per image.
         """
         *_, h = self._activations(x, timesteps, y)
         norm, _, conv = self.out
@@ -422,7 +430,7 @@ class UNetModel(nn.Module):
     def get_feature_vectors(
         self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None
     ) -> dict[str, list[th.Tensor] | th.Tensor]:
-        """The activations after every block: lists "down" and "up", and the tensor "middle"."""
+        """The activations after every block, each [N, channels, *size]: lists "down" and "up", and "middle"."""
         activations = list(self._activations(x, timesteps, y))
         down = len(self.input_blocks)
         return {"down": activations[:down], "middle": activations[down], "up": activations[down + 1 :]}
@@ -457,20 +465,21 @@ class UNetModel(nn.Module):
 
     @property
     def torso(self) -> list[nn.Module]:
-        """What may compute in 16 bits: all but the embeddings and the output layer, which cost little time and
-        would cost much accuracy."""
+        """The parts that may compute in bfloat16: all but the embeddings and the output layer. In bfloat16 these would
+        save little time and lose much accuracy."""
         return [self.input_blocks, self.middle_block, self.output_blocks]
 
     @property
     def dtype(self) -> th.dtype:
-        """The floating-point type that the blocks compute in: that of their weights."""
+        """The floating-point type in which the blocks compute, which is that of their weights."""
         return next(self.input_blocks.parameters()).dtype
 
 
 class SuperResModel(UNetModel):
-    """A UNet that is also shown a low-resolution image, upsampled and stacked onto its input.
+    """A UNet with a low-resolution image as a second input, which is upsampled and concatenated with the first (as in
+    Saharia et al. 2021, arXiv 2104.07636).
 
-    `in_channels` counts the channels of one of the two images.
+    :param in_channels: channels of each of the two images.
     """
 
     def __init__(self, in_channels: int, *args, **kwargs):

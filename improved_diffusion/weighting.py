@@ -1,7 +1,7 @@
-"""How much each timestep counts: in what shares timesteps are drawn, and what weight an error there has.
+"""How much each timestep counts: the probability with which it is drawn, and the weight of its error.
 
-The noise of a timestep is sigma = sqrt((1 - alpha_bar) / alpha_bar), relative to an undiminished image, and its
-signal-to-noise ratio is 1 / sigma^2. Weights are those of the squared error of x_start, whatever a model predicts.
+sigma = sqrt((1 - alpha_bar) / alpha_bar) is the noise of a timestep relative to the image; the signal-to-noise ratio
+is 1 / sigma^2. All weights are those of the squared error of x_start, also where the model predicts something else.
 
 Karras et al. 2022: "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM), arXiv 2206.00364.
 Hang et al. 2023: "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556.
@@ -21,17 +21,17 @@ def log_normal_shares(
     std: float = SIGMA_STD,
     uniform_share: float = UNIFORM_SHARE,
 ) -> np.ndarray:
-    """The share of each timestep [T], float64, when ln sigma is drawn from N(`mean`, `std`^2), now and then uniformly.
+    """The probability of each timestep, float64 [T], if ln sigma is drawn from N(`mean`, `std`^2).
 
-    A timestep stands for the values of ln sigma that are nearest to its own; what lies beyond the first and the
-    last is left out.
+    A timestep gets the probability of the values of ln sigma that are nearer to its own than to any other. Values
+    below those of the first timestep and above those of the last are left out.
 
-    :param sigma: of each timestep, rising, [T].
-    :param uniform_share: the share of draws for which all timesteps are alike.
-    :raises ValueError: a number is impossible, or the normal distribution misses all timesteps.
+    :param sigma: the noise of each timestep, [T], rising.
+    :param uniform_share: the share of draws in which all timesteps have the same probability instead.
+    :raises ValueError: a number is out of range, or no timestep has such noise.
     """
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"mean {mean}, std {std}: expected numbers, the second one above 0")
+        raise ValueError(f"mean {mean}, std {std}: must be finite numbers, and std above 0")
     if not 0 <= uniform_share <= 1:
         raise ValueError(f"uniform_share {uniform_share}: must lie in [0, 1]")
     if len(sigma) == 1:
@@ -50,14 +50,17 @@ def log_normal_shares(
 
 
 def min_snr(sigma: np.ndarray, gamma: float = 5.0) -> np.ndarray:
-    """The signal-to-noise ratio, which gives the plain error of eps, but at most `gamma` (Hang et al. 2023, eq. 7)."""
+    """min(1 / sigma^2, `gamma`), float64 [T] (Hang et al. 2023, eq. 7). 1 / sigma^2 alone gives the error of eps."""
     return np.minimum(sigma**-2, gamma)
 
 
 def edm(sigma: np.ndarray, sigma_data: float, shares: np.ndarray) -> np.ndarray:
-    """EDM's weight lambda(sigma) (Karras et al. 2022, table 1), times how often it looks at each timestep: T `shares`.
+    """EDM's weight lambda(sigma) (Karras et al. 2022, table 1), times T `shares`: float64 [T].
 
-    When timesteps are drawn in the same `shares` and the loss divided by T times these, as a schedule sampler does,
-    what is left is the plain error of EDM's F.
+    If a schedule sampler draws timesteps with the same `shares`, it divides the loss by T `shares`. Then the loss is
+    the squared error of EDM's F, with the same weight at all timesteps.
+
+    :param sigma: the noise of each timestep, [T]. :param sigma_data: standard deviation of the images.
+    :param shares: the probability of each timestep in EDM's training, [T]; see `log_normal_shares`.
     """
     return (sigma**-2 + sigma_data**-2) * len(shares) * shares

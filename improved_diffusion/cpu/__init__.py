@@ -1,1 +1,1 @@
-"""Fast computing on a CPU: precision and cores, gradients, the optimizer, inference without gradients."""
+"""Fast computing on a CPU: choice of precision and cores, gradients, optimizer, inference."""

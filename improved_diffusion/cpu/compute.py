@@ -1,4 +1,4 @@
-"""How to compute on this machine: in which precision, and on how many cores."""
+"""The choice of precision and number of cores on this machine."""
 
 import functools
 import time
@@ -12,14 +12,18 @@ from improved_diffusion.cpu.machine import usable_cores
 from improved_diffusion.cpu.workers import DTYPES, Workers
 
 PRECISIONS = ("auto", *DTYPES)
-# 16 bits have to be so many times as fast: they cost some accuracy, and convolutions gain more than a step does.
+# "auto" takes bfloat16 if a convolution is at least this many times as fast in it. A whole step gains less than a
+# convolution, and bfloat16 costs some accuracy.
 WORTHWHILE = 1.25
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Compute:
-    """A decision: `precision` is "fp32" or "bf16", `workers` the number of cores."""
+    """What was chosen.
+
+    :ivar precision: "fp32" or "bf16". :ivar workers: the number of cores.
+    """
 
     precision: str
     workers: int
@@ -37,12 +41,13 @@ class Compute:
 
 
 def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
-    """What to compute with.
+    """Choose the precision and the number of cores.
 
-    :param precision: ``"fp32"``, ``"bf16"``, or ``"auto"``: what this processor does faster.
-    :param num_workers: a number of cores, or ``"auto"``: the threads that PyTorch would use. Of more than there are,
-        those that there are, with a warning: threads that share a core wait for each other.
-    :raises ValueError: either is neither of these.
+    :param precision: ``"fp32"``, ``"bf16"``, or ``"auto"``: the one in which this processor is faster.
+    :param num_workers: a number of cores, or ``"auto"``: as many as PyTorch has threads. If it is larger than the
+        number of usable cores, a warning is printed and that number is taken, because threads that share a core wait
+        for each other.
+    :raises ValueError: an argument is none of these.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision}: use one of {', '.join(PRECISIONS)}")
@@ -51,16 +56,16 @@ def choose(precision: str = "auto", num_workers: str = "auto") -> Compute:
     if num_workers == "auto":
         return Compute(precision, max(1, min(th.get_num_threads(), usable_cores())))
     if not (num_workers.isdecimal() and 1 <= int(num_workers) <= 1024):
-        raise ValueError(f"num_workers {num_workers}: use auto, or a number of cores from 1 on")
+        raise ValueError(f"num_workers {num_workers}: use auto, or a number of cores from 1 to 1024")
     if int(num_workers) > usable_cores():
         print(
-            f"WARNING: num_workers {num_workers}: this process may use {usable_cores()} cores; computing on those"
+            f"WARNING: num_workers {num_workers}: this process may use only {usable_cores()} cores, and uses these"
         )
     return Compute(precision, min(int(num_workers), usable_cores()))
 
 
 def bf16_pays() -> bool:
-    """Whether this processor computes fast enough in bfloat16."""
+    """Whether bfloat16 makes training faster on this processor."""
     return bf16_speedup() >= WORTHWHILE
 
 
@@ -68,8 +73,8 @@ def bf16_pays() -> bool:
 def bf16_speedup() -> float:
     """How many times as fast a convolution is in bfloat16 as in float32, forward and backward, on one core.
 
-    It is measured, in less than a tenth of a second: what a processor says it can do tells less. Without
-    instructions for it, it can be far below 1; processors of the AVX2 generation have none, and are not asked.
+    It is measured, in less than a tenth of a second, because a processor's list of instructions says little about its
+    speed. Processors without AVX-512 have no instructions for bfloat16; for these it is 0, without a measurement.
     """
     if th.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         return 0.0
@@ -77,11 +82,11 @@ def bf16_speedup() -> float:
 
 
 def _time_both() -> float:
-    # The thread's own time, where it is told finely enough: what else runs on the machine does not count.
+    # The time of this thread, if its clock is fine enough, so that other programs do not count.
     fine = time.get_clock_info("thread_time").resolution < 1e-5
     clock = time.thread_time if fine else time.perf_counter
     times: dict[th.dtype, list[float]] = {dtype: [] for dtype in DTYPES.values()}
-    # Contents do not matter, and the global random state is not to be touched.
+    # Ones, because the values do not matter and the global random state must not change.
     tensors = {
         dtype: (th.ones(4, 64, 32, 32, dtype=dtype), th.ones(64, 64, 3, 3, dtype=dtype, requires_grad=True))
         for dtype in times
@@ -91,6 +96,7 @@ def _time_both() -> float:
             before = clock()
             F.conv2d(images, weight, padding=1).sum().backward()
             times[dtype].append(clock() - before)
-    # The first round also compiles the kernels; the fastest is the one that nothing else disturbed.
+    # The first round is left out, because oneDNN compiles its kernels in it. The fastest of the others was disturbed
+    # least.
     fp32, bf16 = (min(times[DTYPES[name]][1:]) for name in ("fp32", "bf16"))
     return fp32 / bf16

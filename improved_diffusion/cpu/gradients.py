@@ -1,4 +1,4 @@
-"""Gradients of a batch: computed in passes, in 16 or 32 bits, and added up in 32 bits."""
+"""The gradient of a batch: computed in passes, in bfloat16 or float32, and added up in float32."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,23 +13,25 @@ from improved_diffusion.cpu.optimizer import blocks_of
 from improved_diffusion.cpu.workers import ModelCopies, Workers
 from improved_diffusion.kernels import update
 
-SIDE_BY_SIDE = 4  # passes: more would wait for Python, which interprets one of them at a time
+SIDE_BY_SIDE = (
+    4  # passes at a time; more would wait for the Python interpreter, which runs one thread at a time
+)
 
 
 class Gradients:
-    """Computes gradients of `model` as sums over parts of a batch, one pass for each.
+    """Computes the gradient of `model` as the sum of passes, one for each part of a batch.
 
-    With ``"bf16"`` the passes compute in 16 bits from a copy of the weights; the weights and the sums stay in 32
-    (Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740; bfloat16 has the exponents of float32,
-    and needs no scaling of the loss). After an update, `copies.in_16_bits` must follow the weights, as
-    `Optimizer.step` lets them.
+    With ``"bf16"``, the passes use a copy of the weights in bfloat16. Weights and sums stay in float32 (Micikevicius et
+    al. 2018, "Mixed Precision Training", arXiv 1710.03740). The range of bfloat16 is that of float32, so the loss needs
+    no scaling. After an update, the caller must copy the new weights to `copies.in_16_bits`; `Optimizer.step` does it.
 
-    One thread computes a pass from beginning to end, and the threads meet once, when all passes are done. Neither
-    where the passes run nor in which order they end changes a bit of the result: they are added up in their order.
+    A pass runs in one thread from beginning to end. The threads wait for each other once a step, after the last pass.
+    The passes are added up in the order of their numbers, so the result does not depend on which ends first.
 
-    The gradient is the sum of `values` and `more` (empty after a single pass), tensors in the order of the
-    model's parameters. What a pass has computed in 16 bits stays in 16 bits until the optimizer has it in the caches.
+    The gradient is the sum of `values` and, after more than one pass, `more`: tensors in the order of the model's
+    parameters. They keep the precision of the passes. The optimizer converts them, block by block, when it reads them.
 
+    :param precision: "fp32" or "bf16".
     :param workers: the threads that run the passes; by default one, with one core.
     """
 
@@ -45,15 +47,17 @@ class Gradients:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew, and make room for activations."""
+        """Drop the gradient, which also frees its memory for activations."""
         self.values: list[th.Tensor] = []
         self.more: list[th.Tensor] = []
-        self._waiting: dict[int, Sequence[th.Tensor]] = {}  # passes that ended before an earlier one
+        self._waiting: dict[
+            int, Sequence[th.Tensor]
+        ] = {}  # gradients of passes that wait for an earlier pass
         self._added = 0
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
-        """A model to compute a pass with, which no other thread uses meanwhile."""
+        """Lend a copy of the model for a pass. No other thread uses it within the `with` block."""
         copy = self._idle.get()
         try:
             yield copy
@@ -61,9 +65,11 @@ class Gradients:
             self._idle.put(copy)
 
     def add(self, loss: th.Tensor, model: nn.Module, number: int) -> None:
-        """Add the gradient of pass `number`, counted from 0 since `clear`.
+        """Add the gradient of a pass.
 
-        :param loss: a scalar that was computed with `model`.
+        :param loss: a scalar, computed with `model`.
+        :param model: the copy from `self.model()`.
+        :param number: the number of the pass, from 0 on since `clear`.
         """
         parameters = list(model.parameters())
         # Here, and not in the update, because here each core does it for its own pass.
@@ -84,7 +90,7 @@ class Gradients:
     def _merge(self) -> None:
         """Add `more` to `values`."""
         for block in self.blocks if self.more else []:
-            # In two steps: adding numbers of different types is several times slower.
+            # First convert, then add: adding tensors of different types is several times slower.
             sums = [self.values[i].float() for i in block]
             th._foreach_add_(sums, [self.more[i].float() for i in block])
             for i, value in zip(block, sums):
@@ -92,12 +98,12 @@ class Gradients:
         self.more = []
 
     def total(self) -> list[th.Tensor]:
-        """The whole gradient in one part: `values`, to which `more` has been added."""
+        """Add `more` to `values`, and return `values`: the whole gradient, in the order of the parameters."""
         self._merge()
         return self.values
 
     def norm(self) -> float:
-        """The norm of the whole gradient."""
+        """The Euclidean norm of the whole gradient."""
         if update.suits([*self.values, *self.more]):
             return update.norm(self.values, self.more, self.workers.run)
         norms = th._foreach_norm(self.total(), 2, dtype=th.float32)
@@ -106,7 +112,10 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Passes:
-    """How a batch is cut: passes of `length` images, `side_by_side` of them at a time, each on `cores` cores."""
+    """How a batch is cut into passes.
+
+    :ivar side_by_side: passes that run at the same time. :ivar cores: of each pass. :ivar length: images of each pass.
+    """
 
     side_by_side: int
     cores: int
@@ -118,10 +127,10 @@ class Passes:
 
 
 def plan_passes(size: int, microbatch: int, cores: int) -> Passes:
-    """How to cut a batch of `size` images for `cores` cores, of which each takes at most `microbatch` images.
+    """Cut a batch of `size` images for `cores` cores, with at most `microbatch` images per core at a time.
 
-    A pass on one core waits for nobody: when another program takes a core, only that core's share is late. A pass on
-    several cores stands still at each of its hundreds of operations until the last core is done.
+    Passes with one core each are preferred. If another program takes one of the cores, only the passes of that core
+    are late. A pass on several cores would wait for the slowest core at each of its hundreds of operations.
     """
     side_by_side = max(range(1, min(cores, SIDE_BY_SIDE, size) + 1), key=lambda n: (n * (cores // n), n))
     threads = cores // side_by_side

@@ -1,4 +1,4 @@
-"""Evaluating a trained model fast: the batch split over the cores, in 16 or 32 bits, without gradients."""
+"""Fast evaluation of a trained model: the batch is split over the cores, in bfloat16 or float32, without gradients."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,19 +8,20 @@ from torch import nn
 
 from improved_diffusion.cpu.workers import ModelCopies, Workers
 
-# Matrix products of fewer rows are computed by other algorithms, which round differently. With this many, most
-# processors compute an image alike in any batch; on the rest, batches of different sizes differ by rounding.
+# With fewer rows, matrix products are computed by other algorithms, which round differently. With at least this many
+# images in a slice, most processors give the same result for an image in any batch; others differ by rounding.
 MIN_SLICE = 4
 
 
 def fast_model(
     model: nn.Module, precision: str, num_workers: int, weights: Sequence[th.Tensor] | None = None
 ) -> Callable[..., th.Tensor]:
-    """`model` as a function on float32 images that splits a batch over `num_workers` cores.
+    """`model` in eval mode as a function of (x, timesteps, ...) that splits the batch over `num_workers` cores.
 
-    It computes in `precision`, ``"fp32"`` or ``"bf16"``, with the weights as they are now, in eval mode.
+    The function returns float32. It uses the weights as they are now; later updates do not reach its bfloat16 copies.
 
-    :param weights: tensors to take instead of the model's parameters, in their order, such as a moving average.
+    :param precision: ``"fp32"`` or ``"bf16"``, in which it computes.
+    :param weights: tensors to use instead of the model's parameters, in their order, such as a moving average.
     """
     workers = Workers(num_workers)
     copies = ModelCopies(model, num_workers, precision, weights)

@@ -1,4 +1,4 @@
-"""The processor and its memory: what machine this is, how many of its cores may be used, how memory is kept."""
+"""The machine: its processor and memory, the cores that this process may use, and how freed memory is kept."""
 
 import contextlib
 import ctypes
@@ -12,21 +12,21 @@ import torch as th
 
 
 def usable_cores() -> int:
-    """The cores this process may use: those of its affinity mask, or fewer when its container has a CPU quota.
+    """The number of cores that this process may use: those of its affinity mask, or its CPU quota if that is smaller.
 
-    A quota is rounded down, to at least 1: threads that wait for one that has used up its time are slower than
-    fewer threads.
+    A quota is rounded down, but to at least 1. When a thread has used up its time, the others wait for it, so fewer
+    threads are faster.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(cores, cpu_quota())))
 
 
 def cpu_quota(proc: str = "/proc/self") -> float:
-    """The CPUs that Linux's control groups (versions 1 and 2) let this process use at a time; infinite without.
+    """The number of CPUs that this process may use at a time by its Linux control groups (version 1 or 2).
 
-    The group itself and every group above it may have a limit.
+    It is the smallest limit of its group and all groups above; infinite if there is none.
 
-    :param proc: the folder with this process's ``cgroup`` and ``mountinfo``.
+    :param proc: the folder with the files ``cgroup`` and ``mountinfo`` of this process.
     """
     quota = math.inf
     with contextlib.suppress(OSError, ValueError):
@@ -40,7 +40,7 @@ def cpu_quota(proc: str = "/proc/self") -> float:
 
 
 def _cpu_groups(proc: str) -> Iterator[tuple[str, str]]:
-    """The folders of this process's groups that may limit its CPU time, each with the top of its hierarchy."""
+    """The folders of the control groups that may limit this process's CPU time, each with the top of its hierarchy."""
     with open(os.path.join(proc, "cgroup"), encoding="utf-8") as file:
         # "number:controllers:path"; version 2 has one line without controllers
         groups = [line.rstrip("\n").split(":", 2) for line in file]
@@ -54,13 +54,13 @@ def _cpu_groups(proc: str) -> Iterator[tuple[str, str]]:
             second = kind == "cgroup2" and not controllers
             first = kind == "cgroup" and "cpu" in options.split(",") and "cpu" in controllers.split(",")
             if first or second:
-                # In a container, the top may be its own group, and the path that which the host knows it by.
+                # In a container, the mounted top may be the group itself, while `path` is its path on the host.
                 inside = os.path.relpath(path, root) if os.path.commonpath([path, root]) == root else "."
                 yield os.path.normpath(os.path.join(top, inside)), top
 
 
 def _quota_of(folder: str) -> float:
-    """The CPUs that a control group may use at a time."""
+    """The number of CPUs that a control group may use at a time; infinite if it has no limit."""
 
     def read(name: str) -> list[str]:
         try:
@@ -76,7 +76,7 @@ def _quota_of(folder: str) -> float:
 
 
 def processor_name() -> str:
-    """The processor's model, as its maker calls it where the system tells."""
+    """The name of the processor's model, or of its architecture if the system does not give the model."""
     try:
         if platform.system() == "Linux":
             with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -92,33 +92,34 @@ def processor_name() -> str:
 
 
 def memory_gb() -> float | None:
-    """Physical memory in GB (2^30 bytes), or None where the system does not tell."""
+    """Physical memory in GB (2^30 bytes), or None if the system does not give it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
 
 
-# Of mallopt(3): up to which size freed memory at the end of the heap is kept, and from which size on blocks are
-# asked of the system one by one. The system clears what it gives, page by page.
+# Parameters of mallopt(3). M_TRIM_THRESHOLD: up to how many bytes of freed memory at the end of the heap are kept.
+# M_MMAP_THRESHOLD: larger blocks come straight from the system, which clears them page by page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEEP = (2**31 - 1, 2**30)
 HEAPS = 8
 
 
 def keep_memory(trim_threshold: int = KEEP[0], mmap_threshold: int = KEEP[1]) -> bool:
-    """Let this process keep the memory that it frees, for its next tensors, instead of handing it back.
+    """Keep freed memory for the next tensors instead of returning it to the system.
 
-    A training step frees and asks for hundreds of megabytes again; a tenth of its time would go into that. The
-    peak stays the same. Both sizes are in bytes.
+    A training step frees and allocates hundreds of megabytes. Without this, that takes a tenth of its time. The peak
+    of the memory stays the same.
 
-    :return: whether that was possible: it is with the GNU C library.
+    :param trim_threshold, mmap_threshold: in bytes; see mallopt(3).
+    :return: whether it was possible. It needs the GNU C library.
     """
     libc = _c_library()
     if not hasattr(libc, "mallopt"):
         return False
-    # A heap for each thread that computes: with a common one, a thread is given memory that lies in the caches of
-    # another core, and steps take a tenth longer. More heaps than that would only hold more.
+    # A heap for each computing thread. From a common heap, a thread gets memory that is in the caches of another core,
+    # and steps take 10% longer. More heaps would only use more memory.
     libc.mallopt(M_ARENA_MAX, HEAPS)
     return bool(
         libc.mallopt(M_TRIM_THRESHOLD, trim_threshold) and libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold)
@@ -126,7 +127,7 @@ def keep_memory(trim_threshold: int = KEEP[0], mmap_threshold: int = KEEP[1]) ->
 
 
 def release_memory() -> None:
-    """Hand back to the system what `keep_memory` has kept and is free, for other uses to take."""
+    """Return the free memory that `keep_memory` has kept to the system."""
     libc = _c_library()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -135,12 +136,12 @@ def release_memory() -> None:
 def _c_library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(None)
-    except (OSError, TypeError):  # TypeError: Windows, where there is no such handle
+    except (OSError, TypeError):  # TypeError on Windows, which has no such handle
         return None
 
 
 def describe_machine() -> dict[str, str | int | float | None]:
-    """What a reader of the results needs to know about this machine."""
+    """The facts about this machine that a run records: processor, cores, memory, operating system, versions."""
     return {
         "processor": processor_name(),
         "cores": usable_cores(),

@@ -1,4 +1,4 @@
-"""AdamW and the moving averages of the weights, block by block of the parameters."""
+"""AdamW and the moving averages of the weights, in blocks of parameters that fit in the caches."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,11 +14,11 @@ from improved_diffusion.nn import update_ema
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BLOCK = 2**16  # numbers, of which the caches hold several times as many
+BLOCK = 2**16  # numbers; the caches hold several times as many
 
 
 def blocks_of(tensors: Sequence[th.Tensor]) -> list[list[int]]:
-    """The indices of `tensors` in blocks: what is done to a block step by step finds it in the caches again."""
+    """The indices of `tensors`, in blocks that fit in the caches, so that several operations on a block stay there."""
     blocks: list[list[int]] = [[]]
     size = 0
     for index in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
@@ -33,10 +33,11 @@ def blocks_of(tensors: Sequence[th.Tensor]) -> list[list[int]]:
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), with the state of PyTorch's AdamW.
 
-    Its time goes into moving numbers between memory and cores, so each is fetched once for all that is done to
-    it. (`torch.optim.AdamW` itself goes through all parameters at once, and loads PyTorch's compiler: 66 MB.)
+    Memory limits its speed, so it reads every number once for the update, the averages and the copies. (PyTorch's
+    `torch.optim.AdamW` does one operation on all parameters after the other, and loads PyTorch's compiler: 66 MB.)
 
-    :param run: what runs the parts of an update, perhaps side by side, such as `Workers.run`.
+    :param params: the parameters, float32.
+    :param run: a function that runs the parts of an update, such as `Workers.run`; by default, one after the other.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Optimizer:
         self.run = run
         self.blocks = blocks_of(self.params)
         self.counts = th.zeros(len(self.params))
-        self.steps = list(self.counts.unbind())  # views: they count together
+        self.steps = list(self.counts.unbind())  # views of `counts`
         self.moments = {name: [th.zeros_like(p) for p in self.params] for name in MOMENTS}
 
     @th.no_grad()
@@ -60,13 +61,15 @@ class Optimizer:
         factor: float = 1.0,
         more: Sequence[th.Tensor] = (),
     ) -> None:
-        """Update the parameters with learning rate `lr`, then the moving averages and copies by them.
+        """Update the parameters with the learning rate `lr`, then the moving averages and copies.
 
-        :param gradient: in the order of the parameters, in 16 or 32 bits.
-        :param averages: of each moving average, the tensors, in the order of the parameters, and the decay.
-        :param copies: in the order of the parameters, what is to be a copy of them in 16 bits, or None.
-        :param factor: what the gradient is multiplied by.
-        :param more: a second part of the gradient, to be added to the first, or nothing.
+        All sequences of tensors are in the order of the parameters.
+
+        :param gradient: bfloat16 or float32.
+        :param averages: the tensors and the decay of each moving average.
+        :param copies: for each parameter, its bfloat16 copy, or None.
+        :param factor: the gradient is multiplied by it.
+        :param more: a second part of the gradient, which is added to the first; may be empty.
         """
         copies = copies or [None] * len(self.params)
         moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
@@ -88,7 +91,7 @@ class Optimizer:
         factor: float,
         more: Sequence[th.Tensor],
     ) -> None:
-        """`step` for the parameters whose numbers are in `block`, by operations of PyTorch."""
+        """`step` for the parameters whose indices are in `block`, with PyTorch's operations."""
         params = [self.params[i] for i in block]
         gradients = [gradient[i].float() for i in block]
         if more:
@@ -98,7 +101,7 @@ class Optimizer:
             [value * factor for value in gradients],
             *([self.moments[name][i] for i in block] for name in MOMENTS),
             [],
-            [self.steps[i] for i in block],  # it counts them
+            [self.steps[i] for i in block],  # adamw increments them
             fused=True,
             lr=self.lr,
             beta1=BETAS[0],
@@ -115,11 +118,11 @@ class Optimizer:
                 copies[i].copy_(self.params[i])
 
     def state_tensors(self) -> list[th.Tensor]:
-        """All that changes from step to step, in an order that depends on the parameters alone."""
+        """The tensors that change from step to step, in an order that depends only on the parameters."""
         return [self.counts, *self.moments["exp_avg"], *self.moments["exp_avg_sq"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of `torch.optim.AdamW` on these parameters, for its `load_state_dict` to read."""
+        """The state in the form of `torch.optim.AdamW`, whose `load_state_dict` can read it."""
         state = {
             i: {"step": step, **{name: self.moments[name][i] for name in MOMENTS}}
             for i, step in enumerate(self.steps)
@@ -141,7 +144,7 @@ class Optimizer:
         return {"state": state, "param_groups": [group]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over moments and numbers of steps from a state of `torch.optim.AdamW`, but no settings.
+        """Load the moments and step counts from a state of `torch.optim.AdamW`. Its settings are ignored.
 
         :raises ValueError: `state` belongs to other parameters.
         """

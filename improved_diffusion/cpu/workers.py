@@ -1,4 +1,4 @@
-"""Threads that compute side by side, each on cores of its own, and the copies of a model that they compute with."""
+"""Threads that compute at the same time, each on its own cores, and the copies of a model that they use."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -13,22 +13,20 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`count` threads with a core each, for work that falls into independent parts.
-
-    :param cores: of each thread.
-    """
+    """`count` threads with `cores` cores each, for tasks that do not depend on each other."""
 
     def __init__(self, count: int, cores: int = 1):
         self.count = count
-        # What the workers set becomes the default of every thread that has not set or used its own number yet.
+        # A thread that has never set its number of cores takes the last number that any thread has set. So this
+        # thread sets its own before the workers set theirs.
         th.set_num_threads(th.get_num_threads())
         self._pool = ThreadPoolExecutor(count, "worker", initializer=th.set_num_threads, initargs=(cores,))
 
     def run(self, tasks: Iterable[Callable[[], Result]]) -> list[Result]:
         """Run all `tasks`, at most `count` at a time.
 
-        :return: their results, in order.
-        :raises Exception: the first that a task raised, when all have ended.
+        :return: their results, in the order of the tasks.
+        :raises Exception: after all tasks have ended, the exception of the first task that raised one.
         """
         futures = [self._pool.submit(task) for task in tasks]
         wait(futures)
@@ -36,13 +34,15 @@ class Workers:
 
 
 class ModelCopies:
-    """Copies of `model` that share one set of weights, and have gradients of their own.
+    """`count` copies of `model` that share their weights but not their gradients.
 
-    With ``"bf16"``, that is a set in 16 bits of the weights in the model's `torso` (where it has one, else of all);
-    the other weights are the model's own. `in_16_bits` holds, in the order of the parameters, the tensors that have to
-    follow when these change, or None.
+    With ``"fp32"``, the weights are those of the model. With ``"bf16"``, the weights of the model's `torso` (or all, if
+    it has none) are replaced by bfloat16 copies.
 
-    :param weights: tensors to take instead of the model's parameters, in their order, such as a moving average.
+    :param weights: tensors to use instead of the model's parameters, in their order, such as a moving average.
+    :ivar models: the copies.
+    :ivar in_16_bits: for each parameter, its bfloat16 copy, or None. The copies do not follow later updates by
+        themselves.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ModelCopies:
         sources = [p.detach() for p in own] if weights is None else list(weights)
         torso = {id(p) for part in getattr(model, "torso", [model]) for p in part.parameters()}
         dtype = DTYPES[precision]
-        # What differs from its source in type is a copy; the rest is the source itself.
+        # `to` copies only where the type changes; elsewhere it returns the source itself.
         shared = [source.to(dtype) if id(p) in torso else source for p, source in zip(own, sources)]
         self.in_16_bits = [new if new is not old else None for new, old in zip(shared, sources)]
         self.models = []

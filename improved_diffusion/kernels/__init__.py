@@ -1,7 +1,8 @@
-"""Operations that PyTorch has no fast form of on CPUs, compiled from the C files beside this one.
+"""Fast forms of operations that are slow in PyTorch on CPUs, compiled from the C files in this folder.
 
-`pip install` compiles them where it finds GCC, on Linux and x86-64; everything works without them, only slower. The
-environment variable IMPROVED_DIFFUSION_KERNELS can be 0, to do without, or avx2, for those of older processors.
+`pip install` compiles them on x86-64 Linux if it finds GCC. Without them, PyTorch's operations do the same, only
+slower. The environment variable IMPROVED_DIFFUSION_KERNELS can be 0 (do not use them) or avx2 (use the versions for
+processors without AVX-512).
 """
 
 import contextlib
@@ -17,20 +18,20 @@ import numpy as np
 import torch as th
 
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
-GENERATIONS = ("avx2", "avx512")  # processors, older to newer
-MOST = 2**31  # numbers in a tensor: C is told sizes in 32 bits
+GENERATIONS = ("avx2", "avx512")  # of processors, the older first
+MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
 
 def generation() -> str | None:
-    """The generation of processors whose kernels are used, of `GENERATIONS`; None: none are."""
+    """The generation of processors whose kernels are used, one of `GENERATIONS`; None: no kernels are used."""
     library = _library()
     return library and library[1]
 
 
 @functools.cache
 def has(name: str, dtype: th.dtype) -> bool:
-    """Whether there is a function of this name for this type of numbers."""
+    """Whether there is a compiled function of this name for numbers of type `dtype`."""
     return generation() is not None and hasattr(_library()[0], _full_name(name, dtype))
 
 
@@ -38,9 +39,10 @@ def has(name: str, dtype: th.dtype) -> bool:
 def function(
     name: str, arguments: tuple[type, ...], dtype: th.dtype | None = None, result: type | None = None
 ) -> Callable:
-    """The compiled function of this name, which takes `arguments`; addresses are given as numbers.
+    """The compiled function of this name. It takes addresses as integers.
 
-    :param dtype: the type of numbers it is for, where there are several.
+    :param arguments, result: the ctypes of its arguments and result.
+    :param dtype: the type of its numbers, for a function that exists for several.
     """
     found = getattr(_library()[0], _full_name(name, dtype))
     found.argtypes, found.restype = arguments, result
@@ -53,9 +55,9 @@ def address(
     shape: tuple[int, ...],
     memory_format: th.memory_format = th.contiguous_format,
 ) -> int | None:
-    """Where `tensor` begins in memory, after checking that C will find there what it expects; None for None.
+    """The address of `tensor`, after checking that it has the given type, shape and layout; None for None.
 
-    :raises TypeError: it is of another type, size or layout, or not in the memory of the CPU.
+    :raises TypeError: the type, shape or layout is another, or the tensor is not on the CPU.
     """
     if tensor is None:
         return None
@@ -78,12 +80,13 @@ def addresses(
     like: Sequence[th.Tensor],
     optional: bool = False,
 ) -> np.ndarray:
-    """Where each of `tensors` begins in memory, after checking that C will find there what it expects.
+    """The addresses of `tensors`, after checking their types, shapes and layouts.
 
     :param dtypes: the types that they may have.
-    :param like: for each, a tensor whose shape and order in memory it has to have.
-    :param optional: there may be None among them, whose place is 0.
-    :raises TypeError: one is of another type, size or layout, or not in the memory of the CPU.
+    :param like: for each of them, a tensor with the shape and the strides that it must have.
+    :param optional: whether there may be None among them, whose address is 0.
+    :return: uintp, [number of tensors].
+    :raises TypeError: the type, shape or layout of one is another, or it is not on the CPU.
     """
     if len(tensors) != len(like):
         raise TypeError(f"a kernel needs {len(like)} tensors; it was given {len(tensors)}")
@@ -112,7 +115,7 @@ def _described(tensor: th.Tensor) -> str:
 
 
 def in_one_piece(tensor: th.Tensor) -> bool:
-    """Whether the numbers of `tensor` lie in memory without gaps, in one of the two usual orders."""
+    """Whether `tensor` fills a range of memory without gaps, contiguous or in channels_last layout."""
     return tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=th.channels_last)
     )
@@ -120,7 +123,7 @@ def in_one_piece(tensor: th.Tensor) -> bool:
 
 @contextlib.contextmanager
 def switched(setting: str) -> Iterator[None]:
-    """Do as if the environment variable were `setting`, for a while."""
+    """Within the `with` block, set the environment variable IMPROVED_DIFFUSION_KERNELS to `setting`, and follow it."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = setting
     _forget()
@@ -134,7 +137,7 @@ def switched(setting: str) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Look again for the library, and at the environment variable, when a kernel is next asked for."""
+    """Forget the library, so that the next use of a kernel loads it again and reads the environment variable."""
     for cached in (_library, has, function):
         cached.cache_clear()
 
@@ -145,7 +148,7 @@ def _full_name(name: str, dtype: th.dtype | None) -> str:
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, str] | None:
-    """The compiled library and the newest generation of its functions that this processor can run."""
+    """The compiled library and the newest generation of its functions that this processor can run; None: unusable."""
     wanted = os.environ.get(SWITCH, GENERATIONS[-1])
     here = Path(__file__).parent
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"compiled{suffix}").exists()]
@@ -155,11 +158,11 @@ def _library() -> tuple[ctypes.CDLL, str] | None:
         library = ctypes.CDLL(str(paths[0]))
         library.sources.restype = ctypes.c_char_p
         compiled_from, level = library.sources().decode(), library.processor_level()
-    except (OSError, AttributeError):  # of another system, or damaged
+    except (OSError, AttributeError):  # compiled for another system, or damaged
         return None
     sources = sorted(path for path in here.iterdir() if path.suffix in (".c", ".h"))
     present = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    if sources and present != compiled_from:  # an installed package has none
+    if sources and present != compiled_from:  # an installed package has no sources
         return None
     level = min(level, 1 + GENERATIONS.index(wanted))
     return (library, GENERATIONS[level - 1]) if level else None

@@ -1,4 +1,4 @@
-"""Self-attention as one operation, on positions in a row with all their channels."""
+"""Self-attention as one compiled operation, on tensors with the channels last."""
 
 from ctypes import c_int, c_size_t, c_void_p
 
@@ -7,16 +7,15 @@ from torch.autograd.function import once_differentiable
 
 from improved_diffusion import kernels
 
-# Of the compiled functions: addresses, sizes, threads.
+# Arguments of the compiled functions: addresses, then images, positions, heads, width and threads.
 FORWARD = (*[c_void_p] * 4, *[c_int] * 5)
 BACKWARD = (*[c_void_p] * 6, *[c_int] * 5)
-TILE = 16  # positions, and channels of a head, have to be multiples of so many
-# The gradients of all scores of a head are kept at once.
-MAX_POSITIONS = 1024
+TILE = 16  # the number of positions, and of the channels of a head, must be a multiple of it
+MAX_POSITIONS = 1024  # the backward pass holds the gradients of all scores of a head in memory
 
 
 def suits(qkv: th.Tensor, num_heads: int) -> bool:
-    """Whether `attention` can be used on this tensor."""
+    """Whether `attention` can be used on `qkv` [N, T, heads * 3 * width]."""
     if qkv.dim() != 3:
         return False
     positions, channels = qkv.shape[1:]
@@ -31,9 +30,9 @@ def suits(qkv: th.Tensor, num_heads: int) -> bool:
 
 
 def attention(qkv: th.Tensor, num_heads: int) -> th.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, sec. 3.2.1) of all positions with each other.
+    """Scaled dot-product attention between all T positions (Vaswani et al. 2017, section 3.2.1).
 
-    :param qkv: [N, T, heads * 3 * width], each head's queries, keys, values; see `suits`.
+    :param qkv: [N, T, heads * 3 * width], for each head queries, keys, values; `suits` must accept it.
     :return: [N, T, heads * width].
     """
     return _Attention.apply(qkv, num_heads)

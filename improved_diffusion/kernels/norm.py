@@ -1,4 +1,4 @@
-"""Group normalisation, modulation and SiLU as one operation on images in channels_last layout."""
+"""Group normalisation, scale and shift, and SiLU as one compiled operation, in channels_last layout."""
 
 from ctypes import c_float, c_int, c_void_p
 
@@ -8,15 +8,16 @@ from torch.autograd.function import once_differentiable
 
 from improved_diffusion import kernels
 
-# Of the compiled functions: addresses, sizes, epsilon, whether to activate, threads.
+# Arguments of the compiled functions: addresses, then images, positions, channels, groups, epsilon (forward only),
+# activate and threads.
 FORWARD = (*[c_void_p] * 8, *[c_int] * 4, c_float, c_int, c_int)
 BACKWARD = (*[c_void_p] * 13, *[c_int] * 6)
-MAX_GROUPS = 1024  # of kernels.c
-CHANNELS = 32  # a multiple of so many can be worked on
+MAX_GROUPS = 1024  # as in kernels.c
+CHANNELS = 32  # the number of channels must be a multiple of it
 
 
 def suits(x: th.Tensor, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
-    """Whether `norm_act` can be used: on images [N, C, H, W] in channels_last, of the normalisation's type."""
+    """Whether `norm_act` can be used: `x` must be [N, C, H, W] in channels_last, with the type of the weights."""
     return (
         x.dim() == 4
         and x.is_cpu
@@ -39,12 +40,13 @@ def _fits(tensor: th.Tensor | None, x: th.Tensor, shape: tuple[int, ...]) -> boo
 def norm_act(
     norm: nn.GroupNorm, x: th.Tensor, modulation: th.Tensor | None = None, activate: bool = True
 ) -> tuple[th.Tensor, th.Tensor]:
-    """SiLU(norm(x) * (1 + scale) + shift), in one operation that keeps nothing but `x` for the backward pass.
+    """SiLU(norm(x) * (1 + scale) + shift) as one operation, which keeps only `x` for the backward pass.
 
-    :param x: see `suits`.
-    :param modulation: scales and shifts, [N, 2 C] of the type of `x`; None: without.
-    :param activate: False: without SiLU.
-    :return: the result, and `x` for what else is to be made of it: the gradients of both are added up on the way.
+    :param x: [N, C, H, W]; `suits` must accept it.
+    :param modulation: scales, then shifts, [N, 2 C], of x's type; None: no scale and shift.
+    :param activate: whether to apply SiLU.
+    :return: the result, [N, C, H, W], and `x`. Use the returned `x` for a skip connection: then the backward pass adds
+        its gradient to that of the result in the same operation.
     """
     return _NormAct.apply(x, norm.weight, norm.bias, modulation, norm.num_groups, norm.eps, activate)
 
@@ -58,7 +60,7 @@ class _NormAct(th.autograd.Function):
         weight, bias = weight.contiguous(), bias.contiguous()
         n, channels, height, width = x.shape
         y = th.empty_like(x)
-        # Means, then what follows from the variances.
+        # means, then 1 / sqrt(variance + epsilon)
         statistics = th.empty(2, n, groups, dtype=th.float32, device="cpu")
         sums = th.empty(n, 2 * channels, dtype=th.float32, device="cpu")
         kernel = kernels.function("norm_forward", FORWARD, x.dtype)

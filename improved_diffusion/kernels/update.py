@@ -1,4 +1,4 @@
-"""The norm of a gradient, and AdamW together with all that follows it, reading every number from memory once."""
+"""The norm of a gradient, and AdamW with moving averages and copies, which read every number from memory once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,28 +10,28 @@ import torch as th
 
 from improved_diffusion import kernels
 
-# Of the compiled functions: the first tensor and the end of those to work on, then arrays.
+# Arguments of the compiled functions: the range of tensors to work on (and their number), then addresses of arrays.
 SQUARES = (c_int, c_int, *[c_void_p] * 5)
 ADAMW = (c_int, c_int, c_int, *[c_void_p] * 8, c_int, *[c_void_p] * 4)
-SHARE = 2**20  # numbers that a core works on at a time
+SHARE = 2**20  # numbers in a part of the work
 Run = Callable[[Sequence[Callable[[], object]]], object]
 NUMBERS = ("lr", "beta1", "beta2", "rest1", "rest2", "epsilon", "weight_decay", "factor")
 
 
 class AdamWSettings(Structure):
-    """The C structure adamw; `factor` is what the gradient is multiplied by."""
+    """The C structure adamw: settings of AdamW, and the factor by which the gradient is multiplied."""
 
     _fields_ = [(name, c_float) for name in NUMBERS]
 
     def __init__(
         self, lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float, factor: float
     ):
-        # In 32 bits, 1 - 0.999 would be off in the fifth digit.
+        # 1 - beta is computed here, in float64: in float32, 1 - 0.999 is wrong in the fifth digit.
         super().__init__(lr, *betas, *(1 - beta for beta in betas), epsilon, weight_decay, factor)
 
 
 def suits(tensors: Sequence[th.Tensor]) -> bool:
-    """Whether `norm` can be used on these tensors."""
+    """Whether `norm` and `adamw` can be used on these tensors of a gradient."""
     return kernels.generation() is not None and all(
         t.dtype in kernels.TYPES and t.is_cpu and t.layout == th.strided for t in tensors
     )
@@ -44,10 +44,10 @@ def in_turn(tasks: Sequence[Callable[[], object]]) -> None:
 
 
 def norm(values: Sequence[th.Tensor], more: Sequence[th.Tensor] = (), run: Run = in_turn) -> float:
-    """The Euclidean norm of all numbers in `values`.
+    """The Euclidean norm of all numbers in the tensors `values`, or of the sums of `values` and `more`.
 
-    :param more: tensors of the same shapes that are to be added to them.
-    :param run: what runs the parts of the work, perhaps side by side.
+    :param more: tensors of the same shapes, or none.
+    :param run: a function that runs the parts of the work, one after the other or at the same time.
     """
     values = [t if kernels.in_one_piece(t) else t.contiguous() for t in values]
     more = in_order(more, values)
@@ -70,14 +70,18 @@ def adamw(
     more: Sequence[th.Tensor] = (),
     run: Run = in_turn,
 ) -> bool:
-    """One update of `params`, in place; then of the moving averages, and of the `copies` in bfloat16.
+    """Update `params` by AdamW in place, then the moving averages and the bfloat16 `copies` (Loshchilov & Hutter 2019).
 
-    :param gradient: in 16 or 32 bits; all other tensors are in 32, and lie in memory as the parameters do.
-    :param steps: of each parameter, the number of this update, from 1 on: [number of parameters].
-    :param averages: the tensors of each, and its decay.
-    :param more: a second part of the gradient, to be added to the first, or nothing.
-    :param run: what runs the parts of the work, perhaps side by side.
-    :return: whether it was done: nothing is where there are no kernels, or none for tensors like these.
+    All sequences of tensors are in the order of the parameters. All tensors but `gradient`, `more` and `copies` are
+    float32 and have the strides of the parameters.
+
+    :param gradient: bfloat16 or float32.
+    :param moments: the first and second moments.
+    :param steps: for each parameter, the number of this update, from 1 on: [number of parameters].
+    :param averages: the tensors and the decay of each moving average.
+    :param more: a second part of the gradient, which is added to the first; may be empty.
+    :param run: a function that runs the parts of the work, one after the other or at the same time.
+    :return: False, with nothing changed, if there are no kernels for these tensors; True after an update.
     """
     if not suits([*gradient, *more]):
         return False
@@ -114,7 +118,7 @@ def adamw(
 
 
 def in_order(gradient: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> list[th.Tensor]:
-    """`gradient` in the order in which `params` lie in memory: what autograd returns may lie in another."""
+    """`gradient` with the strides of `params`. (Autograd may return tensors with other strides.)"""
     return [
         th.empty_like(p, dtype=g.dtype).copy_(g) if g.shape == p.shape and g.stride() != p.stride() else g
         for g, p in zip(gradient, params)
@@ -124,7 +128,7 @@ def in_order(gradient: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> list
 def _gradient(
     values: Sequence[th.Tensor], more: Sequence[th.Tensor], like: Sequence[th.Tensor]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The addresses of both parts of a gradient, and which of them have 16 bits (see update.h)."""
+    """The addresses of both parts of a gradient, and which of them are bfloat16 (`kinds` in update.h)."""
     kinds = _in_16_bits(values)
     if not more:
         return kernels.addresses(values, kernels.TYPES, like), np.zeros(len(values), np.uintp), kinds
@@ -133,7 +137,7 @@ def _gradient(
 
 
 def _run_shares(run: Run, kernel: Callable, sizes: np.ndarray, *arguments) -> None:
-    """Call `kernel` for shares of the tensors of these `sizes`, each with the same `arguments`."""
+    """Split the tensors of these `sizes` into ranges of about `SHARE` numbers, and call `kernel` for each range."""
     ends = np.cumsum(sizes)
     marks = np.arange(SHARE, ends[-1], SHARE) if len(ends) else []
     cuts = [0, *np.searchsorted(ends, marks), len(sizes)]

@@ -31,7 +31,7 @@ def test_no_more_cores_than_there_are(monkeypatch, capsys):
     assert choose("fp32", "3") == Compute("fp32", 3)
     assert capsys.readouterr().out == ""
     assert choose("fp32", "999") == Compute("fp32", 3)
-    said = "WARNING: num_workers 999: this process may use 3 cores; computing on those\n"
+    said = "WARNING: num_workers 999: this process may use only 3 cores, and uses these\n"
     assert capsys.readouterr().out == said
 
 
