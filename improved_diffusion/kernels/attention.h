@@ -1,11 +1,12 @@
-// Self-attention (Vaswani et al. 2017), block by block of ROWS positions, so that the scores stay in the caches (Dao et
-// al. 2022, arXiv 2205.14135). The backward pass computes the scores again. Included for each type of number, STORED.
+// Self-attention (Vaswani et al. 2017, section 3.2.1), in blocks of ROWS positions, so that the scores stay in the
+// caches (Dao et al. 2022, arXiv 2205.14135). The backward pass computes the scores again. This file is included once
+// for each type of numbers, STORED.
 //
-// qkv: [images, positions, heads * 3 * width], each head's queries, keys, values; positions and width are multiples of
-// 16. In a product, rows of one matrix are broadcast a unit of 4 bytes at a time, and the other is packed by units:
-// [depth in units, columns]. A unit is UNIT numbers: in 16 bits, the processor multiplies them in pairs.
+// qkv: [images, positions, heads * 3 * width], for each head queries, keys, values. positions and width are multiples
+// of 16. A matrix product a * b works on units of 4 bytes, which hold UNIT numbers: 1 float, or 2 bfloat16 numbers,
+// which the processor multiplies in pairs. Units of a are broadcast; b is packed by units: [depth in units, columns].
 
-// c[ROWS, COLUMNS vectors] = a[ROWS, units] * b, b packed. Steps are from row to row.
+// c[ROWS, COLUMNS vectors] = a[ROWS, units] * b, b packed. The steps are the distances between rows.
 #define MULTIPLY_COLUMNS(COLUMNS)                                                                                      \
     static inline void TYPED(multiply_##COLUMNS)(                                                                      \
         const STORED *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int units           \
@@ -39,14 +40,14 @@ static inline void TYPED(multiply)(
     if (column < columns) TYPED(multiply_1)(a, a_step, b + column, b_step, c + column, c_step, units);
 }
 
-// Packed with units along the rows: rows become columns. to: [width in units, rows].
+// Transpose [rows, width] and pack it: a unit holds neighbours in a row. to: [width in units, rows].
 static inline void TYPED(pack_columns)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
     for (int row = 0; row < rows; row++)
         for (int unit = 0; unit < width / UNIT; unit++)
             memcpy(to + (size_t)unit * rows + row, from + row * step + UNIT * unit, sizeof *to);
 }
 
-// Packed with units along the columns: to: [rows in units, width].
+// Pack [rows, width] without transposing: a unit holds neighbours in a column. to: [rows in units, width].
 static inline void TYPED(pack_rows)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
     for (int row = 0; row < rows; row += UNIT)
         for (int i = 0; i < width; i += WIDTH) {
@@ -60,7 +61,7 @@ static inline void TYPED(store_rows)(const float *from, STORED *to, size_t step,
         for (int i = 0; i < width; i += WIDTH) STORE(to + row * step + i, get(from + row * width + i) * factor);
 }
 
-// Units of 4 bytes that either pass needs room for in each thread.
+// The working memory of each thread, in units of 4 bytes.
 static size_t TYPED(forward_room)(size_t positions, size_t width) {
     return positions * (2 * width / UNIT + ROWS + ROWS / UNIT) + ROWS * width;
 }
@@ -72,7 +73,8 @@ size_t TYPED(attention_room)(size_t positions, size_t width) {
     return forward > backward ? forward : backward;
 }
 
-// out: [images, positions, heads * width]. logsums: [images, heads, positions], which the backward pass wants.
+// out: [images, positions, heads * width]. logsums: [images, heads, positions], the logarithms of the sums of
+// exponentials in the softmax, for the backward pass. room: working memory for all threads.
 void TYPED(attention_forward)(
     const STORED *qkv, STORED *out, float *logsums, uint32_t *room, int images, int positions, int heads, int width,
     int threads
@@ -118,7 +120,7 @@ void TYPED(attention_forward)(
     }
 }
 
-// The gradient dqkv from that of out, dout.
+// Compute the gradient of qkv, dqkv, from that of out, dout.
 void TYPED(attention_backward)(
     const STORED *dout, const STORED *qkv, const STORED *out, const float *logsums, STORED *dqkv, uint32_t *room,
     int images, int positions, int heads, int width, int threads
@@ -129,8 +131,8 @@ void TYPED(attention_backward)(
     {
         uint32_t *q_columns = room + omp_get_thread_num() * TYPED(backward_room)(positions, width);
         uint32_t *d_columns = q_columns + size, *q_rows = d_columns + size, *d_rows = q_rows + size;
-        STORED *k_turned = (STORED *)(d_rows + size);     // [width, positions]
-        uint32_t *all_ds = (uint32_t *)k_turned + size;   // the gradients of all scores, packed: [keys, queries]
+        STORED *k_turned = (STORED *)(d_rows + size);     // the transposed keys, [width, positions]
+        uint32_t *all_ds = (uint32_t *)k_turned + size;   // the gradients of all scores, packed: [keys in units, queries]
         float *scores = (float *)(all_ds + (size_t)positions * positions / UNIT), *dweights = scores + ROWS * positions;
         float *inner = dweights + ROWS * positions, *result = inner + positions;
         STORED *weights = (STORED *)(result + ROWS * width), *ds = weights + ROWS * positions;
@@ -154,7 +156,7 @@ void TYPED(attention_backward)(
                     for (int i = 0; i < width; i++) k_turned[(size_t)i * positions + t] = k[t * step + i];
                 }
                 for (int first = 0; first < positions; first += ROWS) {
-                    // Of ROWS keys, with all queries as columns.
+                    // The scores of ROWS keys, as rows, with all queries, as columns.
                     TYPED(multiply)(k + first * step, step, q_columns, positions, scores, positions, positions, width);
                     TYPED(multiply)(v + first * step, step, d_columns, positions, dweights, positions, positions, width);
                     for (int row = 0; row < ROWS; row += UNIT)
@@ -176,7 +178,7 @@ void TYPED(attention_backward)(
                     TYPED(store_rows)(result, dk + first * step, step, width, scale);
                 }
                 for (int first = 0; first < width; first += ROWS) {
-                    // ROWS channels, with all queries as columns.
+                    // The gradients of ROWS channels, as rows, of all queries, as columns.
                     const STORED *rows = k_turned + (size_t)first * positions;
                     TYPED(multiply)(rows, positions, all_ds, positions, scores, positions, positions, positions);
                     for (int t = 0; t < positions; t++)

@@ -1,6 +1,6 @@
-// Operations that PyTorch has no fast version of on a CPU. Plain C with GCC's vectors, for two generations of
-// processors: AVX2, and AVX-512 with 16-bit conversions. norm.py, attention.py and update.py call them. Where this
-// file is not compiled, PyTorch does the same.
+// Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for two generations of processors: AVX2,
+// and AVX-512 with bfloat16 conversions. norm.py, attention.py and update.py call them. Without this library,
+// PyTorch's operations do the same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !defined(__x86_64__)
 #error "written for GCC on x86-64"
@@ -14,13 +14,13 @@
 #include <string.h>
 
 #define MAX_GROUPS 1024
-#define PIECE 4096  // squares are summed up in float32 within it
+#define PIECE 4096  // numbers whose squares are summed in float32; the sums of the pieces are added in double
 
 struct sizes {
-    int positions, channels, groups, width;  // width: channels of a group
+    int positions, channels, groups, width;  // width: channels per group
 };
 struct adamw {
-    float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: of the gradient
+    float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: for the gradient
 };
 
 static inline float bf16_to_float(uint16_t value) {
@@ -32,7 +32,7 @@ static inline float bf16_to_float(uint16_t value) {
 static inline uint16_t float_to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if (value != value) return (uint16_t)(bits >> 16 | 0x40);  // rounding could carry a NaN over to zero
+    if (value != value) return (uint16_t)(bits >> 16 | 0x40);  // rounding could overflow a NaN to zero
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -50,10 +50,10 @@ static inline uint16_t float_to_bf16(float value) {
 #undef LEVEL
 #pragma GCC pop_options
 
-// What this was compiled from: setup.py's hash of the sources.
+// The hash of the sources that this library was compiled from (see setup.py).
 const char *sources(void) { return SOURCES; }
 
-// Which of them this processor can run: the newest generation, 2 or 1, or 0 for none.
+// The newest generation of functions that this processor can run: 2 for AVX-512, 1 for AVX2, 0 for none.
 __attribute__((target("arch=x86-64"))) int processor_level(void) {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;

@@ -1,11 +1,11 @@
-// All kernels for one generation of processors, LEVEL(name); see kernels.c.
+// All kernels for one generation of processors. Their names are LEVEL(name); see kernels.c.
 
 #ifdef __AVX512F__
 #define WIDTH 16
 #define VECTOR(operation) _mm512_##operation
 #define VECTOR_TYPE(suffix) __m512##suffix
 #define HALF __m256i
-#define ROWS 8  // of a product that are computed together, as far as there are registers
+#define ROWS 8  // rows of a matrix product that are computed together; more would not fit in the registers
 #else
 #define WIDTH 8
 #define VECTOR(operation) _mm256_##operation
@@ -29,7 +29,7 @@ static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
 #else
     __m256i wide = (__m256i)v, last = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
-    // Rounding could carry a NaN over to zero.
+    // Rounding could overflow a NaN to zero.
     __m256i nan = _mm256_or_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(0x40));
     wide = _mm256_blendv_epi8(rounded, nan, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     HALF bits = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -37,10 +37,11 @@ static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
     memcpy(to, &bits, sizeof bits);
 }
 
-// exp, to a few units in the seventh digit: 2^whole times a polynomial for what is left, in [-1/2, 1/2].
+// exp(x), exact to a few units in the seventh digit: 2^(x log2(e)) = 2^whole 2^f, with a polynomial for 2^f, where f is
+// in [-1/2, 1/2].
 static inline vec LEVEL(exponential)(vec x) {
     const float most = 126;
-    // Of a NaN and another number, these instructions return the second operand: a NaN stays one.
+    // If an operand is NaN, these instructions return the second one, so a NaN in x remains NaN.
     x = VECTOR(min_ps)(VECTOR(set1_ps)(most), VECTOR(max_ps)(VECTOR(set1_ps)(-most), x * 1.44269504f));
 #ifdef __AVX512F__
     vec whole = _mm512_roundscale_ps(x, 0);
@@ -56,7 +57,7 @@ static inline vec LEVEL(exponential)(vec x) {
 static inline vec LEVEL(sigmoid)(vec x) { return 1 / (1 + LEVEL(exponential)(-x)); }
 static inline vec LEVEL(rough_sigmoid)(vec x) {
 #ifdef __AVX512F__
-    return _mm512_rcp14_ps(1 + LEVEL(exponential)(-x));  // to 4 digits, more than 16 bits hold
+    return _mm512_rcp14_ps(1 + LEVEL(exponential)(-x));  // exact to 4 digits, more than bfloat16 holds
 #else
     return LEVEL(sigmoid)(x);
 #endif
@@ -76,7 +77,7 @@ static inline float LEVEL(largest)(vec v) {
     return most;
 }
 #ifdef __AVX512BF16__
-// Pairs of 16 bits: the first numbers in the lower halves.
+// Convert two vectors to bfloat16 and pack them as pairs, with the numbers of the first in the lower halves.
 static inline vec LEVEL(pack_pairs)(vec first, vec second) {
     __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
     __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));

@@ -1,13 +1,14 @@
-// Group normalisation, with a scale and shift of each image's own, and SiLU, over images in channels_last layout.
-// Included for each type of number, STORED, and number of channels that are worked on together, BLOCK.
+// Group normalisation (Wu & He 2018), with a scale and shift for each image, and SiLU, in channels_last layout. This
+// file is included once for each type of numbers, STORED, and each number of channels processed together, BLOCK.
 //
-// All arrays are one image's, [positions, channels], unless it says otherwise. First all blocks of an image are summed
-// up, for a group's channels may lie in several, then all are written.
+// Arrays belong to one image, [positions, channels], unless the comment says otherwise. The first half computes the
+// sums of all blocks of an image, because the channels of a group may be in several blocks. The second half writes the
+// results.
 
 #define VECTORS (BLOCK / WIDTH)
 #define EACH _Pragma("GCC unroll 8") for (int k = 0; k < VECTORS; k++)
 
-// The output is x * a + b, for the channels from `first` on.
+// Compute a and b of the channels from `first` on, so that the result before SiLU is x * a + b.
 static inline void NAME(coefficients)(
     const STORED *weight, const STORED *bias, const STORED *modulation, const float *mean, const float *rstd,
     struct sizes size, int first, float *a, float *b
@@ -21,9 +22,9 @@ static inline void NAME(coefficients)(
     }
 }
 
-// sums: for each channel its mean, then for each the sum of its squared distances from it.
+// sums: the means of all channels, then the sums of squared distances from the mean of all channels.
 static inline void NAME(measure)(const STORED *x, float *sums, struct sizes size, int first) {
-    // Distances from the first position's values: a large common part would drown the differences.
+    // The values of the first position are subtracted first, because a large mean would take the precision of the sums.
     vec pivot[VECTORS], s[VECTORS], q[VECTORS];
     EACH pivot[k] = LOAD(x + first + k * WIDTH), s[k] = q[k] = zero();
     for (int t = 1; t < size.positions; t++)
@@ -67,7 +68,8 @@ static inline void NAME(normalize)(
         }
 }
 
-// The gradient before SiLU goes into dx. sums: the sum of each channel's, then that of its products with x - mean.
+// Write the gradient before SiLU into dx. sums: for all channels, the sum of that gradient; then for all channels, the
+// sum of its products with x - mean.
 static inline void NAME(measure_gradient)(
     const STORED *dy, const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation,
     const float *mean, const float *rstd, STORED *dx, float *sums, struct sizes size, int first, int activate
@@ -94,7 +96,8 @@ static inline void NAME(measure_gradient)(
     EACH put(sums + size.channels + first + k * WIDTH, q[k]);
 }
 
-// above: the gradient before SiLU. more: another gradient of x, to be added, or none.
+// Write the gradients of x and of the modulation. above: the gradient before SiLU. more: another gradient of x, which is
+// added, or NULL.
 static inline void NAME(differentiate)(
     const STORED *above, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias,
     const STORED *modulation, const float *mean, const float *rstd, STORED *dx, STORED *dmodulation, const float *sums, struct sizes size,
@@ -135,7 +138,7 @@ static inline void NAME(differentiate)(
         }
 }
 
-// Image by image where there are enough for all threads, so that the second half finds the image in the caches.
+// If there are enough images for all threads, each thread does both halves of an image, which stays in its caches.
 #define BOTH_HALVES(FIRST, SECOND)                                                                                     \
     if (images >= threads) {                                                                                           \
         _Pragma("omp for schedule(static)") for (int n = 0; n < images; n++) {                                         \
@@ -149,8 +152,9 @@ static inline void NAME(differentiate)(
             for (int first = 0; first < size.channels; first += BLOCK) SECOND;                                         \
     }
 
-// x, y: [images, positions, channels]. modulation: scales, then shifts, [images, 2 * channels], or none. mean, rstd:
-// [images, groups], which the backward pass wants. sums: room for [images, 2 * channels].
+// x, y: [images, positions, channels]. modulation: scales, then shifts, [images, 2 * channels], or NULL. mean, rstd:
+// [images, groups], for the backward pass; rstd is 1 / sqrt(variance + epsilon). sums: working memory, [images, 2 *
+// channels].
 static void NAME(norm_forward)(
     const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation, STORED *y, float *mean,
     float *rstd, float *sums, int images, struct sizes size, float epsilon, int activate, int threads
@@ -170,7 +174,8 @@ static void NAME(norm_forward)(
     }
 }
 
-// The gradients of x, weight, bias and modulation from that of y, dy; more: another of x, or none. sums: room for [images, 2 * channels].
+// Compute the gradients of x, weight, bias and modulation from that of y, dy. more: another gradient of x, which is
+// added, or NULL. sums: working memory, [images, 2 * channels].
 static void NAME(norm_backward)(
     const STORED *dy, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation,
     const float *mean, const float *rstd, STORED *dx, STORED *dweight, STORED *dbias, STORED *dmodulation,

@@ -1,4 +1,4 @@
-// Normalisation of images whose numbers are of the type STORED, with LOAD and STORE of WIDTH of them.
+// Normalisation of images with numbers of the type STORED. LOAD and STORE convert WIDTH of them to and from float.
 
 #define BLOCK 64
 #define NAME(name) TYPED(name##_64)

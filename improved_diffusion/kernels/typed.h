@@ -1,4 +1,5 @@
-// The kernels for numbers of the type STORED; attention only where there is a UNIT to multiply them by.
+// The kernels for numbers of the type STORED. Attention needs an instruction for their products; if there is one, UNIT
+// is defined.
 
 #include "norms.h"
 #ifdef UNIT

@@ -1,8 +1,8 @@
-// The gradient's norm, and AdamW with moving averages and the weights' copy in 16 bits: each number is fetched from
-// memory once. Tensors are given as arrays of addresses and sizes; addresses of gradients in 16 bits are marked.
+// The norm of a gradient, and AdamW with moving averages and bfloat16 copies of the weights. Every number is read from
+// memory once. Tensors are given as arrays of addresses and sizes.
 
-// A gradient has one or two parts, the second NULL if there is none; kinds: 1 where the first has 16 bits, plus 2 where
-// the second has.
+// A gradient is the sum of one or two parts; if there is one, the second address is NULL. kinds: 1 if the first part is
+// bfloat16, plus 2 if the second part is.
 static inline vec LEVEL(load_part)(const void *from, int is_bf16, size_t at) {
     return is_bf16 ? LEVEL(load_bf16)((const uint16_t *)from + at) : get((const float *)from + at);
 }
@@ -19,7 +19,7 @@ static inline float LEVEL(gradient_at)(const void *part, const void *other, int 
     return other ? g + LEVEL(part_at)(other, kinds & 2, at) : g;
 }
 
-// Both functions work on the tensors from number `begin` on, up to but not with `end`.
+// squares: for each tensor from number `begin` to `end` - 1, the sum of the squares of its gradient.
 void LEVEL(squares)(
     int begin, int end, const int64_t *sizes, const void *const *parts, const void *const *others, const uint8_t *kinds,
     double *squares
@@ -59,8 +59,10 @@ static inline LEVEL(adam_result) LEVEL(adam)(vec p, vec g, vec m, vec v, const s
     return r;
 }
 
-// averages: those of the first rate for all `count` tensors, then those of the second, and so on. copies: of the weights in
-// 16 bits, NULL where there is none. corrections: 1 - beta1^step and sqrt(1 - beta2^step) of each tensor.
+// Update the tensors from number `begin` to `end` - 1 by AdamW (Loshchilov & Hutter 2019). first, second: the moments.
+// averages: those of the first rate for all `count` tensors, then those of the second, and so on. shares: 1 - decay of
+// each rate. copies: the bfloat16 copies of the weights, or NULL. corrections: for each tensor, 1 - beta1^step and
+// sqrt(1 - beta2^step).
 void LEVEL(adamw)(
     int begin, int end, int count, const int64_t *sizes, float *const *params, const void *const *parts,
     const void *const *others, const uint8_t *kinds, float *const *first, float *const *second, uint16_t *const *copies,
