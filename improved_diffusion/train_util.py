@@ -204,9 +204,7 @@ class TrainLoop:
         self.previewed_step = 0  # step of the last preview
         self.logged_step = 0  # step of the last row that covers a whole interval
         self.saved_step: int | None = None  # step of the last checkpoint in this directory
-        self.resumed_here: Checkpoint | None = (
-            None  # the checkpoint that is continued, if it is in this directory
-        )
+        self.resumed_here: Checkpoint | None = None  # the checkpoint to continue, if it is in this directory
         self.skipped = 0  # steps in a row that were skipped because the gradient was not finite
         self.unfinished_row: dict[str, Any] = {"values": {}, "sums": {}}  # state of `logger` to go on with
         self.export_seconds = 0.0  # duration of the last export of the workbook
@@ -568,7 +566,7 @@ class TrainLoop:
         :param unfinished_row: the state of `logger` that a resumed run continues with; by default the current one.
         """
         unfinished_row = logger.state() if unfinished_row is None else unfinished_row
-        # The weights of machines that round differently drift apart. Where they have not, this changes nothing.
+        # On machines that round differently, the weights drift apart. If they have not, this changes nothing.
         dist_util.sync_params(self.params)
         self.saved_step = self.step
         if not self.is_first:
@@ -615,7 +613,7 @@ class TrainLoop:
         if self.interrupts.stop in Signals.__members__ and self.export_seconds > EXPORT_SECONDS:
             self._report_old_workbook()
             return
-        release_memory()  # that of the last step: a workbook of thousands of rows needs some
+        release_memory()  # that of the last step, because a workbook with thousands of rows needs much
         before = time.monotonic()
         try:
             with self.interrupts.abandoning():
@@ -694,9 +692,8 @@ class TrainLoop:
         vars(self).update(position)
         self.schedule_sampler.load_state_dict(history)
         dist_util.sync_params(self.params)
-        if self.step == 0:
-            return
-        dist_util.sync_params(self.opt.state_tensors())
+        if self.step > 0:
+            dist_util.sync_params(self.opt.state_tensors())
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
         """The model's state dict with `params`, in the order of its parameters, in their place."""
