@@ -112,8 +112,8 @@ class InterpolatedDiffusion(GaussianDiffusion):
                 "or ddim_sample_loop"
             )
         whole = np.arange(diffusion.num_timesteps)
-        told = diffusion.model_timesteps(th.from_numpy(whole)).double().numpy()
-        self._told = np.interp(timesteps, whole, told)
+        model_timesteps = diffusion.model_timesteps(th.from_numpy(whole)).double().numpy()
+        self._model_timesteps = np.interp(timesteps, whole, model_timesteps)
         lam = np.interp(timesteps, whole, log_signal_to_noise(diffusion))
         super().__init__(
             betas=_betas_between(1 / (1 + np.exp(-2 * lam))),
@@ -126,7 +126,7 @@ class InterpolatedDiffusion(GaussianDiffusion):
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps given to the model at the steps `t` [N], float64."""
-        return th.from_numpy(self._told).to(t.device)[t]
+        return th.from_numpy(self._model_timesteps).to(t.device)[t]
 
 
 def log_signal_to_noise(diffusion: GaussianDiffusion) -> np.ndarray:

@@ -162,10 +162,10 @@ def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)
         known = [(i, x0), *known[:1]]
-        foreseen = _foresee_x0(path, i, known[: path.order(2, i)])
+        extrapolated = _extrapolate_x0(path, i, known[: path.order(2, i)])
         h = path.lam[i + 1] - path.lam[i]
         kept = path.sigma[i + 1] / path.sigma[i] * math.exp(-path.eta * h)
-        x = kept * x + (path.alpha[i + 1] - kept * path.alpha[i]) * foreseen
+        x = kept * x + (path.alpha[i + 1] - kept * path.alpha[i]) * extrapolated
         if path.eta:
             fresh = path.sigma[i + 1] * math.sqrt(-math.expm1(-2 * path.eta * h))
             x = x + fresh * path.randn_like(x)
@@ -177,7 +177,7 @@ def _dpmpp(path: Path, x: Tensor, order: int) -> Moves:
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)
         known = [(i, x0), *known[: order - 1]]
-        x = _follow_x0(path, i, x, _foresee_x0(path, i, known[: path.order(order, i)]))
+        x = _follow_x0(path, i, x, _extrapolate_x0(path, i, known[: path.order(order, i)]))
         yield x, x0
 
 
@@ -191,10 +191,10 @@ def unipc(path: Path, x: Tensor) -> Moves:
     for i in range(path.steps - 1):
         x0 = path.denoise(x, i)
         if i > 0:
-            x = _follow_x0(path, i - 1, start, _foresee_x0(path, i - 1, [(i, x0), *known[:order]]))
+            x = _follow_x0(path, i - 1, start, _extrapolate_x0(path, i - 1, [(i, x0), *known[:order]]))
         start, order = x, path.order(3, i)
         known = [(i, x0), *known[:2]]
-        x = _follow_x0(path, i, start, _foresee_x0(path, i, known[:order]))
+        x = _follow_x0(path, i, start, _extrapolate_x0(path, i, known[:order]))
         yield x, x0
 
 
@@ -245,7 +245,7 @@ def _follow_x0(path: Path, i: int, x: Tensor, x0: Tensor) -> Tensor:
     return ratio * x + (path.alpha[i + 1] - ratio * path.alpha[i]) * x0
 
 
-def _foresee_x0(path: Path, i: int, known: Known) -> Tensor:
+def _extrapolate_x0(path: Path, i: int, known: Known) -> Tensor:
     """The constant x_0 that is to replace the changing one between the levels i and i + 1.
 
     For a line through two values, Lu et al. and Zhao et al. take its value halfway; the order is the same.
