@@ -907,7 +907,14 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
         "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )
     guidance_scale: float = flag(
-        1.0, "strengthen the influence of the class in runs with --class_dropout; 1: as trained"
+        1.0,
+        "strengthen the influence of the class in runs with --class_dropout; 1: as trained; where not given, what a "
+        "model was published with",
+    )
+    guidance_interval: str = flag(
+        "",
+        "guide only where the noise sigma lies between two numbers, such as 0.2,3; everywhere where not given",
+        check=_problem(interval),
     )
     batch_size: int = flag(16, "images drawn at a time; less takes less memory", low=1, high=MOST_IMAGES)
     log_dir: str = flag(

@@ -166,6 +166,9 @@ def test_classes_are_drawn_in_turn_and_guided_where_they_can_be(compare, tmp_pat
     a = save_trained(make_run(tmp_path / "a"), class_names=["x", "y", "z"], class_dropout=0.1, **names)
     b = save_trained(make_run(tmp_path / "b"), class_names=["x", "y", "z"], **names)
     c = save_trained(make_run(tmp_path / "c"))
+    published = {"guidance_scale": 3.0, "guidance_interval": "0.2,3", "class_dropout": 0.1}
+    d = save_trained(make_run(tmp_path / "d"), class_names=["x", "y", "z"], **names, **published)
+    assert "d: Drawn with --guidance_scale 3, which it was published with." in compare(a, d).stdout
     done = compare(a, b, c, "--guidance_scale", 2, "--class_label", "z,x")
     assert "b: Drawn without guidance" in done.stdout and "a: Drawn" not in done.stdout
     assert "c: --class_label z,x: it was trained without classes." in done.stdout
