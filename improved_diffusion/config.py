@@ -480,7 +480,7 @@ class RunFlags(Flags):
         "resume even if flags that change the result differ from the checkpoint's",
         role=Role.SESSION,
     )
-    tensorboard: bool = flag(False, "also write TensorBoard event files")
+    tensorboard: bool = flag(False, "also write TensorBoard event files, with numbers and pictures")
 
 
 @dataclass(frozen=True)

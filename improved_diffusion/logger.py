@@ -22,6 +22,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from improved_diffusion.storage import absolute, is_remote, new_directory, open_atomic, read_csv, read_lines
@@ -247,6 +249,19 @@ def dumpkvs() -> dict[str, Value]:
     _run.values.clear()
     _run.sums.clear()
     return row
+
+
+def log_picture(key: str, path: str, step: int) -> None:
+    """Show the picture in the file `path` in TensorBoard, where `configure` was asked for that.
+
+    :raises OSError: the file is no picture, or the disk is full.
+    """
+    if _run.tensorboard is None:
+        return
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    _run.tensorboard.add_image(key, pixels, step, dataformats="HWC")
+    _run.tensorboard.flush()
 
 
 def state() -> dict:

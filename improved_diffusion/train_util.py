@@ -25,7 +25,7 @@ from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.learning_rate import check_lr_schedule, learning_rate
 from improved_diffusion.nn import Dropout, dropout_seeds
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
-from improved_diffusion.results.export import export
+from improved_diffusion.results.export import export_all
 from improved_diffusion.run import averages, checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint, member_name, power_kind
 from improved_diffusion.run.checkpoint_table import CheckpointTable
@@ -608,7 +608,7 @@ class TrainLoop:
             self.publish()
 
     def _export(self) -> None:
-        """Write the workbook. After a signal to stop, leave it out if that takes long."""
+        """Write page and workbook. After a signal to stop, leave them out if that takes long."""
         self.check_folder()
         if self.interrupts.stop in Signals.__members__ and self.export_seconds > EXPORT_SECONDS:
             self._report_old_workbook()
@@ -617,11 +617,13 @@ class TrainLoop:
         before = time.monotonic()
         try:
             with self.interrupts.abandoning():
-                export(logger.get_dir())
+                _, failed = export_all(logger.get_dir())
+            for what, error in failed:
+                logger.log(f"WARNING: the {what} could not be written ({error}); training goes on")
         except Stopped:
             self._report_old_workbook()
         except Exception as error:  # no error in a report may end a run of days
-            logger.log(f"WARNING: the workbook could not be written ({error}); training goes on")
+            logger.log(f"WARNING: page and workbook could not be written ({error}); training goes on")
         self.export_seconds = time.monotonic() - before
 
     def _report_old_workbook(self) -> None:

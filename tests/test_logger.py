@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from improved_diffusion import logger
 
@@ -234,5 +235,23 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path, monkeypatch):
         close = flush
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(
+        Writer,
+        "add_image",
+        lambda self, key, pixels, step, dataformats: calls.append(
+            (key, pixels.shape, pixels[0, 0].tolist(), step, dataformats)
+        ),
+        raising=False,
+    )
     log_steps(tmp_path, [4], keep_until=3, tensorboard=True)
-    assert calls == [(str(tmp_path), 4), ("loss", 0.25, 4)]
+    logger.configure(str(tmp_path), columns=COLUMNS, keep_until=4, tensorboard=True)
+    Image.new("RGB", (3, 2), (10, 20, 30)).save(tmp_path / "a.png")
+    logger.log_picture("samples", str(tmp_path / "a.png"), 4)
+    assert calls == [
+        (str(tmp_path), 4),
+        ("loss", 0.25, 4),
+        (str(tmp_path), 5),
+        ("samples", (2, 3, 3), [10, 20, 30], 4, "HWC"),
+    ]
+    logger.close()
+    logger.log_picture("samples", str(tmp_path / "absent.png"), 5)  # no TensorBoard, nothing to do

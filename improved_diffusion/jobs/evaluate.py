@@ -17,7 +17,7 @@ from improved_diffusion.evaluation.measuring import reference_statistics, statis
 from improved_diffusion.evaluation.metrics import InceptionScore, compare
 from improved_diffusion.flags import errors_about, named
 from improved_diffusion.image_datasets import describe
-from improved_diffusion.results.export import export
+from improved_diffusion.results.export import export_all
 from improved_diffusion.results.read import read_run
 from improved_diffusion.script_util import read_flag
 from improved_diffusion.storage import absolute, write_json
@@ -69,7 +69,11 @@ def run_evaluation(config: EvalConfig) -> None:
     print(f"written: {output}")
     if config.run_dir:
         report.append(config.run_dir, record)
-        print(f"written: {export(config.run_dir)}")
+        written, failed = export_all(config.run_dir)
+        for path in written:
+            print(f"written: {path}")
+        for _, error in failed:
+            raise error
 
 
 def open_extractor(config: ReferenceFlags) -> Extractor:

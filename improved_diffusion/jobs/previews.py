@@ -41,6 +41,7 @@ def create_preview(
             with contextlib.suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path))  # and not `run_dir`, should that be gone
             draw_preview(model, diffusion, subject, path)
+            logger.log_picture("samples", path, step)
         except Exception as error:  # whatever is wrong with a picture, training goes on
             logger.log(f"WARNING: {path} could not be drawn ({error}); training goes on")
 

@@ -1,1 +1,1 @@
-"""The Excel workbook of a run, made from the files that the run wrote."""
+"""The reports of a run, a workbook and a page for a browser, made from the files that the run wrote."""

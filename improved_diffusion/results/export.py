@@ -1,24 +1,19 @@
-"""Turn the directory of a run, finished or still being written, into an Excel workbook."""
+"""Turn the directory of a run, finished or still being written, into an Excel workbook and a page for a browser."""
 
 import math
 import os
 from zipfile import ZIP_DEFLATED, ZipFile
 
-import numpy as np
 from openpyxl import Workbook
 from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.worksheet import Worksheet
 from openpyxl.writer.excel import ExcelWriter
 
 from improved_diffusion.results.charts import (
-    AUTO,
-    DARK,
     FITTED,
     HEIGHT,
     MAX_POINTS,
-    PALETTE,
     WIDTH,
-    Line,
     Plot,
     chart_data,
     draw,
@@ -26,14 +21,15 @@ from improved_diffusion.results.charts import (
     lines_of,
     plots_of,
 )
-from improved_diffusion.results.columns import BEST, HELD_OUT, HELD_OUT_LOSS, describe, title_of
-from improved_diffusion.results.evaluations import EVALUATION_CHARTS, comparable
+from improved_diffusion.results.columns import BEST, HELD_OUT_LOSS, describe, title_of
+from improved_diffusion.results.evaluations import evaluation_plots, heldout_plots
 from improved_diffusion.results.overview import (
     RIGHT,
     best_checkpoint,
     fill_overview,
     link_sheets,
 )
+from improved_diffusion.results.page import write_page
 from improved_diffusion.results.read import Run, Table, read_run
 from improved_diffusion.results.samples import description_of, fill_samples, newest_picture
 from improved_diffusion.results.style import (
@@ -66,26 +62,52 @@ from improved_diffusion.results.tables import (
 )
 from improved_diffusion.storage import absolute, open_atomic
 
+WORKBOOK, PAGE = "results.xlsx", "index.html"
 HALF_CHART = (376, 376)  # the picture and the small chart of the first sheet, in pixels
 HALF_COLUMNS = 6  # so many columns are as wide
 
 
 def export(run_dir: str, output: str | None = None) -> str:
-    """Write the workbook of the run in `run_dir` and return its absolute path.
+    """Write the workbook of the run in `run_dir`, or its page, and return the absolute path.
 
     The run directory is only read, whatever state it is in: rows that cannot be read are left out and
-    counted on the first sheet, and missing files are named there.
+    counted in the report, and missing files are named there.
 
-    :param output: the workbook's path; by default ``results.xlsx`` in `run_dir`. It appears complete or
-        not at all: a workbook that was there before stays as it was when this one cannot be written.
-    :raises ValueError: `run_dir` is not a run's directory, or `output` does not end in ``.xlsx``.
+    :param output: the path of a workbook (``.xlsx``) or a page (``.html``); by default ``results.xlsx`` in
+        `run_dir`. It appears complete or not at all: what was there before stays as it was when this one cannot
+        be written.
+    :raises ValueError: `run_dir` is not a run's directory, or `output` has another ending.
     :raises OSError: `output` cannot be written. On Windows that is so while Excel has it open.
     """
     run = read_run(run_dir)
-    output = os.path.join(run.dir, "results.xlsx") if output is None else absolute(output)
-    if not output.lower().endswith(".xlsx"):
-        raise ValueError(f"{output}: the name of a workbook must end in .xlsx")
+    output = os.path.join(run.dir, WORKBOOK) if output is None else absolute(output)
+    write = {".xlsx": write_workbook, ".html": write_page}.get(os.path.splitext(output)[1].lower())
+    if write is None:
+        raise ValueError(f"{output}: the name must end in .xlsx, for a workbook, or in .html, for a page")
+    write(run, output)
+    return output
 
+
+def export_all(run_dir: str) -> tuple[list[str], list[tuple[str, Exception]]]:
+    """Write the page and the workbook of the run in `run_dir` into it; when one cannot be written, the other is.
+
+    :return: the paths of those that are written; what the others are called, and why they could not be.
+    :raises ValueError, OSError: as `read_run`.
+    """
+    run = read_run(run_dir)
+    written, failed = [], []
+    for name, what, write in ((PAGE, "page", write_page), (WORKBOOK, "workbook", write_workbook)):
+        path = os.path.join(run.dir, name)
+        try:
+            write(run, path)
+            written.append(path)
+        except Exception as error:  # a mistake in one report is no reason to go without the other
+            failed.append((what, error))
+    return written, failed
+
+
+def write_workbook(run: Run, output: str) -> None:
+    """Write the workbook of `run` into the file `output`."""
     book = Workbook()
     book.properties.title = clean(f"Training run {os.path.basename(run.dir)}")
     book.properties.creator = "improved_diffusion"
@@ -106,7 +128,6 @@ def export(run_dir: str, output: str | None = None) -> str:
     # As `book.save`, except that the archive is closed before the file when a signal ends this in the middle.
     with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
         ExcelWriter(book, archive).save()
-    return output
 
 
 def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:
@@ -207,27 +228,9 @@ def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
             cell = sheet.cell(2 + best, column)
             cell.fill, cell.font = MARK_FILL, BOLD
 
-    steps = checkpoints.column("step")
-    found = {
-        name: values
-        for name in names
-        if name.startswith(HELD_OUT) and np.isfinite(values := checkpoints.column(name)).any()
-    }
-    step_column, first_row = 1 + names.index("step"), 2
-    means, levels = [], []
-    for name, values in found.items():
-        group, colour = (
-            (means, DARK) if name == HELD_OUT_LOSS else (levels, PALETTE[len(levels) % len(PALETTE)])
-        )
-        column = 1 + names.index(name)
-        group.append(Line(name, colour, step_column, column, first_row, steps, values, markers=True))
     charts = [
-        draw(sheet, title, "held-out loss", scale, shown)
-        for title, scale, shown in (
-            ("Held-out loss", FITTED, means),
-            ("Held-out loss by noise level", AUTO, levels),
-        )
-        if shown
+        draw(sheet, title, "held-out loss", scale, lines)
+        for title, scale, lines in heldout_plots(checkpoints, names)
     ]
     place_charts(sheet, charts, len(rows) + 3)
 
@@ -245,33 +248,9 @@ def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) ->
             put(sheet, row, 1, f"{number}: {note}").font = NOTE
         row += 2
     charts = [
-        draw(sheet, title, title.lower(), FITTED, lines)
-        for title, metrics in EVALUATION_CHARTS
-        for metric in metrics
-        if (lines := _evaluation_lines(evaluations, metric))
+        draw(sheet, title, title.lower(), FITTED, lines) for title, lines in evaluation_plots(evaluations)
     ]
     place_charts(sheet, charts, row)
-
-
-def _evaluation_lines(evaluations: Table, metric: str) -> list[Line]:
-    """A line for each kind of weights, features and number of images: only such numbers can be compared."""
-    if metric not in evaluations.columns:
-        return []
-    steps, values = evaluations.column("step"), evaluations.column(metric)
-    x_column, y_column = (1 + evaluations.columns.index(name) for name in ("step", metric))
-    return [
-        Line(
-            title,
-            PALETTE[number % len(PALETTE)],
-            x_column,
-            y_column,
-            2 + part.start,
-            steps[part],
-            values[part],
-            markers=True,
-        )
-        for number, (title, part) in enumerate(comparable(evaluations, steps, values))
-    ]
 
 
 def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:

@@ -39,6 +39,8 @@ from improved_diffusion.results.style import (
 LABEL, VALUE, RIGHT, LAST = 2, 3, 5, 16  # columns; charts and picture fill those from RIGHT on
 LINES_OF_COMMAND = 20
 WIDTHS = [2, 26, 50, 3]
+COMMAND = "Command"
+BUILT_IN = "BUILT-IN IMAGES: this run was trained on drawn shapes, not on CIFAR-10 or images of your own."
 
 Fact = tuple[str, object, str]  # label, value, number format
 
@@ -52,12 +54,11 @@ def fill_overview(sheet: Worksheet, run: Run) -> int:
     put(sheet, 1, LABEL, os.path.basename(run.dir) or run.dir).font = TITLE
     sheet.row_dimensions[1].height = 30
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    put(sheet, 2, LABEL, f"{_coverage(run.metrics)}  Exported {now}.").font = SUBTLE
+    put(sheet, 2, LABEL, f"{coverage(run.metrics)}  Exported {now}.").font = SUBTLE
 
     row = 4
     if run.data.get("source") == "builtin":
-        text = "BUILT-IN IMAGES: this run was trained on drawn shapes, not on CIFAR-10 or images of your own."
-        _put_banner(sheet, row, text, WARNING, WARNING_FILL)
+        _put_banner(sheet, row, BUILT_IN, WARNING, WARNING_FILL)
         sheet.row_dimensions[row].height = 26
         row += 1
     for note in run.notes:
@@ -65,7 +66,7 @@ def fill_overview(sheet: Worksheet, run: Run) -> int:
         row += 1
     first = row = row if row == 4 else row + 1
 
-    for title, facts in _sections(run):
+    for title, facts in sections(run):
         for column in (LABEL, VALUE):
             sheet.cell(row, column).border = RULE
         put(sheet, row, LABEL, title).font = SECTION
@@ -90,7 +91,8 @@ def link_sheets(sheet: Worksheet, names: list[str]) -> None:
         column += 1 if len(name) < 9 else 2
 
 
-def _coverage(metrics: Table) -> str:
+def coverage(metrics: Table) -> str:
+    """How far the metrics reach, in words."""
     if not metrics.rows:
         return "No rows have been logged yet."
     steps = metrics.column("step")
@@ -103,7 +105,8 @@ def _put_banner(sheet: Worksheet, row: int, text: str, font, fill) -> None:
     put(sheet, row, LABEL, text).font = font
 
 
-def _sections(run: Run) -> list[tuple[str, list[Fact]]]:
+def sections(run: Run) -> list[tuple[str, list[Fact]]]:
+    """The facts about a run, in groups with a title; a value of None is not recorded."""
     return [
         ("Progress", _progress(run)),
         ("Loss", _loss(run)),
@@ -221,7 +224,7 @@ def _machine(run: Run) -> list[Fact]:
         ("Software", versions, GENERAL),
         ("Started", run.started, TIME),
         ("Sessions", sessions if run.sessions else None, GENERAL),
-        ("Command", in_lines(run.command, WIDTHS[VALUE - 1] - 4) if run.command else None, GENERAL),
+        (COMMAND, in_lines(run.command, WIDTHS[VALUE - 1] - 4) if run.command else None, GENERAL),
     ]
 
 

@@ -24,6 +24,7 @@ from openpyxl import Workbook, load_workbook
 from openpyxl.utils import range_boundaries
 from openpyxl.worksheet._writer import WorksheetWriter
 from PIL import Image
+from run_records import COLUMNS, evaluation, make_run, numbers, write_rows
 
 from improved_diffusion.results.charts import (
     AUTO,
@@ -42,62 +43,11 @@ from improved_diffusion.results.read import Table, read_run
 from improved_diffusion.run.interrupts import Interrupts, Stopped
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export_results.py"
-QUARTILES = [f"{base}{suffix}" for base in ("loss", "mse") for suffix in ("", "_q0", "_q1", "_q2", "_q3")]
-COLUMNS = ["step", "samples", *QUARTILES, "grad_norm", "param_norm", "lr", "images_per_sec", "elapsed"]
-
-
-def write_rows(run_dir, rows, name="progress.csv"):
-    with open(run_dir / name, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def numbers(count, interval=10):
-    """Rows of a plausible run, in which one quartile in seven has no value."""
-    rng = np.random.default_rng(0)
-    for index in range(1, count + 1):
-        step = index * interval
-        losses = (0.03 + np.exp(-step / 100) * rng.uniform(0.8, 1.2, len(QUARTILES))).tolist()
-        cells = [
-            value if index % 7 or not name.endswith("q3") else "" for name, value in zip(QUARTILES, losses)
-        ]
-        yield [step, 8 * step, *cells, 0.1 + 1 / step, 100.5, 1e-4, 19.25, 0.5 * step]
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A complete run directory: 60 rows, two checkpoints, a preview."""
-    path = tmp_path / "run"
-    (path / "samples").mkdir(parents=True)
-    write_rows(path, [COLUMNS, *numbers(60)])
-    checkpoints = [
-        ["step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "files"],
-        [300, 2400, "2025-01-02T03:04:05+01:00", 150.0, 0.5, 120.25, "model000300.pt opt000300.pt"],
-        [600, 4800, "2025-01-02T04:04:05+01:00", 300.0, 0.5, 120.25, "model000600.pt opt000600.pt"],
-    ]
-    write_rows(path, checkpoints, "checkpoints.csv")
-    arguments = {
-        "total_steps": 1200,
-        "lr": 1e-4,
-        "diffusion_steps": 1000,
-        "data_dir": "=1+1",
-        "class_cond": True,
-    }
-    (path / "args.json").write_text(json.dumps(arguments))
-    info = {
-        "defaults": {**arguments, "total_steps": 30000, "class_cond": False, "data_dir": ""},
-        "data": {"source": "/data/cifar_train", "images": 50000, "classes": {"cat": 25000, "dog": 25000}},
-        "machine": {"processor": "Some CPU", "cores": 4, "threads": 2, "memory_gb": 7.5, "python": "3.12"},
-        "model": {"parameters": 1234567},
-        "started": "2025-01-02T02:00:00",
-        "sessions": [
-            {"started": "2025-01-02T02:00:00", "step": 0},
-            {"started": "2025-01-02T03:30:00", "step": 300},
-        ],
-        "command": "python image_train.py",
-    }
-    (path / "run.json").write_text(json.dumps(info))
-    Image.new("RGB", (80, 60), "red").save(path / "samples" / "step_000300.png")
-    return path
+    return make_run(tmp_path / "run")
 
 
 def facts_of(book):
@@ -358,12 +308,6 @@ def test_columns_of_other_programs_are_shown_as_they_are(run_dir):
     assert sheet.max_row == 2 and "progress.csv: 1 unreadable line was" in texts_of(book["Run"])
 
 
-def evaluation(path, distance, warnings=(), **more):
-    metrics = {"kernel_distance[net.pt]": distance, "kernel_distance_std[net.pt]": 0.01}
-    facts = {"features": "net.pt", "images": 500, "reference_images": 60, "images_path": path}
-    return {**facts, "metrics": metrics, "warnings": list(warnings), **more}
-
-
 def test_evaluations_are_sorted_and_drawn_over_the_step(run_dir):
     few, other = "only 500 images: far too large", "something else"
     records = [
@@ -521,7 +465,10 @@ def test_mistakes_are_one_clear_line(tmp_path, mistake):
         named = "progress.csv is not the progress of a run"
     else:
         write_rows(tmp_path, [COLUMNS])
-        output, named = str(tmp_path / "results.ods"), r"results.ods: the name of a workbook"
+        output, named = (
+            str(tmp_path / "results.ods"),
+            r"results.ods: the name must end in .xlsx, for a workbook",
+        )
     with pytest.raises(ValueError, match=named) as error:
         export(str(target), output)
     assert "\n" not in str(error.value)
@@ -530,8 +477,12 @@ def test_mistakes_are_one_clear_line(tmp_path, mistake):
 def test_a_locked_workbook_stays_as_it_was(run_dir, monkeypatch, capsys):
     before = Path(export(str(run_dir))).read_bytes()
 
+    replace = os.replace
+
     def locked(source, target):
-        raise PermissionError(13, "The file is open in another program", source, None, target)
+        if str(target).endswith(".xlsx"):
+            raise PermissionError(13, "The file is open in another program", source, None, target)
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", locked)
     monkeypatch.setattr(sys, "argv", ["export_results.py", str(run_dir)])
@@ -541,7 +492,7 @@ def test_a_locked_workbook_stays_as_it_was(run_dir, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "results.xlsx" in message and "close it in Excel" in message and "--output" in message
     assert message.count("\n") == 1
-    assert (run_dir / "results.xlsx").read_bytes() == before
+    assert (run_dir / "results.xlsx").read_bytes() == before and (run_dir / "index.html").exists()
     assert not [name for name in os.listdir(run_dir) if name.startswith(".tmp")]
 
 
@@ -559,6 +510,9 @@ def test_script(run_dir, tmp_path):
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'mine.xlsx'}\n" and not done.stderr
     assert facts_of(load_workbook(tmp_path / "mine.xlsx"))["Steps done"] == 600
     assert not (run_dir / "results.xlsx").exists()
+    done = run(run_dir)
+    assert done.stdout == f"wrote {run_dir / 'index.html'}\nwrote {run_dir / 'results.xlsx'}\n"
+    assert done.returncode == 0
     mistakes = [
         ([tmp_path / "nowhere"], "nowhere is not a directory"),
         ([run_dir, "--output", "no/such/folder/a.xlsx"], "another file with --output"),
