@@ -659,6 +659,49 @@ class GuidanceFlags(Flags):
 
 
 @dataclass(frozen=True)
+class EditFlags(Flags):
+    """What is to be made of images."""
+
+    TITLE: ClassVar[str] = "editing images"
+    init_image: str = flag(
+        "",
+        "draw from an image instead of noise (SDEdit): an image file, a folder or an .npz file; images are scaled and "
+        "cropped as in training, and --num_samples is their number where not given",
+        per_machine=True,
+    )
+    strength: float = flag(
+        0.6,
+        "with --init_image, the share of the timesteps whose noise is added first: the more, the less is left of the "
+        "image; with --mask, 1 where not given",
+        low=0.001,
+        high=1,
+    )
+    mask: str = flag(
+        "",
+        "with --init_image, draw only a part anew (RePaint): an image of the model's size, white where to draw, black "
+        "where to keep the image as it is",
+        per_machine=True,
+    )
+    mask_rounds: int = flag(
+        10,
+        "with --mask, how often each step is taken; more make the new part fit the old one better, and cost as much "
+        "more time",
+        low=1,
+        high=1000,
+    )
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if not self.init_image:
+            for name in ("strength", "mask"):
+                if name in given:
+                    raise ValueError(f"--{name} {getattr(self, name)}: needs --init_image, the image to edit")
+        if "mask_rounds" in given and not self.mask:
+            raise ValueError(f"--mask_rounds {self.mask_rounds}: needs --mask, the part to draw anew")
+
+
+@dataclass(frozen=True)
 class SamplerFlags(Flags):
     """The sampler and its steps."""
 
@@ -709,9 +752,23 @@ class SamplerFlags(Flags):
 
 @dataclass(frozen=True)
 class SampleConfig(
-    DrawingFlags, GuidanceFlags, SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags
+    DrawingFlags,
+    GuidanceFlags,
+    EditFlags,
+    SamplerFlags,
+    ComputeFlags,
+    ImageFlags,
+    ClassFlags,
+    UNetFlags,
+    DiffusionFlags,
 ):
     """image_sample.py."""
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if self.interpolate and self.init_image:
+            raise ValueError(f"--interpolate True: contradicts --init_image {self.init_image}; leave one out")
 
 
 @dataclass(frozen=True)

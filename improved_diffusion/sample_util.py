@@ -1,16 +1,17 @@
 """Drawing images from a trained model. Each image has its own random stream, whatever batch it is drawn in."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, seeding
+from improved_diffusion.editing import Edit
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.progress import Progress
 from improved_diffusion.respace import log_signal_to_noise
-from improved_diffusion.samplers import sample_progressive
+from improved_diffusion.samplers import is_random, path_levels, sample_progressive
 from improved_diffusion.seeding import Purpose
 
 # The spacings that were measured to be best (docs/sampling.md): of deterministic samplers, and of those that add noise.
@@ -50,14 +51,19 @@ class Plan:
             object.__setattr__(self, "eta", ETA_OF.get(self.sampler, 0.0))
         object.__setattr__(self, "spacing", self.spacing or suitable_spacing(self.sampler, self.eta))
 
-    def count_steps(self, diffusion: GaussianDiffusion) -> int:
-        """The number of steps from noise to image."""
-        return self.steps or diffusion.num_timesteps
+    def count_steps(self, diffusion: GaussianDiffusion, edit: Edit | None = None) -> int:
+        """The number of steps from noise, or from the images of `edit`, to the result."""
+        steps, spacing = self.path(diffusion)
+        return steps if edit is None else edit.steps(len(path_levels(diffusion, steps, spacing, edit)))
+
+    def path(self, diffusion: GaussianDiffusion) -> tuple[int, str]:
+        """Number of steps and spacing, as arguments of `sample_progressive`."""
+        return (self.steps, self.spacing) if self.steps else (diffusion.num_timesteps, "uniform")
 
     @property
     def is_random(self) -> bool:
         """Whether the steps add noise."""
-        return self.sampler == "ddpm" or self.eta > 0
+        return is_random(self.sampler, self.eta)
 
 
 DEFAULT_PLAN = Plan("ddim", 20, eta=1.0)  # measured to be best at 20 steps (docs/sampling.md)
@@ -73,6 +79,7 @@ class Subject:
     :ivar labels: the class of each image, for a class-conditional model.
     :ivar low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
     :ivar latents: [N, 3, image_size, image_size], what the images start from instead of the noise of `seed`.
+    :ivar edit: images [M, 3, image_size, image_size] to edit; image i is made of number i mod M of them.
     """
 
     image_size: int
@@ -80,6 +87,7 @@ class Subject:
     labels: Sequence[int] | None = None
     low_res: th.Tensor | None = None
     latents: th.Tensor | None = None
+    edit: Edit | None = None
 
     def latent(self, numbers: range, randn_like: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
         """The noise that the n images `numbers` start from, [n, 3, image_size, image_size]."""
@@ -96,6 +104,13 @@ class Subject:
             kwargs["low_res"] = self.low_res[numbers.start : numbers.stop]
         return kwargs
 
+    def edit_of(self, numbers: range) -> Edit | None:
+        """What is to be made of images, for the images `numbers`."""
+        if self.edit is None:
+            return None
+        images = self.edit.images
+        return replace(self.edit, images=images[[number % len(images) for number in numbers]])
+
 
 def draw(
     model: Callable[..., th.Tensor],
@@ -106,25 +121,29 @@ def draw(
 ) -> Iterator[th.Tensor]:
     """Draw the n images `numbers` of `subject`.
 
-    :yield: tensors [n, 3, S, S]: the starting noise, then the state after each step. The last one holds the images.
+    :yield: tensors [n, 3, S, S]: the starting noise, or the images that are edited, then the state after each step. The
+        last one holds the results.
     """
     randn_like = per_image_noise(subject.seed, numbers)
     x = subject.latent(numbers, randn_like)
-    yield x
+    edit = subject.edit_of(numbers)
+    yield x if edit is None else edit.images
     options = {
         "noise": x,
         "clip_denoised": plan.clip_denoised,
         "model_kwargs": subject.model_kwargs(numbers),
         "randn_like": randn_like,
     }
-    if plan.steps is not None:
+    if plan.steps is not None or edit is not None:
+        steps, spacing = plan.path(diffusion)
         states = sample_progressive(
             model,
             diffusion,
             sampler=plan.sampler,
-            steps=plan.steps,
-            spacing=plan.spacing,
+            steps=steps,
+            spacing=spacing,
             eta=plan.eta,
+            edit=edit,
             **options,
         )
     elif plan.sampler == "ddim":  # at all timesteps
@@ -157,7 +176,7 @@ def sample_images(
     :yield: uint8 [n, F, S, S, 3]. n is `batch_size` times the number of processes, or less in the last batch. F is
         `frames`, or the number of states if that is smaller. Ranks other than 0 yield only their share.
     """
-    steps = plan.count_steps(diffusion)
+    steps = plan.count_steps(diffusion, subject.edit)
     kept = set(np.linspace(steps, 0, min(frames, steps + 1)).round().astype(int).tolist())
     batches = range(0, num_samples, batch_size * dist_util.get_world_size())
     with Progress(num_samples, steps, progress, show=progress != "" and dist_util.get_rank() == 0) as shown:

@@ -32,6 +32,7 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
+from improved_diffusion.editing import Edit
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.respace import InterpolatedDiffusion, log_signal_to_noise, space_timesteps
 
@@ -50,7 +51,7 @@ GAUSS_NODES, GAUSS_WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # quadrature on [0,
 class Path:
     """The levels from noise to image, and the model: all that a solver needs.
 
-    :param model, diffusion, clip_denoised, model_kwargs, eta, randn_like: as in `sample_progressive`.
+    :param model, diffusion, clip_denoised, model_kwargs, eta, randn_like, edit: as in `sample_progressive`.
     :param timesteps: those of the levels, float64 [steps], falling; they need not be whole numbers.
 
     `alpha`, `sigma` and `lam` (lambda) hold one number per level. `diffusion` has the levels as its timesteps.
@@ -66,10 +67,12 @@ class Path:
         model_kwargs: dict | None,
         eta: float,
         randn_like: Callable[[Tensor], Tensor],
+        edit: Edit | None,
     ):
         self.steps = len(timesteps)
         self.eta = eta
         self.randn_like = randn_like
+        self.edit = edit
         self.diffusion = InterpolatedDiffusion(diffusion, timesteps[::-1])
         self.model = model
         self.model_kwargs = model_kwargs
@@ -98,6 +101,23 @@ class Path:
         """The noise in x at level i, given that its image is `x0`."""
         return self.diffusion.eps_of(x0, x, self.timestep(x, i))
 
+    def departures(self) -> Iterator[tuple[int, bool]]:
+        """The levels from which a sampler that adds noise sets off, and whether it will come back to them."""
+        if self.edit is None:
+            return ((i, False) for i in range(self.steps - 1))
+        return self.edit.departures(self.steps)
+
+    def arrive(self, x: Tensor, i: int, back: bool) -> Tensor:
+        """x at level i after a step: with the part of the images that is kept, and `back` at level i - 1 if so."""
+        if self.edit is None or self.edit.mask is None:
+            return x
+        x = self.edit.merge(x, self.edit.noised(self.alpha[i], self.sigma[i], self.randn_like(x)))
+        if not back:
+            return x
+        ratio = self.alpha[i - 1] / self.alpha[i]
+        variance = self.sigma[i - 1] ** 2 - (ratio * self.sigma[i]) ** 2
+        return ratio * x + math.sqrt(variance) * self.randn_like(x)
+
     def order(self, highest: int, i: int) -> int:
         """The order of a multistep solver's step from level i: lower in the first steps, which know few levels, and
         in the last ones (Lu et al. 2022, section 4)."""
@@ -106,18 +126,18 @@ class Path:
 
 def ddpm(path: Path, x: Tensor) -> Moves:
     """Ancestral sampling: draw x' from p(x' | x) (Ho et al. 2020, algorithm 2)."""
-    for i in range(path.steps - 1):
+    for i, back in path.departures():
         result = path.diffusion.p_sample(path.model, x, path.timestep(x, i), **path.options)
-        x = result["sample"]
+        x = path.arrive(result["sample"], i + 1, back)
         yield x, result["pred_xstart"]
 
 
 def ddim(path: Path, x: Tensor) -> Moves:
     """DDIM (Song et al. 2020, eq. 12 and 16): keep x_0, and all of eps that fresh noise does not replace."""
-    for i in range(path.steps - 1):
+    for i, back in path.departures():
         t = path.timestep(x, i)
         result = path.diffusion.ddim_sample(path.model, x, t, eta=path.eta, **path.options)
-        x = result["sample"]
+        x = path.arrive(result["sample"], i + 1, back)
         yield x, result["pred_xstart"]
 
 
@@ -159,7 +179,7 @@ def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
     this solves the diffusion SDE. With eta 0 it is DPM-Solver++(2M), which solves the ODE.
     """
     known: Known = []
-    for i in range(path.steps - 1):
+    for i, back in path.departures():
         x0 = path.denoise(x, i)
         known = [(i, x0), *known[:1]]
         extrapolated = _extrapolate_x0(path, i, known[: path.order(2, i)])
@@ -169,6 +189,9 @@ def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
         if path.eta:
             fresh = path.sigma[i + 1] * math.sqrt(-math.expm1(-2 * path.eta * h))
             x = x + fresh * path.randn_like(x)
+        x = path.arrive(x, i + 1, back)
+        if back:
+            known = []  # of x before new noise: extrapolating across that diverges
         yield x, x0
 
 
@@ -295,6 +318,7 @@ def sample_progressive(
     clip_denoised: bool = True,
     model_kwargs: dict | None = None,
     randn_like: Callable[[Tensor], Tensor] = th.randn_like,
+    edit: Edit | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Turn noise into images in `steps` steps, and yield the state after each step.
 
@@ -308,10 +332,11 @@ def sample_progressive(
     :param clip_denoised: whether every predicted image is clipped to [-1, 1].
     :param model_kwargs: further arguments of the model, such as the labels `y`.
     :param randn_like: draws the noise that a sampler adds; given a tensor, it returns noise of that shape.
-    :return: `steps` results. `sample` is x after the step; in the last result, the images. `pred_xstart` is the image
-        that the model predicted in this step. Both are [N, C, H, W].
-    :raises ValueError: the sampler or spacing is unknown, steps or eta are out of range, or the model predicts
-        x_{t-1}.
+    :param edit: images to begin from instead of `noise`. A mask needs a sampler that adds noise (`is_random`).
+    :return: `steps` results; with `edit`, `Edit.steps` of its levels. `sample` is x after the step; in the last result,
+        the images. `pred_xstart` is the image that the model predicts in this step. Both are [N, C, H, W].
+    :raises ValueError: the sampler or spacing is unknown, steps or eta are out of range, the model predicts
+        x_{t-1}, or the sampler takes no mask.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
@@ -319,21 +344,37 @@ def sample_progressive(
         raise ValueError(f"eta {eta}: use a value from 0 (deterministic) to 1 (ancestral sampling)")
     if eta and sampler not in WITH_ETA:
         raise ValueError(f"eta {eta}: only {' and '.join(WITH_ETA)} take it, not {sampler}")
+    if edit is not None and edit.mask is not None and not is_random(sampler, eta):
+        raise ValueError(f"mask: needs a sampler that adds noise, not {sampler} with eta {eta}")
     path = Path(
         model,
         diffusion,
-        space_levels(diffusion, steps, spacing),
+        path_levels(diffusion, steps, spacing, edit),
         clip_denoised=clip_denoised,
         model_kwargs=model_kwargs,
         eta=eta,
         randn_like=randn_like,
+        edit=edit,
     )
-    return _results(path, SAMPLERS[sampler](path, noise), noise)
+    x = noise if edit is None else edit.begin(path.alpha[0], path.sigma[0], noise)
+    moves = SAMPLERS[sampler](path, x)
+    return _results(path, moves, x, path.steps if edit is None else edit.steps(path.steps))
+
+
+def is_random(sampler: str, eta: float) -> bool:
+    """Whether a sampler adds noise on the way."""
+    return sampler == "ddpm" or eta > 0
 
 
 def evaluations(sampler: str, steps: int) -> int:
     """How often the model is called for one batch (NFE)."""
     return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def path_levels(diffusion: GaussianDiffusion, steps: int, spacing: str, edit: Edit | None) -> np.ndarray:
+    """The timesteps at which a path stops: those of `space_levels`, or what an edit leaves of them."""
+    levels = space_levels(diffusion, steps, spacing)
+    return levels if edit is None else edit.levels(levels, diffusion.num_timesteps)
 
 
 def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.ndarray:
@@ -372,12 +413,13 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     return timesteps
 
 
-def _results(path: Path, moves: Moves, x: Tensor) -> Iterator[dict[str, Tensor]]:
-    for _ in range(path.steps - 1):
+def _results(path: Path, moves: Moves, x: Tensor, steps: int) -> Iterator[dict[str, Tensor]]:
+    for _ in range(steps - 1):
         # Around each step, not around the loop: between steps the caller runs, whose gradients must stay on.
         with th.no_grad():
             x, x0 = next(moves)
         yield {"sample": x, "pred_xstart": x0}
     with th.no_grad():
         x0 = path.denoise(x, path.steps - 1)
-    yield {"sample": x0, "pred_xstart": x0}
+        sample = x0 if path.edit is None else path.edit.merge(x0, path.edit.images.to(x0))
+    yield {"sample": sample, "pred_xstart": x0}

@@ -17,13 +17,13 @@ FILES = {
 FLOORS = [
     {"kernels", "losses", "weighting", "nn", "storage", "seeding", "progress"}
     | {"flags", "config", "levels", "learning_rate", "recipes"},
-    {"gaussian_diffusion", "respace", "resample", "samplers", "unet", "cpu"},
+    {"gaussian_diffusion", "respace", "resample", "samplers", "editing", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util", "convert"},
     {"jobs", "comparison"},
     {"benchmark"},
 ]
-MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers"}
+MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers", "editing"}
 WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "learning_rate", "levels", "recipes"}
 
 

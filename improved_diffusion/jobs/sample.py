@@ -11,6 +11,7 @@ from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags, 
 from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.flags import Flags, errors_about
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.jobs.edit import read_edit, save_originals
 from improved_diffusion.jobs.runs import choose_out_dir, open_like, open_model
 from improved_diffusion.pictures import save_samples
 from improved_diffusion.sample_util import (
@@ -49,6 +50,9 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     plan = choose_plan(config, given, diffusion)
     if config.interpolate and "num_samples" not in given:
         config = replace(config, num_samples=INTERPOLATED)
+    edit = read_edit(config, given, plan) if config.init_image else None
+    if edit is not None and "num_samples" not in given:
+        config = replace(config, num_samples=len(edit.images))
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     warn_of_youth(opened.step)
@@ -56,8 +60,12 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     model = _guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
-
     out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
+    if edit is not None:
+        subject = replace(subject, edit=edit)
+        save_originals(edit, out_dir)
+        if 1 < len(edit.images) < config.num_samples:
+            rows = np.arange(config.num_samples) % len(edit.images)  # one for each image
     count = config.num_samples if subject.latents is None else len(subject.latents)
     return draw_into(
         out_dir, model, diffusion, plan, subject, config, count=count, rows=rows, doing="drawing"
@@ -206,9 +214,8 @@ def draw_into(
     :param doing: a word for what is being done.
     :return: the exit code.
     """
-    print(
-        f"{doing} {count} images with {plan.sampler} in {plan.count_steps(diffusion)} steps each, into {out_dir}"
-    )
+    steps = plan.count_steps(diffusion, subject.edit)
+    print(f"{doing} {count} images with {plan.sampler} in {steps} steps each, into {out_dir}")
     batches = sample_images(
         model,
         diffusion,

@@ -1,0 +1,82 @@
+"""From --init_image and --mask to the images that are edited, and to the part of them that is kept."""
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from improved_diffusion import dist_util
+from improved_diffusion.config import SampleConfig
+from improved_diffusion.data.decode import EXTENSIONS, UnusableImage, inspect_image, read_image
+from improved_diffusion.editing import Edit
+from improved_diffusion.image_datasets import describe
+from improved_diffusion.pictures import image_grid
+from improved_diffusion.sample_util import Plan, from_uint8, to_uint8
+from improved_diffusion.script_util import read_images_alike
+from improved_diffusion.storage import open_atomic
+
+
+def read_edit(config: SampleConfig, given: set[str], plan: Plan) -> Edit:
+    """What the flags ask to be made of which images.
+
+    :raises ValueError: images or mask are unusable, or the sampler takes no mask; the message names the flag.
+    """
+    mask = None
+    if config.mask:
+        if not plan.is_random:
+            raise ValueError(
+                f"--mask {config.mask}: needs a sampler that adds noise: ddpm, or ddim or sde_dpmpp_2m with --eta "
+                f"above 0, not {plan.sampler}"
+                + (" with --eta 0" if plan.sampler in ("ddim", "sde_dpmpp_2m") else "")
+            )
+        mask = read_mask(config.mask, config.image_size)
+    # The part that is drawn anew shall know nothing of what was there, unless that is asked for.
+    strength = 1.0 if config.mask and "strength" not in given else config.strength
+    pixels = _read_images(config, at_most=config.num_samples if "num_samples" in given else None)
+    return Edit(from_uint8(pixels), strength, mask, config.mask_rounds)
+
+
+def read_mask(path: str, image_size: int) -> th.Tensor:
+    """The mask in an image file: bool [S, S], True where it is white. Grey counts as the nearer of the two.
+
+    :raises ValueError: it is unusable, of another size than the images, or of one colour.
+    """
+    wanted = (image_size, image_size)
+    try:
+        size, _ = inspect_image(path)
+        if size != wanted:
+            raise ValueError(
+                "is {}x{} pixels, and the images are {}x{}; give a mask of that size".format(*size, *wanted)
+            )
+        white = read_image(path, image_size)[0].mean(axis=2) > 127
+    except ValueError as error:  # an `UnusableImage` too
+        raise ValueError(f"--mask {path}: {error}") from None
+    if white.all() or not white.any():
+        raise ValueError(
+            f"--mask {path}: is {'white' if white.all() else 'black'} everywhere; it must be white where to draw anew "
+            "and black where to keep the image"
+        )
+    return th.from_numpy(white)
+
+
+def save_originals(edit: Edit, out_dir: str) -> None:
+    """Write a picture of the images that are edited; grey is what a mask has drawn anew."""
+    if dist_util.get_rank() > 0:
+        return
+    images = edit.merge(th.zeros_like(edit.images), edit.images) if edit.mask is not None else edit.images
+    path = bf.join(out_dir, "originals.png")
+    with open_atomic(path) as file:
+        image_grid(to_uint8(images)).save(file, format="PNG")
+    print(f"the images that are edited: {path}")
+
+
+def _read_images(config: SampleConfig, at_most: int | None) -> np.ndarray:
+    """The images of --init_image, uint8 [N, S, S, 3]."""
+    place = config.init_image
+    if place.lower().endswith(tuple(EXTENSIONS)):
+        try:
+            return np.stack([read_image(place, config.image_size)[0]])
+        except UnusableImage as error:
+            raise ValueError(f"--init_image {place}: {error}") from None
+    images = read_images_alike(place, config.image_size, flag_name="init_image")
+    print(describe(images))
+    return images.get(np.arange(min(len(images), at_most or len(images))))
