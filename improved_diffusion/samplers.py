@@ -119,8 +119,8 @@ class Path:
         return ratio * x + math.sqrt(variance) * self.randn_like(x)
 
     def order(self, highest: int, i: int) -> int:
-        """The order of a multistep solver's step from level i: lower in the first steps, which know few levels, and
-        in the last ones (Lu et al. 2022, section 4)."""
+        """The order of a multistep solver's step from level i: lower in the first steps, which know few levels, and in
+        the last ones (`lower_order_final` in the code of Lu et al. 2022)."""
         return min(highest, i + 1, self.steps - i)
 
 
@@ -269,7 +269,7 @@ def _follow_x0(path: Path, i: int, x: Tensor, x0: Tensor) -> Tensor:
 
 
 def _extrapolate_x0(path: Path, i: int, known: Known) -> Tensor:
-    """The constant x_0 that is to replace the changing one between the levels i and i + 1.
+    """The constant x_0 that stands for the changing one in the step from level i to level i + 1.
 
     For a line through two values, Lu et al. and Zhao et al. take its value halfway; the order is the same.
     """

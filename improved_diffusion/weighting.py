@@ -23,8 +23,8 @@ def log_normal_shares(
 ) -> np.ndarray:
     """The probability of each timestep, float64 [T], if ln sigma is drawn from N(`mean`, `std`^2).
 
-    A timestep gets the probability of the values of ln sigma that are nearer to its own than to any other. Values
-    below those of the first timestep and above those of the last are left out.
+    A timestep gets the probability of the values of ln sigma that are nearest to its own. The intervals of the first
+    and the last timestep are symmetric about their own values; what lies beyond is left out.
 
     :param sigma: the noise of each timestep, [T], rising.
     :param uniform_share: the share of draws in which all timesteps have the same probability instead.
