@@ -96,7 +96,7 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 class InterpolatedDiffusion(GaussianDiffusion):
-    """A diffusion whose steps are at any timesteps of another, also between the whole ones.
+    """A diffusion for sampling, whose steps are at any timesteps of another, also between the whole ones.
 
     Between them, lambda and the timestep given to the model (a float) are interpolated linearly.
 
@@ -121,7 +121,6 @@ class InterpolatedDiffusion(GaussianDiffusion):
             model_var_type=diffusion.model_var_type,
             loss_type=diffusion.loss_type,
             sigma_data=diffusion.sigma_data,
-            loss_weighting=diffusion.loss_weighting,
         )
 
     def model_timesteps(self, t: Tensor) -> Tensor:
