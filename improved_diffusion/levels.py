@@ -40,7 +40,7 @@ def channel_multipliers(text: str, image_size: int) -> tuple[int, ...]:
     if image_size in CHANNEL_MULT:
         return CHANNEL_MULT[image_size]
     nearest = min(CHANNEL_MULT, key=lambda size: abs(math.log(size / image_size)))
-    halvings = (image_size & -image_size).bit_length() - 1
+    halvings = (image_size & -image_size).bit_length() - 1  # how often the size can be divided by 2
     if halvings == 0:
         raise ValueError(
             f"image_size {image_size}: an odd size cannot be halved; try {image_size + 1}, or channel_mult 1"

@@ -177,6 +177,7 @@ def sample_images(
         `frames`, or the number of states if that is smaller. Ranks other than 0 yield only their share.
     """
     steps = plan.count_steps(diffusion, subject.edit)
+    # the steps after which a state is returned
     kept = set(np.linspace(steps, 0, min(frames, steps + 1)).round().astype(int).tolist())
     batches = range(0, num_samples, batch_size * dist_util.get_world_size())
     with Progress(num_samples, steps, progress, show=progress != "" and dist_util.get_rank() == 0) as shown:

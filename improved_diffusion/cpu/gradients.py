@@ -132,6 +132,7 @@ def plan_passes(size: int, microbatch: int, cores: int) -> Passes:
     Passes with one core each are preferred. If another program takes one of the cores, only the passes of that core
     are late. A pass on several cores would wait for the slowest core at each of its hundreds of operations.
     """
+    # as many as use the most cores; of several such numbers, the largest
     side_by_side = max(range(1, min(cores, SIDE_BY_SIDE, size) + 1), key=lambda n: (n * (cores // n), n))
     threads = cores // side_by_side
     return Passes(side_by_side, threads, min(microbatch * threads, -(-size // side_by_side)))

@@ -164,5 +164,5 @@ def _library() -> tuple[ctypes.CDLL, str] | None:
     present = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     if sources and present != compiled_from:  # an installed package has no sources
         return None
-    level = min(level, 1 + GENERATIONS.index(wanted))
+    level = min(level, 1 + GENERATIONS.index(wanted))  # from 1 on; 0: this processor can run none
     return (library, GENERATIONS[level - 1]) if level else None

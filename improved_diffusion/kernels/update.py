@@ -97,6 +97,7 @@ def adamw(
         averaged = [kernels.addresses(tensors, single, params) for tensors, _ in averages]
     except TypeError:
         return False
+    # The bias corrections 1 - beta^step of both moments, [2, number of parameters]; of the second, its square root.
     corrections = (
         1 - (1 - np.array([[settings.rest1], [settings.rest2]], np.float64)) ** steps.double().numpy()
     )
