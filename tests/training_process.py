@@ -15,11 +15,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch as th
+from cloud import BUCKET, Cloud
 from conftest import SCRIPTS, TINY_FLAGS
 from tqdm import tqdm
 
 from improved_diffusion.run import checkpoint
+from improved_diffusion.storage import TEMPORARY_PREFIX
 
 TIMING = {"images_per_sec", "elapsed"}
 PATIENCE = 120  # seconds until a process that does not end or do what is waited for has failed the test
@@ -36,6 +39,7 @@ class Training(contextlib.AbstractContextManager):
 
     It computes in float32: `auto` measures anew in every process, and runs are compared that have to agree.
 
+    :param folder: where the run lives; in a `Cloud` if it is below the folder `cloud`.
     :param flags: more flags; they override those.
     :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
     :param output: the folder for what it says; by default that of `folder`.
@@ -49,15 +53,17 @@ class Training(contextlib.AbstractContextManager):
         file_size_limit: int | None = None,
         output: Path | None = None,
         environment: dict[str, str] | None = None,
+        cloud: Path | None = None,
     ):
         self.folder = folder
         number = next(_numbers)
         self._out, self._err = (
             (output or folder.parent) / f"process{number}.{name}" for name in ("out", "err")
         )
-        argv = ["--data_dir", "builtin", *TINY_FLAGS, "--precision", "fp32", "--log_dir", str(folder)]
+        place = str(folder) if cloud is None else BUCKET + folder.relative_to(cloud).as_posix()
+        argv = ["--data_dir", "builtin", *TINY_FLAGS, "--precision", "fp32", "--log_dir", place]
         argv += map(str, flags)
-        arguments = (argv, self._out, self._err, file_size_limit, environment or {})
+        arguments = (argv, self._out, self._err, file_size_limit, environment or {}, cloud)
         self._process = _context.Process(target=_main, args=arguments)
         self._process.start()
 
@@ -115,7 +121,12 @@ def run_training(folder: Path, *flags: object, check: int = 0, **options) -> Tra
 
 
 def _main(
-    argv: list[str], out: Path, err: Path, file_size_limit: int | None, environment: dict[str, str]
+    argv: list[str],
+    out: Path,
+    err: Path,
+    file_size_limit: int | None,
+    environment: dict[str, str],
+    cloud: Path | None,
 ) -> None:
     os.environ.update(environment)
     if hasattr(signal, "SIGHUP"):
@@ -127,6 +138,8 @@ def _main(
 
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, hard))
+    if cloud is not None:
+        Cloud(cloud, pytest.MonkeyPatch())
     tqdm.set_lock(threading.RLock())  # its own lock is between processes, and would outlive a killed one
     sys.argv = [str(SCRIPTS / "image_train.py"), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -140,6 +153,13 @@ def rows(folder: Path, name: str = "progress.csv") -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(lines)]
+
+
+def temporaries(folder: Path) -> list[str]:
+    """The names of files in `folder` that are being written, or that a killed process has left like that."""
+    return (
+        [p.name for p in folder.iterdir() if p.name.startswith(TEMPORARY_PREFIX)] if folder.exists() else []
+    )
 
 
 def assert_one_line_error(training: Training, *parts: str) -> None:

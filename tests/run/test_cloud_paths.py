@@ -8,6 +8,7 @@ import blobfile as bf
 import numpy as np
 import pytest
 import torch as th
+from cloud import BUCKET, Cloud
 from conftest import TINY_FLAGS
 from openpyxl import load_workbook
 from PIL import Image
@@ -16,63 +17,7 @@ from improved_diffusion.run import checkpoint
 from improved_diffusion.run.remote import working_folder
 from improved_diffusion.storage import open_atomic
 
-BUCKET = "gs://bucket/"
 RUN = BUCKET + "run"
-
-
-class Cloud:
-    """Stands in for blobfile's remote side: what is below `BUCKET` lies in a folder.
-
-    :ivar changes: what was written ("+ name") and removed ("- name"), in order.
-    :ivar broken: while it is set, nothing can be written.
-    """
-
-    def __init__(self, folder, monkeypatch):
-        self.folder = folder
-        self.changes: list[str] = []
-        self.broken = False
-        self._real = {name: getattr(bf, name) for name in ("BlobFile", "copy", "remove", "scandir")}
-        for name in ("exists", "isdir", "listdir", "stat"):
-            real = getattr(bf, name)
-            monkeypatch.setattr(bf, name, lambda path, real=real: real(self.local(path)))
-        for name in (*self._real, "makedirs"):
-            monkeypatch.setattr(bf, name, getattr(self, name))
-
-    def local(self, url):
-        """Where it really lies; a folder that does not exist is nowhere, as in a cloud."""
-        return str(self.folder / url.removeprefix(BUCKET)) if url.startswith(BUCKET) else url
-
-    def BlobFile(self, path, mode="r"):
-        assert path.startswith(BUCKET) <= (mode == "rb"), "remote files are written by `open_atomic`"
-        return self._real["BlobFile"](self.local(path), mode)
-
-    def copy(self, source, target, overwrite=False):
-        if target.startswith(BUCKET):
-            if self.broken:
-                raise bf.Error("no connection")
-            self.changes.append(f"+ {bf.basename(target)}")
-        os.makedirs(os.path.dirname(self.local(target)), exist_ok=True)
-        self._real["copy"](self.local(source), self.local(target), overwrite=overwrite)
-
-    def remove(self, path):
-        if path.startswith(BUCKET):
-            self.changes.append(f"- {bf.basename(path)}")
-        self._real["remove"](self.local(path))
-
-    def scandir(self, path):
-        for entry in self._real["scandir"](self.local(path)):
-            yield (
-                entry
-                if entry.path == path
-                else type(entry)(
-                    bf.join(path, entry.name), entry.name, entry.is_dir, entry.is_file, entry.stat
-                )
-            )
-
-    def makedirs(self, path):
-        """Clouds have no folders to make."""
-        if not path.startswith(BUCKET):
-            os.makedirs(path, exist_ok=True)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 import time
 
 from openpyxl import load_workbook
-from training_process import Training, assert_same_run, rows, run_training
+from training_process import Training, assert_same_run, rows, run_training, temporaries
 
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import TEMPORARY_PREFIX, open_atomic, remove_temporaries
@@ -105,10 +105,6 @@ def inspect_after_kill(run, newest_before):
 def saves(run):
     """The checkpoints that checkpoints.csv has a row for."""
     return [row["step"] for row in rows(run, "checkpoints.csv")]
-
-
-def temporaries(run):
-    return [p.name for p in run.iterdir() if p.name.startswith(TEMPORARY_PREFIX)] if run.exists() else []
 
 
 def test_only_temporaries_are_removed(tmp_path):
