@@ -40,14 +40,12 @@ from training_process import Training, rows, temporaries
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import TEMPORARY_PREFIX, write_json
 
-STEPS, SAVE_INTERVAL = 24, 3
-BASE = {
-    "image_size": 16,
-    "attention_resolutions": 8,
-    "diffusion_steps": 50,
+STEPS, SAVE_INTERVAL = 20, 3
+BASE = {  # the rest is `Training`'s
+    "diffusion_steps": 20,
     "total_steps": STEPS,
     "save_interval": SAVE_INTERVAL,
-    "log_interval": 5,
+    "log_interval": 4,
     "sample_interval": 0,
     "keep_last": 2,
     "batch_size": 4,
@@ -62,12 +60,12 @@ FEATURES = {
     "loss-second-moment": {"schedule_sampler": "loss-second-moment", "diffusion_steps": 4},
     "log-normal": {"schedule_sampler": "log-normal", "loss_weighting": "edm"},
     "v": {"prediction": "v", "loss_weighting": "min_snr"},
-    "edm": {"prediction": "edm", "patch_size": 2, "attention_resolutions": 4},
+    "edm": {"prediction": "edm", "patch_size": 2},
     "streamed data": {"cache_limit_gb": 0, "data_workers": 2, "random_flip": True},
     "several averages": {"ema_rate": "0.9,0.99,0.9999", "ema_lengths": "0.05,0.1"},
     "16 bits": {"precision": "bf16"},
     "two cores": {"num_workers": 2, "microbatch": 2},
-    "previews": {"sample_interval": 4},
+    "previews": {"sample_interval": 5},
     "lr decay": {"lr_decay": "cosine", "lr_decay_share": 0.5, "lr_warmup_steps": 5, "grad_clip": 1},
     "held-out loss": {"heldout_dir": "heldout"},  # in the folder of all cases
     RANKS: {"batch_size": 2},
@@ -109,7 +107,8 @@ def contents(run: Path) -> dict[str, str]:
     for row in rows(run):
         found[f"row {row['step']}"] = json.dumps(row)
     for row in rows(run, "checkpoints.csv"):
-        if int(row["step"]) % SAVE_INTERVAL == 0:  # where a signal came, there is one more
+        # Where a signal came, there is one more.
+        if int(row["step"]) % SAVE_INTERVAL == 0 or row["step"] == str(STEPS):
             heldout = {name for name in row if name.startswith("heldout")}
             found[f"checkpoint {row['step']}"] = json.dumps(_without(row, TIMING | heldout))
             found[f"held-out loss {row['step']}"] = ",".join(row[name] for name in sorted(heldout))
@@ -300,7 +299,7 @@ class Case:
 
     def limit_file_size(self) -> None:
         """No file can grow beyond a limit, which is what a quota looks like."""
-        limit = int(self.rng.choice([self.rng.uniform(500, 5e3), self.rng.uniform(1e4, 6.2e6)]))
+        limit = int(self.rng.choice([self.rng.uniform(500, 5e3), self.rng.uniform(1e4, 6e6)]))
         with self.session(limit=limit) as processes:
             codes = [process.wait() for process in processes]
         self.tell("file-size limit", f"{limit} bytes: {codes}")
@@ -594,7 +593,7 @@ def make_images(folder: Path, count: int, seed: int) -> None:
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{'ab'[number % 2]}_{number}.png")
 
 
@@ -630,14 +629,14 @@ class Soak:
             problem = str(error)
         except (Exception, AssertionError):  # of the soak itself, or a process that hangs
             problem = traceback.format_exc()
+        finally:
+            if case.disk and case.disk.is_mount():
+                if problem:
+                    shutil.copytree(case.disk, home / "copy of disk")
+                unmount(case.disk)
         self.played += 1
         self.features.update(case.features)
-        self.counts["local small disks"] += case.disk is not None
         told = f"case {number} ({', '.join(case.features)}): {'; '.join(case.story)}"
-        if case.disk and case.disk.is_mount():
-            if problem:
-                shutil.copytree(case.disk, home / "copy of disk")
-            unmount(case.disk)
         if problem:
             command = f"python tests/soak.py --seed {self.seed} --only {number} --folder {self.folder}"
             self.failures.append({"case": told, "problem": problem, "repeat": command, "kept": str(home)})
@@ -705,6 +704,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="repeat the case of this number, and no other")
     arguments = parser.parse_args()
     training_process.PATIENCE = PATIENCE
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     soak = Soak(arguments.folder.resolve(), arguments.seed)
     numbers = [arguments.only] if arguments.only is not None else range(10**6)
     deadline = time.monotonic() + 3600 * arguments.hours

@@ -6,8 +6,13 @@ that share a batch changes what is trained on.
 """
 
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch as th
@@ -101,13 +106,15 @@ class BatchStream:
         if self._images.in_memory:
             return th.from_numpy(batches[first])
         if self._loader is None:
+            exiting = multiprocessing.Event()
+            Finalize(self, exiting.set, exitpriority=0)
             self._loader = iter(
                 DataLoader(
                     batches,
                     batch_size=None,
                     sampler=itertools.count(first, self._batch_size),
                     num_workers=self._data_workers,
-                    worker_init_fn=_leave_signals_to_the_main_process,
+                    worker_init_fn=partial(_belong_to_the_main_process, exiting),
                     generator=th.Generator(),  # or it would draw from, and so change, the global generator
                 )
             )
@@ -162,11 +169,28 @@ class _Batches(Dataset):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but the step under way still needs its data."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+def _belong_to_the_main_process(exiting: multiprocessing.Event, worker: int) -> None:
+    """Let a worker leave signals to the main process, and end with it, however that ends.
+
+    Ctrl-C reaches the whole process group, but the step under way still needs its data. When the main process exits,
+    multiprocessing sends its workers SIGTERM and waits for them: only after `exiting` is set does that mean them.
+    """
+
+    def on_sigterm(number: int, frame) -> None:
+        if exiting.is_set():
+            os._exit(0)
+
+    for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    # torch looks whether a worker has another parent now; it never has one where a server forked it.
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _random_words(seed: int, sequence: int, counter: int, count: int) -> np.ndarray:

@@ -1,8 +1,12 @@
 """Image sets: every colour mode and shape, folders and .npz files, classes, the cache, and the stream of batches."""
 
 import json
+import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -653,6 +657,54 @@ def test_a_streamed_set_gives_the_same_bits(folder, data_workers):
     assert th.equal(th.get_rng_state(), before), (
         "the model's random numbers must not depend on how data are read"
     )
+
+
+@posix
+def test_workers_are_not_stopped_by_signals_to_the_whole_group(folder):
+    before = set(multiprocessing.active_children())
+    stream = BatchStream(read(folder, cache_limit_gb=0), 2, data_workers=1)
+    take(stream, 1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    take(stream, 6)  # more than it has read ahead
+    assert worker.is_alive()
+
+
+STREAMING = """
+import multiprocessing, sys
+from improved_diffusion.image_datasets import load_data
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    stream = load_data(data_dir=sys.argv[2], batch_size=2, image_size=8, cache_limit_gb=0, data_workers=2)
+    next(stream)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+@posix
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_process_that_is_killed(folder, tmp_path, method):
+    script = tmp_path / "streaming.py"
+    script.write_text(STREAMING)
+    command = [sys.executable, str(script), method, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        workers = list(map(int, process.stdout.readlines(1)[-1].split()))
+        assert len(workers) == 2
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_streamed_set_can_be_sent_to_workers_of_any_platform(folder):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from training_process import (
     Training,
     assert_one_line_error,
@@ -65,6 +66,20 @@ def test_a_save_hits_a_file_size_limit(half, whole, kind):
     assert not (half / member_name(kind, WHOLE)).exists()
     assert_previous_checkpoint_is_intact(half)
     assert_the_same_command_goes_on(half, whole)
+
+
+@posix
+def test_a_failed_run_ends_though_its_data_are_streamed(first_half, tmp_path):
+    """The processes that decode images leave signals to the main process, which must not wait for them at its end."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(images / f"{number}.png")
+    streamed = ["--data_dir", images, "--cache_limit_gb", 0, "--data_workers", 2]
+    run = tmp_path / "streamed"
+    limit = (first_half / member_name("opt", HALF)).stat().st_size // 2
+    failed = run_training(run, *FLAGS, *streamed, "--total_steps", WHOLE, check=2, file_size_limit=limit)
+    assert_one_line_error(failed, f"{run}: cannot write checkpoint 4 (File too large)")
 
 
 @posix
