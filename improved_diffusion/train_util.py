@@ -572,7 +572,6 @@ class TrainLoop:
         if not self.is_first:
             return
         measured = self._measure_heldout()
-        self.check_folder()  # again: the preview and the held-out loss may have taken minutes
         before = time.monotonic()
         self.elapsed = before - self.started
         tensors = {
@@ -599,9 +598,14 @@ class TrainLoop:
             "saved_at": datetime.datetime.now().isoformat(timespec="seconds"),
             "torch": th.__version__,
         }
-        saved = checkpoint.save(logger.get_dir(), self.step, tensors, state)
+        try:
+            saved = checkpoint.save(logger.get_dir(), self.step, tensors, state, self.check_folder)
+        except OSError:
+            self.check_folder()  # its message is clearer, if that is the reason
+            raise
         self.checkpoint_table.add(saved, seconds=time.monotonic() - before)
         if self.keep_last:
+            self.check_folder()  # another run may be there now, whose checkpoints must not be deleted
             checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
         self._export()
         if self.publish is not None:
@@ -617,12 +621,15 @@ class TrainLoop:
         before = time.monotonic()
         try:
             with self.interrupts.abandoning():
-                _, failed = export_all(logger.get_dir())
+                _, failed = export_all(logger.get_dir(), self.check_folder)
+            if failed:
+                self.check_folder()
             for what, error in failed:
                 logger.log(f"WARNING: the {what} could not be written ({error}); training goes on")
         except Stopped:
             self._report_old_workbook()
         except Exception as error:  # no error in a report may end a run of days
+            self.check_folder()
             logger.log(f"WARNING: page and workbook could not be written ({error}); training goes on")
         self.export_seconds = time.monotonic() - before
 

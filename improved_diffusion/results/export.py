@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from openpyxl import Workbook
@@ -88,9 +89,12 @@ def export(run_dir: str, output: str | None = None) -> str:
     return output
 
 
-def export_all(run_dir: str) -> tuple[list[str], list[tuple[str, Exception]]]:
+def export_all(
+    run_dir: str, check_folder: Callable[[], object] = lambda: None
+) -> tuple[list[str], list[tuple[str, Exception]]]:
     """Write the page and the workbook of the run in `run_dir` into it; when one cannot be written, the other is.
 
+    :param check_folder: called before each is written. Raises an OSError if it must not be written.
     :return: the paths of those that are written; what the others are called, and why they could not be.
     :raises ValueError, OSError: as `read_run`.
     """
@@ -99,15 +103,15 @@ def export_all(run_dir: str) -> tuple[list[str], list[tuple[str, Exception]]]:
     for name, what, write in ((PAGE, "page", write_page), (WORKBOOK, "workbook", write_workbook)):
         path = os.path.join(run.dir, name)
         try:
-            write(run, path)
+            write(run, path, check_folder)
             written.append(path)
         except Exception as error:  # a mistake in one report is no reason to go without the other
             failed.append((what, error))
     return written, failed
 
 
-def write_workbook(run: Run, output: str) -> None:
-    """Write the workbook of `run` into the file `output`."""
+def write_workbook(run: Run, output: str, check_folder: Callable[[], object] = lambda: None) -> None:
+    """Write the workbook of `run` into the file `output`, once `check_folder` has not raised an error."""
     book = Workbook()
     book.properties.title = clean(f"Training run {os.path.basename(run.dir)}")
     book.properties.creator = "improved_diffusion"
@@ -125,6 +129,7 @@ def write_workbook(run: Run, output: str) -> None:
     if "Smoothed" in book.sheetnames:  # last, as the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
     link_sheets(overview, book.sheetnames[1:])
+    check_folder()
     # As `book.save`, except that the archive is closed before the file when a signal ends this in the middle.
     with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
         ExcelWriter(book, archive).save()

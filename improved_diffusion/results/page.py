@@ -6,7 +6,7 @@ import hashlib
 import html
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -73,8 +73,11 @@ POLICY = (
 )
 
 
-def write_page(run: Run, output: str) -> None:
-    """Write the page of `run` into the file `output`. :raises OSError: it cannot be written."""
+def write_page(run: Run, output: str, check_folder: Callable[[], object] = lambda: None) -> None:
+    """Write the page of `run` into the file `output`, once `check_folder` has not raised an error.
+
+    :raises OSError: it cannot be written.
+    """
     name = os.path.basename(run.dir) or run.dir
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     parts = [
@@ -96,6 +99,7 @@ def write_page(run: Run, output: str) -> None:
         *_arguments(run),
         f"</main><script>{SCRIPT}</script></body></html>",
     ]
+    check_folder()
     with open_atomic(output, "w") as file:
         file.write("\n".join(parts) + "\n")
 

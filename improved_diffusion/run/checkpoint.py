@@ -103,26 +103,36 @@ def member_name(kind: str, step: int) -> str:
     return f"{kind}_{step:06d}.pt" if kind.startswith("power_") else f"ema_{kind}_{step:06d}.pt"
 
 
-def save(folder: str, step: int, tensors: dict[str, dict], state: dict[str, Any]) -> Checkpoint:
+def save(
+    folder: str,
+    step: int,
+    tensors: dict[str, dict],
+    state: dict[str, Any],
+    check_folder: Callable[[], object] = lambda: None,
+) -> Checkpoint:
     """Write a checkpoint. It does not exist before all of it is on the disk.
 
     :param tensors: what `torch.save` writes, by kind ("model", "opt", EMA rates, `power_kind`).
     :param state: further content of the state file, of types that JSON has.
+    :param check_folder: called before each file. Raises an OSError if it must not be written.
     :raises OSError: the checkpoint could not be written. Earlier ones are untouched. The message names `folder`.
     """
     state_path = bf.join(folder, member_name("state", step))
     files = {}
     try:
+        check_folder()
         if bf.exists(state_path):
             # The files are replaced one by one. In between they are not a checkpoint.
             bf.remove(state_path)
         for kind, content in tensors.items():
             name = member_name(kind, step)
+            check_folder()
             with open_atomic(bf.join(folder, name)) as file:
                 writer = _HashingWriter(file)
                 _save_tensors(content, writer)
             files[name] = {"bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
         state = {"format": FORMAT, "step": step, **state, "files": files}
+        check_folder()
         with open_atomic(state_path, "w") as file:
             json.dump({**state, "sha256": _state_checksum(state)}, file, indent=1)
     except OSError as error:

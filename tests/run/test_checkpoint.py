@@ -38,6 +38,28 @@ def test_round_trip(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("count", range(5))
+def test_nothing_is_written_after_the_folder_was_found_to_be_another_one(tmp_path, count):
+    """Between any two files, the directory may be moved, and one of somebody else take its place."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    calls = []
+
+    def check_folder():
+        if len(calls) == count:
+            run.rename(elsewhere)
+            run.mkdir()
+            raise OSError("another folder")
+        calls.append(1)
+
+    with pytest.raises(OSError, match="another folder"):
+        checkpoint.save(
+            str(run), 5, {kind: {"w": th.zeros(1)} for kind in ("model", "0.9", "opt")}, {}, check_folder
+        )
+    assert list(run.iterdir()) == []
+    assert len(list(elsewhere.iterdir())) == max(count - 1, 0)
+
+
 @pytest.mark.parametrize("kind", ["model", "0.9", "opt", "state"])
 def test_any_file_stands_for_the_checkpoint(tmp_path, kind):
     save(tmp_path, 5)
