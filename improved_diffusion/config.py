@@ -13,6 +13,7 @@ from improved_diffusion.recipes import RECIPES, explain
 NOISE_SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("epsilon", "x_start", "v", "edm")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "log-normal")
+OPTIMIZERS = ("adamw", "muon")
 LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
 PRECISIONS = ("auto", "fp32", "bf16")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m", "unipc", "deis", "ipndm")
@@ -411,7 +412,14 @@ class LearningFlags(Flags):
         "0.05,0.1; from them, --ema_length of image_sample.py and publish_model.py makes an average of any length",
         check=_problem(power_lengths),
     )
-    weight_decay: float = flag(0.0, "decoupled weight decay of AdamW", low=0)
+    optimizer: str = flag(
+        "adamw",
+        "what updates the weights: adamw, or muon for the matrices between the first layer and the last (Jordan et al. "
+        "2024), with updates as large as those of AdamW",
+        choices=OPTIMIZERS,
+        role=Role.TRAINING,
+    )
+    weight_decay: float = flag(0.0, "decoupled weight decay", low=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no limit", low=0)
     schedule_sampler: str = flag(
         "uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS, role=Role.TRAINING

@@ -134,6 +134,7 @@ class TrainLoop:
         resume_checkpoint: str | Checkpoint = "",
         schedule_sampler=None,
         weight_decay: float = 0.0,
+        optimizer: str = "adamw",
         lr_anneal_steps: int = 0,
         lr_warmup_steps: int = 0,
         lr_decay: str = "none",
@@ -218,7 +219,8 @@ class TrainLoop:
         self.num_workers = num_workers
         self.passes = plan_passes(batch_size, self.microbatch, num_workers)
         self.workers = Workers(self.passes.side_by_side, self.passes.cores)
-        self.opt = Optimizer(self.params, lr, weight_decay, self.workers.run)
+        matrices = hidden_matrices(model) if optimizer == "muon" else []
+        self.opt = Optimizer(self.params, lr, weight_decay, self.workers.run, matrices)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
         }
@@ -709,6 +711,16 @@ class TrainLoop:
         state = self.model.state_dict()
         state.update(zip(dict(self.model.named_parameters()), params))
         return state
+
+
+def hidden_matrices(model: th.nn.Module) -> list[int]:
+    """The numbers of the parameters that Muon is for: kernels and matrices between the first layer and the last.
+
+    :param model: a `UNetModel`.
+    """
+    ends = ("input_blocks.0.", "out.", "label_emb.")
+    named = enumerate(model.named_parameters())
+    return [i for i, (name, p) in named if p.ndim > 1 and not name.startswith(ends)]
 
 
 def parse_ema_rates(text: str | float) -> list[str]:

@@ -116,6 +116,7 @@ CASES = {
     },
     "checkpointing": {"model_flags": {"use_checkpoint": True, "dropout": 0.2}},
     "power_averages": {"ema_lengths": "0.05,0.1"},
+    "muon": {"optimizer": "muon"},
     "log_normal": {"sampler": "log-normal", "model_flags": {"diffusion_steps": 20}},
     "16_bits": {"precision": "bf16", "num_workers": 2, "model_flags": {"dropout": 0.2}},
 }

@@ -1,4 +1,4 @@
-"""AdamW and the moving averages of the weights, in blocks of parameters that fit in the caches."""
+"""AdamW or Muon, and the moving averages of the weights, in blocks of parameters that fit in the caches."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,6 +8,7 @@ import torch as th
 from torch import nn
 from torch.optim.adamw import adamw
 
+from improved_diffusion.cpu.muon import muon
 from improved_diffusion.kernels import update
 from improved_diffusion.nn import update_ema
 
@@ -38,19 +39,31 @@ class Optimizer:
 
     :param params: the parameters, float32.
     :param run: a function that runs the parts of an update, such as `Workers.run`; by default, one after the other.
+    :param matrices: the numbers of the parameters that Muon updates (see `muon`); their ``exp_avg`` is its momentum.
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], lr: float, weight_decay: float, run: update.Run = update.in_turn
+        self,
+        params: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        run: update.Run = update.in_turn,
+        matrices: Sequence[int] = (),
     ):
         self.params = list(params)
+        self.matrices = sorted(matrices, key=lambda i: -self.params[i].numel())
+        self.others = [i for i in range(len(self.params)) if i not in set(matrices)]
         self.lr = lr
         self.weight_decay = weight_decay
         self.run = run
-        self.blocks = blocks_of(self.params)
+        self.blocks = [
+            [self.others[i] for i in block] for block in blocks_of([self.params[i] for i in self.others])
+        ]
         self.counts = th.zeros(len(self.params))
         self.steps = list(self.counts.unbind())  # views of `counts`
         self.moments = {name: [th.zeros_like(p) for p in self.params] for name in MOMENTS}
+        for i in self.matrices:
+            self.moments["exp_avg_sq"][i] = th.zeros(0)
 
     @th.no_grad()
     def step(
@@ -72,14 +85,62 @@ class Optimizer:
         :param more: a second part of the gradient, which is added to the first; may be empty.
         """
         copies = copies or [None] * len(self.params)
-        moments = self.moments["exp_avg"], self.moments["exp_avg_sq"]
-        settings = update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor)
-        tensors = self.params, gradient, moments, self.counts + 1, settings, averages, copies
-        if update.adamw(*tensors, more, self.run):
-            self.counts += 1
-            return
-        whole = (averages, copies, factor, more)
-        self.run([partial(self._step_block, block, gradient, *whole) for block in self.blocks])
+        whole = (gradient, averages, copies, factor, more)
+        if self.matrices:
+            self.counts[self.matrices] += 1
+            self.run([partial(self._step_matrix, i, *whole) for i in self.matrices])
+        if not self._step_fused(*whole):
+            self.run([partial(self._step_block, block, *whole) for block in self.blocks])
+
+    def _step_fused(
+        self,
+        gradient: Sequence[th.Tensor],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]],
+        copies: Sequence[th.Tensor | None],
+        factor: float,
+        more: Sequence[th.Tensor],
+    ) -> bool:
+        """`step` for what AdamW updates, by a compiled kernel. :return: whether there is one."""
+
+        def picked(tensors: Sequence) -> list:
+            return [tensors[i] for i in self.others] if tensors else []
+
+        done = update.adamw(
+            picked(self.params),
+            picked(gradient),
+            (picked(self.moments["exp_avg"]), picked(self.moments["exp_avg_sq"])),
+            self.counts[self.others] + 1,
+            update.AdamWSettings(self.lr, BETAS, EPSILON, self.weight_decay, factor),
+            [(picked(tensors), decay) for tensors, decay in averages],
+            picked(copies),
+            picked(more),
+            self.run,
+        )
+        if done:
+            self.counts[self.others] += 1
+        return done
+
+    @th.no_grad()
+    def _step_matrix(
+        self,
+        index: int,
+        gradient: Sequence[th.Tensor],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]],
+        copies: Sequence[th.Tensor | None],
+        factor: float,
+        more: Sequence[th.Tensor],
+    ) -> None:
+        """`step` for the parameter `index`, by Muon."""
+        param, copy = self.params[index], copies[index]
+        value = gradient[index].float() * factor
+        if more:
+            value += more[index].float() * factor
+        dtype = th.float32 if copy is None else copy.dtype
+        muon(param, value, self.moments["exp_avg"][index], self.lr, self.weight_decay, dtype)
+        for tensors, decay in averages:
+            update_ema([tensors[index]], [param], decay)
+        if copy is not None:
+            copy.copy_(param)
 
     @th.no_grad()
     def _step_block(
@@ -119,7 +180,8 @@ class Optimizer:
 
     def state_tensors(self) -> list[th.Tensor]:
         """The tensors that change from step to step, in an order that depends only on the parameters."""
-        return [self.counts, *self.moments["exp_avg"], *self.moments["exp_avg_sq"]]
+        seconds = [self.moments["exp_avg_sq"][i] for i in self.others]
+        return [self.counts, *self.moments["exp_avg"], *seconds]
 
     def state_dict(self) -> dict[str, Any]:
         """The state in the form of `torch.optim.AdamW`, whose `load_state_dict` can read it."""
