@@ -9,6 +9,7 @@ _SMALL = {
     "loss_weighting": "edm",
     "batch_size": 32,
     "microbatch": 16,
+    "optimizer": "muon",
     "lr": 8e-4,
     "lr_warmup_steps": 150,
     "lr_decay": "linear",
