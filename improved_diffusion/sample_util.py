@@ -79,7 +79,7 @@ class Subject:
     :ivar labels: the class of each image, for a class-conditional model.
     :ivar low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
     :ivar latents: [N, 3, image_size, image_size], what the images start from instead of the noise of `seed`.
-    :ivar edit: images [M, 3, image_size, image_size] to edit; image i is made of number i mod M of them.
+    :ivar edit: how to edit M images [M, 3, image_size, image_size]. Image i is made from number i mod M of them.
     """
 
     image_size: int
@@ -105,7 +105,7 @@ class Subject:
         return kwargs
 
     def edit_of(self, numbers: range) -> Edit | None:
-        """What is to be made of images, for the images `numbers`."""
+        """`edit` with the originals of the n images `numbers`, [n, 3, image_size, image_size]; None without an edit."""
         if self.edit is None:
             return None
         images = self.edit.images

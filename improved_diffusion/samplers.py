@@ -102,13 +102,16 @@ class Path:
         return self.diffusion.eps_of(x0, x, self.timestep(x, i))
 
     def departures(self) -> Iterator[tuple[int, bool]]:
-        """The levels from which a sampler that adds noise sets off, and whether it will come back to them."""
+        """For each step of a sampler that adds noise: the level it starts from, and whether x then returns there."""
         if self.edit is None:
             return ((i, False) for i in range(self.steps - 1))
         return self.edit.departures(self.steps)
 
     def arrive(self, x: Tensor, i: int, back: bool) -> Tensor:
-        """x at level i after a step: with the part of the images that is kept, and `back` at level i - 1 if so."""
+        """x after the step to level i, with the kept part taken from the images (Lugmayr et al. 2022, algorithm 1).
+
+        :param back: whether to add noise, so that x is at level i - 1 again.
+        """
         if self.edit is None or self.edit.mask is None:
             return x
         x = self.edit.merge(x, self.edit.noised(self.alpha[i], self.sigma[i], self.randn_like(x)))
@@ -191,7 +194,7 @@ def sde_dpmpp_2m(path: Path, x: Tensor) -> Moves:
             x = x + fresh * path.randn_like(x)
         x = path.arrive(x, i + 1, back)
         if back:
-            known = []  # of x before new noise: extrapolating across that diverges
+            known = []  # predictions from before the new noise; extrapolating from these would diverge
         yield x, x0
 
 
@@ -362,7 +365,7 @@ def sample_progressive(
 
 
 def is_random(sampler: str, eta: float) -> bool:
-    """Whether a sampler adds noise on the way."""
+    """Whether the steps of a sampler add noise."""
     return sampler == "ddpm" or eta > 0
 
 
@@ -372,7 +375,7 @@ def evaluations(sampler: str, steps: int) -> int:
 
 
 def path_levels(diffusion: GaussianDiffusion, steps: int, spacing: str, edit: Edit | None) -> np.ndarray:
-    """The timesteps at which a path stops: those of `space_levels`, or what an edit leaves of them."""
+    """The timesteps of a path: those of `space_levels`, of which an edit may keep only a part."""
     levels = space_levels(diffusion, steps, spacing)
     return levels if edit is None else edit.levels(levels, diffusion.num_timesteps)
 
