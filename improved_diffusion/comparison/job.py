@@ -15,7 +15,7 @@ from improved_diffusion.comparison.gallery import Gallery
 from improved_diffusion.comparison.picture import SHOWN
 from improved_diffusion.comparison.plan import Comparison, cell_name, difference, exact_plan, parse_comparison
 from improved_diffusion.config import ComparingConfig
-from improved_diffusion.evaluation.measuring import distance_to, reference_statistics
+from improved_diffusion.evaluation.measuring import measure, reference_statistics
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.jobs.evaluate import open_extractor
 from improved_diffusion.jobs.runs import choose_out_dir, open_model
@@ -34,7 +34,7 @@ FEATURE_BATCH = 4  # images that a core measures at a time
 def compare(
     comparison: Comparison,
     gallery: Gallery,
-    distance: Callable[[np.ndarray], float],
+    measured: Callable[[np.ndarray], dict[str, float]],
     facts: dict[str, Any],
     out_dir: str,
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def compare(
 
     A cell holds the images and measurements of one sampler, number of steps and seed.
 
-    :param distance: measures images, uint8 [N, S, S, 3].
+    :param measured: the metrics of images, uint8 [N, S, S, 3], by the names of `metrics.compare`.
     :param facts: further entries of the record (see `report.write`). Cells that were measured in the same
         "setting" are not measured again.
     :return: the record.
@@ -68,11 +68,14 @@ def compare(
             name = cell_name(plan, seed)
             images, seconds = gallery.images(plan, seed, comparison.images)
             shown[name] = images[:SHOWN]
-            if name not in cells:
+            # A record of an earlier version may lack some of them.
+            if not cells.get(name, {}).keys() >= {"distance", *report.METRICS}:
+                metrics = measured(images)
                 error = None if plan.is_random else difference(images[: len(solution)], solution)
                 cells[name] = {
                     "evaluations": evaluations(plan.sampler, plan.steps or facts["timesteps"]),
-                    "distance": distance(images),
+                    "distance": metrics["frechet_distance"],
+                    **{key: metrics.get(key) for key in report.METRICS},
                     "difference": error,
                 }
             cells[name]["seconds"] = seconds
@@ -80,7 +83,8 @@ def compare(
             done += 1
             print(
                 f"{done}/{len(plans) * len(comparison.seeds)}: {name}, {seconds:.3g} s per image, "
-                f"{facts['metric']} {cells[name]['distance']:.4g}",
+                f"{facts['metric']} {cells[name]['distance']:.4g}, "
+                f"{facts['kernel_metric']} {cells[name]['kernel_distance']:.4g}",
                 flush=True,
             )
     return record
@@ -132,6 +136,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
         "computing": str(opened.compute),
         "timesteps": opened.diffusion.num_timesteps,
         "metric": extractor.metric("frechet_distance"),
+        "kernel_metric": extractor.metric("kernel_distance"),
         "features_length": len(real.mean),
         "reference": reference.summary["source"],
         "reference_images": len(reference),
@@ -142,6 +147,6 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
             "reference": reference.fingerprint,
         },
     }
-    distance = partial(distance_to, real, extractor=extractor, batch_size=FEATURE_BATCH)
-    record = compare(comparison, gallery, distance, facts, out_dir)
+    measured = partial(measure, real, extractor=extractor, batch_size=FEATURE_BATCH)
+    record = compare(comparison, gallery, measured, facts, out_dir)
     print(f"\n{report.markdown(record)}\nwritten: {bf.join(out_dir, 'comparison.md')}, .json, .png")

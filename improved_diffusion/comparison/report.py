@@ -13,6 +13,7 @@ from improved_diffusion.comparison.plan import BASELINE, Solver, cell_name, exac
 from improved_diffusion.sample_util import Plan
 from improved_diffusion.storage import open_atomic, write_json
 
+METRICS = ("kernel_distance", "precision", "recall")  # of a cell, besides its "distance"
 JSON, MARKDOWN, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
 
@@ -30,10 +31,10 @@ def known_cells(out_dir: str, setting: dict[str, Any]) -> dict[str, dict[str, fl
 def write(out_dir: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> None:
     """Write the three files from the results so far.
 
-    :param record: "model", "computing", "timesteps", "metric", "features_length", "reference" and
+    :param record: "model", "computing", "timesteps", "metric", "kernel_metric", "features_length", "reference" and
         "reference_images", "images" (of each cell) and "exact_images", "seeds", "samplers" (each a
         `Solver`), "steps", "setting", and "cells": by name, "evaluations" and "seconds" (of one image),
-        "distance" and "difference" (None for random samplers).
+        "distance" and "difference" (None for random samplers), and `METRICS` (None for too few images).
     :param images: the first images, uint8 [n, S, S, 3], of the cells of the first seed, by name.
     """
     write_json(bf.join(out_dir, JSON), record)
@@ -65,8 +66,14 @@ def markdown(record: dict[str, Any]) -> str:
     baseline = _values(record, BASELINE, "distance")
     if baseline:
         seconds = np.mean(_values(record, BASELINE, "seconds"))
+        others = [
+            f"{words} {_spread(values)}"
+            for words, key in (("kernel distance", "kernel_distance"), ("recall", "recall"))
+            if (values := _values(record, BASELINE, key))
+        ]
+        found = ", ".join([_spread(baseline), *others])
         lines += [
-            f"ddpm at all {record['timesteps']:,} timesteps: {_spread(baseline)}, at {seconds:.3g} seconds per image.",
+            f"ddpm at all {record['timesteps']:,} timesteps: {found}, at {seconds:.3g} seconds per image.",
             "",
         ]
     if count <= record["features_length"]:
@@ -76,6 +83,15 @@ def markdown(record: dict[str, Any]) -> str:
             "",
         ]
     lines += [
+        f"**{record['kernel_metric']}** to the same images; lower is better. The number of images does not bias it:",
+        "",
+        *_table(record, "kernel_distance"),
+        "",
+        "**Recall** (precision): the share of the real images that the drawn ones cover, and the share of the drawn "
+        "ones that look real; higher is better. Recall alone means little, because scattered images cover much:",
+        "",
+        *_table(record, "recall"),
+        "",
         f"**Error in grey levels** (of 255): the root mean square difference from what {exact.sampler} makes of the "
         f"same noise in {exact.steps} steps ({record['exact_images']} images of each seed). It shows how well the ODE "
         "is solved, not how good the images are:",
@@ -90,7 +106,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def _table(record: dict[str, Any], key: str) -> list[str]:
-    """The lines of a table. The lowest value of a column is bold, except in tables of times."""
+    """The lines of a table. The best value of a column is bold, except in tables of times."""
+    best = max if key == "recall" else min
     columns = []
     solvers = [Solver(*entry) for entry in record["samplers"]]
     for steps in record["steps"]:
@@ -100,9 +117,12 @@ def _table(record: dict[str, Any], key: str) -> list[str]:
             counts = [_values(record, plan, "evaluations") for plan in plans]
             texts = [f"{np.mean(v):.3g} ({n[0]})" if v else "-" for v, n in zip(found, counts)]
         else:
-            lowest = min((np.mean(values) for values in found if values), default=None)
+            wanted = best((np.mean(values) for values in found if values), default=None)
             texts = [_spread(values) if values else "-" for values in found]
-            texts = [f"**{t}**" if v and np.mean(v) == lowest else t for t, v in zip(texts, found)]
+            texts = [f"**{t}**" if v and np.mean(v) == wanted else t for t, v in zip(texts, found)]
+            if key == "recall":
+                shares = [_values(record, plan, "precision") for plan in plans]
+                texts = [f"{t} ({np.mean(v):.2f})" if v else t for t, v in zip(texts, shares)]
         columns.append([f"{steps} steps", *texts])
     labels = [("sampler", "spacing"), *((str(solver), solver.spacing) for solver in solvers)]
     lines = ["| " + " | ".join([*label, *texts]) + " |" for label, *texts in zip(labels, *columns)]

@@ -4,7 +4,7 @@ import numpy as np
 
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation.features import Extractor, extract
-from improved_diffusion.evaluation.metrics import InceptionScore, Statistics, frechet_distance, summarize
+from improved_diffusion.evaluation.metrics import InceptionScore, Statistics, compare, summarize
 from improved_diffusion.evaluation.reference import cached_statistics
 
 
@@ -24,8 +24,8 @@ def reference_statistics(reference: ImageSet, extractor: Extractor, batch_size: 
     )
 
 
-def distance_to(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> float:
-    """The Frechet distance between `images`, uint8 [N, S, S, 3], and the images with the statistics `real`."""
+def measure(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> dict[str, float]:
+    """All metrics of `images`, uint8 [N, S, S, 3], against those with the statistics `real` (see `metrics.compare`)."""
     drawn = ImageSet(
         image_size=images.shape[1],
         images=images,
@@ -35,5 +35,4 @@ def distance_to(real: Statistics, images: np.ndarray, extractor: Extractor, batc
         fingerprint="",
         summary={},
     )
-    stats = statistics_of(drawn, extractor, batch_size, "measuring")
-    return frechet_distance(stats.mean, stats.covariance, real.mean, real.covariance)
+    return compare(statistics_of(drawn, extractor, batch_size, "measuring"), real)

@@ -11,6 +11,7 @@ import numpy as np
 
 KEPT = 10_000  # vectors of a set that are kept for the metrics that compare vectors
 BLOCK = 1024  # vectors processed at a time
+NEIGHBOURS = 3  # of precision and recall
 SEED = 0  # random choices below are the same each time
 
 
@@ -64,22 +65,23 @@ def summarize(batches: Iterable[np.ndarray], count: int, keep: int = KEPT) -> St
 def compare(samples: Statistics, reference: Statistics) -> dict[str, float]:
     """All metrics of `samples` against `reference`, by name. The functions below define them.
 
-    Precision and recall compare equal numbers of images, as their paper does.
+    Precision and recall compare equal numbers of images, as their paper does; with `NEIGHBOURS` images or fewer there
+    are none.
     """
     distance, spread = kernel_distance(samples.kept, reference.kept)
     count = min(len(samples.kept), len(reference.kept))
-    precision, recall = precision_recall(
-        *(stats.kept[_choose(len(stats.kept), count)] for stats in (reference, samples))
-    )
-    return {
+    found = {
         "frechet_distance": frechet_distance(
             samples.mean, samples.covariance, reference.mean, reference.covariance
         ),
         "kernel_distance": distance,
         "kernel_distance_std": spread,
-        "precision": precision,
-        "recall": recall,
     }
+    if count > NEIGHBOURS:
+        found["precision"], found["recall"] = precision_recall(
+            *(stats.kept[_choose(len(stats.kept), count)] for stats in (reference, samples))
+        )
+    return found
 
 
 def frechet_distance(
@@ -127,7 +129,9 @@ def kernel_distance(
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), exact.
 
     Each image of a set has a ball around it that reaches to its `neighbours`-th nearest neighbour in the set.

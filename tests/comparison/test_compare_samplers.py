@@ -1,6 +1,7 @@
 """compare_samplers.py: every cell drawn once and measured, the reports, and every mistake in one line."""
 
 import itertools
+import json
 import re
 
 import numpy as np
@@ -96,19 +97,23 @@ def test_every_cell_is_drawn_measured_and_reported(compare, call_script, tmp_pat
     assert cells["unipc-logsnr-5-seed3"]["difference"] == difference(*unipc) > 0
     assert cells["unipc-logsnr-5-seed3"]["difference"] < cells["ddim-uniform-2-seed3"]["difference"]
 
-    # The distance is that of image_eval.py.
+    # The metrics are those of image_eval.py.
     sample = out_dir / "cells" / "heun-karras-2-seed3.npz"
     call_script("image_eval.py", "--samples", sample, "--reference", "builtin", "--features", "pixel")
     metrics = read_json(sample.with_suffix(".evaluation.json"))["metrics"]
-    assert cells["heun-karras-2-seed3"]["distance"] == metrics["frechet_distance[pixel]"]
+    measured = cells["heun-karras-2-seed3"]
+    assert measured["distance"] == metrics["frechet_distance[pixel]"]
+    for key in ("kernel_distance", "precision", "recall"):
+        assert measured[key] == metrics[f"{key}[pixel]"]
 
     tables = (out_dir / "comparison.md").read_text(encoding="utf-8")
     assert tables == markdown(record)
     assert tables in done.stdout
     for solver in SAMPLERS:
         rows = re.findall(rf"^\| {solver} \| {solver.spacing} \|(.*)\|(.*)\|$", tables, re.MULTILINE)
-        assert len(rows) == 3
-        assert all(re.search(r"\d", value) for row in rows[::2] for value in row)
+        distances, kernel_distances, recalls, _, seconds = rows
+        for row in (distances, kernel_distances, recalls, seconds):
+            assert all(re.search(r"\d", value) for value in row)
     assert f"ddpm at all {T} timesteps: " in tables
 
     with Image.open(out_dir / "comparison.png") as picture:
@@ -252,6 +257,9 @@ def test_tables_show_mean_spread_and_the_best():
             "seconds": steps / 10,
             "distance": found[seed],
             "difference": found[seed] / 10,
+            "kernel_distance": -found[seed] / 100,
+            "precision": None if steps == 20 else 0.5 + found[seed] / 100,
+            "recall": None if steps == 20 else found[seed] / 100,
         }
         for (sampler, steps), found in values.items()
         for seed in (0, 1)
@@ -261,6 +269,7 @@ def test_tables_show_mean_spread_and_the_best():
         "computing": "float32, on 1 core",
         "timesteps": 100,
         "metric": "frechet_distance[small.pt]",
+        "kernel_metric": "kernel_distance[small.pt]",
         "features_length": 12,
         "reference": "/somewhere/images",
         "reference_images": 1000,
@@ -275,6 +284,13 @@ def test_tables_show_mean_spread_and_the_best():
     assert "| sampler | spacing | 5 steps | 20 steps |\n|---|---|--:|--:|\n" in tables
     assert "| ddim | logsnr | **9 +- 1.4** | - |\n| unipc | logsnr | 12 +- 2.8 | **3 +- 0** |\n" in tables
     assert "| ddim | logsnr | **0.9 +- 0.14** | - |" in tables
+    assert "**kernel_distance[small.pt]** to the same images" in tables
+    assert "| unipc | logsnr | **-0.12 +- 0.028** | **-0.03 +- 0** |" in tables
+    # The highest recall is the best.
+    assert (
+        "| ddim | logsnr | 0.09 +- 0.014 (0.59) | - |\n| unipc | logsnr | **0.12 +- 0.028** (0.62) | - |"
+        in tables
+    )
     assert "| unipc | logsnr | 0.5 (5) | 2 (20) |" in tables
     assert "**frechet_distance[small.pt]** to the 1,000 images of `images`" in tables
     assert "at all 100 timesteps" not in tables
@@ -287,3 +303,23 @@ def test_difference_is_in_grey_levels():
     assert difference(images, images + 255) == 255
     images[0] = 2
     assert difference(images, np.zeros_like(images)) == pytest.approx(2**0.5)
+
+
+def test_a_record_without_the_newer_metrics_is_completed(compare, drawn, tmp_path):
+    compare(*FEW)
+    path = tmp_path / "out" / "comparison.json"
+    before = read_json(path)
+    older = read_json(path)
+    for cell in older["cells"].values():
+        del cell["recall"], cell["kernel_distance"], cell["precision"]
+    path.write_text(json.dumps(older), encoding="utf-8")
+    drawn.clear()
+    compare(*FEW)
+    assert not drawn and read_json(path) == before
+
+
+def test_three_images_have_no_recall(compare, tmp_path):
+    compare(*FEW, "--num_samples", 3)
+    (first, *_) = read_json(tmp_path / "out" / "comparison.json")["cells"].values()
+    assert first["recall"] is None and first["precision"] is None and first["kernel_distance"] is not None
+    assert "| unipc | logsnr | - |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
