@@ -714,7 +714,7 @@ class TrainLoop:
 
 
 def hidden_matrices(model: th.nn.Module) -> list[int]:
-    """The numbers of the parameters that Muon is for: kernels and matrices between the first layer and the last.
+    """The indices of the parameters that Muon updates: kernels and matrices between the first and the last layer.
 
     :param model: a `UNetModel`.
     """

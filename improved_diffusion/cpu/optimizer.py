@@ -39,7 +39,7 @@ class Optimizer:
 
     :param params: the parameters, float32.
     :param run: a function that runs the parts of an update, such as `Workers.run`; by default, one after the other.
-    :param matrices: the numbers of the parameters that Muon updates (see `muon`); their ``exp_avg`` is its momentum.
+    :param matrices: the indices of the parameters that Muon updates (see `muon`); their ``exp_avg`` is its momentum.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Optimizer:
         factor: float,
         more: Sequence[th.Tensor],
     ) -> bool:
-        """`step` for what AdamW updates, by a compiled kernel. :return: whether there is one."""
+        """`step` for the parameters that AdamW updates, by the compiled kernel. :return: whether it could be used."""
 
         def picked(tensors: Sequence) -> list:
             return [tensors[i] for i in self.others] if tensors else []
@@ -130,7 +130,7 @@ class Optimizer:
         factor: float,
         more: Sequence[th.Tensor],
     ) -> None:
-        """`step` for the parameter `index`, by Muon."""
+        """`step` for the parameter `index`, which Muon updates."""
         param, copy = self.params[index], copies[index]
         value = gradient[index].float() * factor
         if more:
