@@ -1,1 +1,1 @@
-"""Whole jobs, from flags to an exit code: train, draw, and how runs are opened, resumed and recorded."""
+"""Whole jobs, from flags to an exit code: training, drawing, measuring, and opening and resuming runs."""

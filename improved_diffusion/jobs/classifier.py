@@ -1,4 +1,4 @@
-"""The training of the classifier that tells the class of drawn images: what train_classifier.py does."""
+"""The job of train_classifier.py: train the classifier that finds the class of drawn images."""
 
 import numpy as np
 import torch as th
@@ -18,11 +18,11 @@ from improved_diffusion.storage import absolute
 
 
 def run_classifier_training(config: ClassifierConfig) -> None:
-    """Do what the command line of train_classifier.py asks for. :raises ValueError: a flag is unusable."""
+    """Train, test and save a classifier. :raises ValueError: a flag or the images are unusable."""
     images = _read("data_dir", config.data_dir, config)
     test = _read("test_dir", config.test_dir, config) if config.test_dir else None
     if test is not None and test.class_names != images.class_names:
-        raise ValueError(f"--test_dir {config.test_dir}: its classes are not those of --data_dir")
+        raise ValueError(f"--test_dir {config.test_dir}: its classes differ from those of --data_dir")
     compute = choose(config.precision, config.num_workers)
     print(f"{describe(images)}\ncomputing in {compute}")
     th.set_num_threads(compute.workers)
@@ -37,7 +37,9 @@ def run_classifier_training(config: ClassifierConfig) -> None:
     )
     if test is not None:
         found = classify(model, test.get(np.arange(len(test))))
-        print(f"{class_accuracy(found, test.labels):.2%} of {len(test):,} test images are classified right")
+        print(
+            f"{class_accuracy(found, test.labels):.2%} of {len(test):,} test images are classified correctly"
+        )
     output = absolute(config.output)
     save_classifier(model, output, images.class_names)
     print(f"written: {output}")
@@ -46,5 +48,5 @@ def run_classifier_training(config: ClassifierConfig) -> None:
 def _read(flag_name: str, path: str, config: ClassifierConfig) -> ImageSet:
     images = read_flag(flag_name, path, config.image_size)
     if images.labels is None or images.num_classes < 2:
-        raise ValueError(f"--{flag_name} {path}: needs images of two or more classes")
+        raise ValueError(f"--{flag_name} {path}: needs images of at least two classes")
     return images

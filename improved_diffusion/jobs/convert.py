@@ -1,4 +1,4 @@
-"""Whole conversions from and to folders of diffusers: what convert_checkpoint.py does."""
+"""The job of convert_checkpoint.py: convert models from and to folders of diffusers."""
 
 import os
 import shlex
@@ -16,11 +16,11 @@ from improved_diffusion.storage import absolute
 
 
 def run_conversion(config: ConvertConfig, given: set[str], project: str) -> None:
-    """Do what the command line of convert_checkpoint.py asks for.
+    """Convert a model.
 
     :param config, given: of `Parser.parse_flags`.
-    :param project: the folder with ``runs``, where an imported model goes by default.
-    :raises ValueError: there is no such model, or the other side cannot express it.
+    :param project: the folder with ``runs``, the default place for an imported model.
+    :raises ValueError: there is no such model, or the other format has no equivalent.
     """
     if config.to_diffusers:
         export_folder(config, given)
@@ -29,7 +29,7 @@ def run_conversion(config: ConvertConfig, given: set[str], project: str) -> None
 
 
 def export_folder(config: ConvertConfig, given: set[str]) -> None:
-    """Write the model of --model_path into the folder --to_diffusers, which diffusers can load."""
+    """Write the model of --model_path into the folder --to_diffusers, for diffusers."""
     folder = absolute(config.to_diffusers)
     _check_empty("to_diffusers", folder)
     trained = load_trained(config.model_path, config, given)
@@ -49,7 +49,7 @@ def export_folder(config: ConvertConfig, given: set[str]) -> None:
 
 
 def import_folder(config: ConvertConfig, project: str) -> None:
-    """Write the model in the folder --from_diffusers as a run of step 0 into --log_dir."""
+    """Write the model in the folder --from_diffusers into --log_dir, as a run at step 0."""
     folder = absolute(config.from_diffusers)
     if not bf.isdir(folder):
         raise ValueError(f"--from_diffusers {folder}: there is no such folder")

@@ -1,4 +1,4 @@
-"""An enlarging job, from its flags to its exit code: what super_res_sample.py does."""
+"""The job of super_res_sample.py: enlarge images."""
 
 import os
 from dataclasses import replace
@@ -21,7 +21,7 @@ from improved_diffusion.storage import open_atomic
 
 
 def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -> int:
-    """Do what the command line of super_res_sample.py asks for; see `sample.run_sampling`."""
+    """Enlarge images, and write them into a directory. The parameters are those of `sample.run_sampling`."""
     join_processes(config)
     opened = open_model(config, given, project)
     config = opened.config
@@ -42,7 +42,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
         labels = np.resize(labels, count)
     elif config.class_cond:
         labels = labels_of(images, count_classes(config), opened.class_names)[:count]
-    # Batch by batch, because the large images might not fit into the memory all at once.
+    # Batch by batch, because all large images together may not fit into the memory.
     low_res = th.cat(
         [
             shrink(from_uint8(images.get(np.arange(start, min(start + batch_size, count)))), small_size)
@@ -55,7 +55,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     if dist_util.get_rank() == 0:
         with open_atomic(picture) as file:
             image_grid(to_uint8(low_res)).save(file, format="PNG")
-    print(f"the images that are enlarged: {picture}")
+    print(f"the images to enlarge: {picture}")
     subject = Subject(config.large_size, config.seed, labels, low_res)
     return draw_into(
         out_dir,

@@ -1,4 +1,4 @@
-"""The measuring of images against real ones, from its flags to its report: what image_eval.py does."""
+"""The job of image_eval.py: measure how close images are to real ones."""
 
 import datetime
 import glob
@@ -24,14 +24,11 @@ from improved_diffusion.storage import absolute, write_json
 
 
 def run_evaluation(config: EvalConfig) -> None:
-    """Do what the command line of image_eval.py asks for.
-
-    :raises ValueError: a flag or the images are unusable.
-    """
+    """Measure images, print a table and write the report. :raises ValueError: a flag or the images are unusable."""
     with errors_about("output" if config.output else "samples"):
         output = report.output_path(config.output, config.samples)
     if config.run_dir:
-        read_run(config.run_dir)  # fails now, not in an hour, if it is not a run
+        read_run(config.run_dir)  # before the measuring, so that a wrong directory is reported at once
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
@@ -89,7 +86,7 @@ def open_extractor(config: ReferenceFlags) -> Extractor:
 
 
 def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
-    """What share of the samples is of the class that was asked for.
+    """The metric class_accuracy: the share of the samples that the classifier finds in the requested class.
 
     :raises ValueError: the classifier or the classes are unusable.
     """
@@ -97,27 +94,27 @@ def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
         model, names = load_classifier(absolute(path))
     if samples.labels is None:
         raise ValueError(f"--classifier {path}: needs samples with classes; these have none")
-    told = samples.class_names
-    # An .npz file of image_sample.py knows the classes by number only.
-    numbered = all(name.isdecimal() for name in told)
+    requested = samples.class_names
+    # In an .npz file of image_sample.py, the classes have numbers instead of names.
+    numbered = all(name.isdecimal() for name in requested)
     try:
-        asked = [int(name) if numbered else names.index(name) for name in told]
+        numbers = [int(name) if numbered else names.index(name) for name in requested]
     except ValueError:
         raise ValueError(
             f"--classifier {path}: knows the classes {', '.join(names)}, not those of --samples"
         ) from None
-    if max(asked) >= len(names):
+    if max(numbers) >= len(names):
         raise ValueError(
-            f"--classifier {path}: knows {len(names)} classes; the samples have class {max(asked)}"
+            f"--classifier {path}: knows {len(names)} classes; the samples have class {max(numbers)}"
         )
     found = classify(model, samples.get(np.arange(len(samples))))
-    return {"class_accuracy": class_accuracy(found, np.array(asked)[samples.labels])}
+    return {"class_accuracy": class_accuracy(found, np.array(numbers)[samples.labels])}
 
 
 def read_samples(path: str) -> ImageSet:
-    """The images to measure, at their own size.
+    """The images at `path`, in their own size.
 
-    :raises ValueError: there is nothing usable, or it is a folder with an .npz file that was probably meant.
+    :raises ValueError: they are unusable, or `path` is a folder with an .npz file, which was probably meant.
     """
     inside = sorted(glob.glob(os.path.join(glob.escape(absolute(path)), "*.npz")))
     if inside:

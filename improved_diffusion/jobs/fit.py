@@ -1,4 +1,4 @@
-"""Whether weights fit a model, and if not, which flags their shapes speak of."""
+"""Checking that weights fit a model and, if not, finding the flags that they need from their shapes."""
 
 import math
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ CLASSES = "label_emb.weight"  # the class embedding, a row for each class
 
 
 def check_fit(model: th.nn.Module, tensors: Mapping[str, th.Tensor], config: UNetFlags, where: str) -> None:
-    """Compare names and shapes of weights with those of a model, but for the rows of its class embedding.
+    """Compare the names and shapes of weights with those of a model.
 
-    :param config: the flags that `model` was built from.
-    :param where: what the message begins with: the flag that names the weights, and their place.
-    :raises ValueError: they differ; the message says which flags the weights need, as far as their shapes tell.
+    :param config: the flags from which `model` was built.
+    :param where: the beginning of the message: the flag and the path of the weights.
+    :raises ValueError: they differ. The message gives the flags that the weights need, if their shapes show it.
     """
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -31,7 +31,7 @@ def check_fit(model: th.nn.Module, tensors: Mapping[str, th.Tensor], config: UNe
         problem = f"they need {' '.join(needed)}"
     else:
         name = next(name for name in [*ours, *theirs] if name in names)
-        problem = f"{name} has the shape {theirs.get(name, 'of nothing')} instead of {ours.get(name, 'none')}"
+        problem = f"{name} has the shape {theirs.get(name, 'none')} instead of {ours.get(name, 'none')}"
     raise ValueError(
         f"{where}: its weights do not fit the model that the flags describe ({problem}); give the flags it was "
         "trained with"
@@ -39,13 +39,13 @@ def check_fit(model: th.nn.Module, tensors: Mapping[str, th.Tensor], config: UNe
 
 
 def needed_flags(shapes: Mapping[str, tuple[int, ...]], config: UNetFlags) -> list[str]:
-    """The flags, with values, in which a UNet whose weights have these `shapes` differs from what `config` describes.
+    """The flags, with values, of a UNet whose weights have these `shapes`, as far as they differ from `config`.
 
     :raises KeyError, IndexError, ZeroDivisionError: the weights are not those of such a UNet.
     """
     channels, inputs = shapes["input_blocks.0.0.weight"][:2]
     patch_size = math.isqrt(inputs // (6 if is_super_resolution(config) else 3))
-    levels: list[list[int]] = [[]]  # the number of each block, by level
+    levels: list[list[int]] = [[]]  # the numbers of the blocks of each level
     number = 1
     while any(name.startswith(f"input_blocks.{number}.") for name in shapes):
         if f"input_blocks.{number}.0.op.weight" in shapes:

@@ -1,4 +1,4 @@
-"""The measuring of bits per dimension, from its flags to its exit code: what image_nll.py does."""
+"""The job of image_nll.py: measure bits per dimension."""
 
 import os
 from dataclasses import replace
@@ -12,7 +12,7 @@ from improved_diffusion.jobs.runs import choose_out_dir, open_model
 from improved_diffusion.run.interrupts import Stoppable
 from improved_diffusion.script_util import check_images_fit, count_classes, join_processes, read_images_alike
 
-# The flags that a reader of nll.json needs.
+# The flags to record in nll.json.
 RECORDED = (
     "model_path",
     "data_dir",
@@ -25,10 +25,10 @@ RECORDED = (
 
 
 def run_nll(config: NllConfig, given: set[str], project: str) -> int:
-    """Do what the command line of image_nll.py asks for.
+    """Measure images, and write the results into a directory.
 
     :param config, given: of `Parser.parse_flags`.
-    :param project: the folder with ``models`` and ``runs``, and ``nll``, where results go by default.
+    :param project: the folder with ``models``, ``runs`` and ``nll``, the default place for results.
     :return: the exit code.
     :raises ValueError: a flag, the data or the model is unusable.
     """

@@ -1,4 +1,4 @@
-"""Pictures that a model draws while it is being trained, from the same noise every time, so that one sees it grow."""
+"""Previews: pictures that a model draws during its training, always from the same noise."""
 
 import contextlib
 import os
@@ -23,26 +23,29 @@ BATCH = 16
 
 
 def preview_labels(num_classes: int) -> np.ndarray:
-    """The classes to draw, int64 [N]: a row for each of at most `MAX_CLASSES`."""
+    """The classes to draw, int64 [N]: `PER_ROW` images of each of the first `MAX_CLASSES` classes."""
     return np.repeat(np.arange(min(num_classes, MAX_CLASSES)), PER_ROW)
 
 
 def create_preview(
     diffusion: GaussianDiffusion, subject: Subject, run_dir: str
 ) -> Callable[[Callable[..., th.Tensor], int], None]:
-    """What a training loop calls with its model and step, to have ``samples/step_NNNNNN.png`` drawn in `run_dir`.
+    """A function for the training loop. Called with a model and a step, it draws ``samples/step_NNNNNN.png``.
 
-    A picture that cannot be drawn is reported; it is no reason to end a training.
+    An error in drawing is logged, and does not end the training.
+
+    :param subject: see `draw_preview`.
+    :param run_dir: the directory of the run, with the folder ``samples``.
     """
 
     def preview(model: Callable[..., th.Tensor], step: int) -> None:
         path = os.path.join(run_dir, PICTURES, f"step_{step:06d}.png")
         try:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(path))  # and not `run_dir`, should that be gone
+                os.mkdir(os.path.dirname(path))  # not makedirs: if `run_dir` is gone, it must not come back
             draw_preview(model, diffusion, subject, path)
             logger.log_picture("samples", path, step)
-        except Exception as error:  # whatever is wrong with a picture, training goes on
+        except Exception as error:  # no error in a picture ends a training
             logger.log(f"WARNING: {path} could not be drawn ({error}); training goes on")
 
     return preview
@@ -53,11 +56,12 @@ def draw_preview(
 ) -> None:
     """Draw a grid of images into the PNG file `path`.
 
-    It is a function of the arguments alone: no global random state is used, or changed.
+    The global random state is neither used nor changed.
 
     :param model: in eval mode.
-    :param subject: `COUNT` images, or one for each of its labels or images to enlarge. Each class has a row of
-        its own; what is to be enlarged is shown left of what becomes of it.
+    :param subject: `COUNT` images are drawn, or one for each of its labels or of its images to enlarge. Each class has
+        its own row. Each small image is shown to the left of the enlarged one.
+    :raises OSError: the file cannot be written.
     """
     labels, low_res = subject.labels, subject.low_res
     count = len(low_res) if low_res is not None else COUNT if labels is None else len(labels)

@@ -1,4 +1,4 @@
-"""Where a run lives, what it continues, and which flags it then has; models read back from where they were trained."""
+"""The directory of a run, the checkpoint and the flags that it continues with, and reading trained models."""
 
 import contextlib
 import datetime
@@ -48,7 +48,7 @@ Config = TypeVar("Config", bound=Flags)
 
 
 def _stored_arguments(source: Checkpoint, config: Flags) -> dict[str, Any]:
-    """The arguments in a checkpoint. :raises ValueError: one is of another type than the flag of this name."""
+    """The arguments in a checkpoint. :raises ValueError: one has another type than the flag of the same name."""
     stored = source.state.get("arguments", {})
     expected = defaults(type(config))
     for name, value in stored.items():
@@ -61,21 +61,21 @@ def _stored_arguments(source: Checkpoint, config: Flags) -> dict[str, Any]:
 
 
 def _check_same_kind(where: str, stored: dict[str, Any], config: Flags) -> None:
-    """Refuse a super-resolution model where `config` is that of a plain one, and the other way round."""
+    """:raises ValueError: the stored model is for super-resolution and `config` is not, or vice versa."""
     enlarges = "large_size" in stored
     if stored and enlarges != is_super_resolution(config):
-        problem = "holds no super-resolution model; use the scripts image_..."
+        problem = "is not a super-resolution model; use the scripts image_..."
         if enlarges:
-            problem = "holds a super-resolution model, which is for the scripts super_res_... only"
+            problem = "is a super-resolution model; use the scripts super_res_..."
         raise ValueError(f"{where}: {problem}")
 
 
 def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) -> Config:
-    """Let the arguments of a checkpoint that describe its model take the place of defaults.
+    """Replace the defaults in `config` by the arguments of a checkpoint that describe its model.
 
-    :param config: the flags of this command; `given` names those that the user gave.
-    :param stored: the checkpoint's arguments.
-    :raises ValueError: a given flag that defines the model differs from the checkpoint's.
+    :param config: the flags of this command. :param given: the names of those that the user gave.
+    :param stored: the arguments of the checkpoint.
+    :raises ValueError: a given flag that defines the model differs from the checkpoint.
     """
     known = (
         sr_model_and_diffusion_defaults() if is_super_resolution(config) else model_and_diffusion_defaults()
@@ -94,10 +94,11 @@ def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) 
 
 
 def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = print) -> str:
-    """The data to train on: what the user named, or CIFAR-10 if it can be had, or the built-in shapes.
+    """The data to train on: those of --data_dir, or CIFAR-10, or the built-in shapes if CIFAR-10 cannot be prepared.
 
-    :param data_dir: the flag; unless empty, it is returned, as a path that a resumed run finds from anywhere.
-    :param datasets_dir: the folder with `cifar10.py` and what that has prepared.
+    :param data_dir: the flag. If it is not empty, it is returned, as an absolute path, which a resumed run can use from
+        any folder.
+    :param datasets_dir: the folder with `cifar10.py` and the data that it prepares.
     :return: a path, or "builtin".
     """
     if data_dir:
@@ -107,12 +108,12 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
         return prepared
     script = os.path.join(datasets_dir, "cifar10.py")
     if os.path.exists(script):
-        log("No --data_dir given and CIFAR-10 is not prepared yet: preparing it now.")
+        log("No --data_dir is given, and CIFAR-10 is not prepared yet: preparing it now.")
         if subprocess.run([sys.executable, script]).returncode == 0:
             return prepared
     for line in (
         "*" * 78,
-        "CIFAR-10 could not be had: TRAINING ON THE BUILT-IN SHAPES INSTEAD.",
+        "CIFAR-10 could not be prepared: TRAINING ON THE BUILT-IN SHAPES INSTEAD.",
         f"For CIFAR-10: python {script} --archive cifar-10-python.tar.gz",
         "For your own images: --data_dir FOLDER",
         "*" * 78,
@@ -122,7 +123,7 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
 
 
 def choose_log_dir(config: FirstFlags, runs_dir: str) -> str:
-    """Where a training run lives: --log_dir, $OPENAI_LOGDIR, beside what it resumes, or new in `runs_dir`."""
+    """The directory of a run: --log_dir, $OPENAI_LOGDIR, that of --resume_checkpoint, or a new one in `runs_dir`."""
     log_dir = config.log_dir or os.environ.get("OPENAI_LOGDIR", "")
     resume = config.resume_checkpoint
     if not log_dir and resume:
@@ -142,7 +143,7 @@ def find_unfinished(
     if config.init_from:
         taken = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"} - (given or set())
         same = {name: value for name, value in same.items() if name not in taken}
-    # A run has put what it found in the place of these.
+    # The recorded flags have the values that the run found in the place of the defaults.
     same["data_dir"] = (
         absolute(same["data_dir"]) if same["data_dir"] not in ("", BUILTIN) else same["data_dir"]
     )
@@ -162,20 +163,20 @@ def find_unfinished(
 
 
 def _newest_runs(folder: str) -> list[str]:
-    """The runs in `folder` that have a checkpoint, the one that was changed last first."""
+    """The runs in `folder` that have a checkpoint, the latest modified one first."""
     found = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
     return sorted((run for run in found if checkpoint.steps(run)), key=os.path.getmtime, reverse=True)
 
 
 def choose_out_dir(log_dir: str, parent: str) -> str:
-    """Where a script that reads a model writes: --log_dir, $OPENAI_LOGDIR, or new in `parent`; rank 0 makes it."""
+    """The directory for a script's output: --log_dir, $OPENAI_LOGDIR, or a new one in `parent`. Rank 0 creates it."""
     out_dir = absolute(log_dir or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
     if dist_util.get_rank() == 0:
         bf.makedirs(out_dir)
     return out_dir
 
 
-# What people take for a model, by the ends of file names.
+# Files that people may give as a model by mistake, by the end of their name.
 OTHER_FILES = {
     ".xlsx": "an Excel workbook",
     ".csv": "a table",
@@ -197,19 +198,19 @@ SHIPPED = "cifar10"  # of the models that come with the code, the one that is ta
 
 
 def shipped_models() -> str:
-    """The folder of the models that come with the code: in an installed package, or beside it."""
+    """The folder of the models that come with the code: in the installed package, or next to it in a checkout."""
     package = os.path.dirname(os.path.abspath(improved_diffusion.__file__))
     inside = os.path.join(package, "models")
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "models")
 
 
 def _is_name(path: str) -> bool:
-    """Whether `path` may be the name of a model that comes with the code, and is nothing in the present folder."""
+    """Whether `path` can only be the name of a model that comes with the code, because there is no such path."""
     return bool(re.fullmatch(r"[\w-]+", path)) and not os.path.exists(path)
 
 
 def find_model(path: str) -> str:
-    """What `path` stands for: a place, absolute, or the name of a model that comes with the code, as it is."""
+    """`path` as an absolute path, or unchanged if it is the name of a model that comes with the code."""
     return (
         path if _is_name(path) and checkpoint.steps(os.path.join(shipped_models(), path)) else absolute(path)
     )
@@ -235,12 +236,12 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
 def choose_source(
     resume_checkpoint: str, log_dir: str, log: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint that a run in `log_dir` continues, or None for a new run.
+    """The checkpoint from which a run in `log_dir` continues, or None for a new run.
 
-    A directory that already holds checkpoints is continued, whatever that run had started from, so that the
-    same command can be given again.
+    If `log_dir` holds checkpoints already, the run continues from the newest of them, even if `resume_checkpoint` is
+    another directory. So the same command can be given again.
 
-    :raises ValueError: there is no such checkpoint, or going on from it would overwrite newer ones.
+    :raises ValueError: there is no such checkpoint, or to continue from it would overwrite newer ones.
     """
     present = checkpoint.steps(log_dir)
     if not resume_checkpoint:
@@ -259,17 +260,17 @@ def choose_source(
         raise ValueError(f"--resume_checkpoint {error}{hint if weights else ''}") from None
     if present and source.step < present[-1]:
         raise ValueError(
-            f"--resume_checkpoint {resume}: going on from step {source.step} would overwrite the newer checkpoints "
-            f"up to step {present[-1]} beside it; give --log_dir a new directory to branch off, or give the "
+            f"--resume_checkpoint {resume}: to continue from step {source.step} would overwrite the newer checkpoints "
+            f"up to step {present[-1]} in the same directory; give a new --log_dir to branch off, or give the "
             "directory to continue from the newest"
         )
     return source
 
 
 def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Config:
-    """The flags of a resumed run: the checkpoint's, except for those given that may change.
+    """The flags of a resumed run: those of the checkpoint, except for given ones that may change.
 
-    :raises ValueError: a given flag would make it another run; the message names it.
+    :raises ValueError: a given flag may not change; the message names it.
     """
     stored = _stored_arguments(source, config)
     _check_same_kind(source.folder, stored, config)
@@ -286,30 +287,31 @@ def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Con
         if declaration.role in (Role.PROCESS, Role.TRAINING) and not config.allow_changed_flags:
             raise ValueError(
                 f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out, or "
-                "--allow_changed_flags True to go on all the same"
+                "--allow_changed_flags True to continue with the new value"
             )
     return with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
 
 
 def check_same_data(config: FirstFlags, source: Checkpoint, fingerprint: str) -> None:
-    """Refuse to resume on other data. :raises ValueError: `fingerprint` is not that of `source`."""
+    """:raises ValueError: the images with this `fingerprint` are not those that `source` was trained on."""
     trained_on = source.state.get("data", {}).get("fingerprint", fingerprint)
     if trained_on != fingerprint and not config.allow_changed_flags:
         raise ValueError(
-            f"--data_dir {config.data_dir}: its images are not those that the run to resume was trained on; give "
-            "the same data, or --allow_changed_flags True to go on all the same"
+            f"--data_dir {config.data_dir}: its images are not those that the run was trained on; give the same data, "
+            "or --allow_changed_flags True to continue with others"
         )
 
 
 def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) -> None:
-    """Write ``args.json`` and ``run.json``, which the workbook is made from, into `log_dir`.
+    """Write ``args.json`` and ``run.json``, for the workbook, into `log_dir`.
 
-    :param facts: what shall stand in ``run.json``; the list of sessions is continued here.
+    :param facts: the content of ``run.json``, to which this function adds the sessions and the command.
     :param step: the step at which this session begins.
+    :raises OSError: a file cannot be written.
     """
     path = os.path.join(log_dir, "run.json")
     before = []
-    # A damaged record of earlier sessions is no reason not to train; what can be read of it is kept.
+    # If the record of earlier sessions is damaged, keep what can be read.
     with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
         content = json.load(file)
         sessions = content.get("sessions") if isinstance(content, dict) else None
@@ -331,7 +333,7 @@ def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) ->
 
 
 def record_arguments(log_dir: str, config: Flags) -> None:
-    """Write ``args.json`` into `log_dir`."""
+    """Write ``args.json`` into `log_dir`. :raises OSError: it cannot be written."""
     write_json(os.path.join(log_dir, "args.json"), config.to_dict())
 
 
@@ -357,7 +359,7 @@ class Trained:
 
 
 def _best_kind(source: Checkpoint) -> str:
-    """The weights of a checkpoint that draw best: the longest average, where it has one."""
+    """The weights of a checkpoint that draw best: those of the longest average, if there is one."""
     if source.ema_rates:
         return max(source.ema_rates, key=float)
     if source.power_lengths:  # of a published model
@@ -366,7 +368,7 @@ def _best_kind(source: Checkpoint) -> str:
 
 
 def _average(folder: str, length: float, step: int, log: Callable[[str], None]) -> dict[str, th.Tensor]:
-    """The weights of --ema_length, made of the averages in the checkpoints of a run up to `step`."""
+    """The weights of --ema_length, from the averages in the checkpoints of a run up to `step`."""
     try:
         weights, distance = averages.reconstruct(averages.with_averages(folder), length, step)
     except ValueError as error:
@@ -381,13 +383,13 @@ def _average(folder: str, length: float, step: int, log: Callable[[str], None]) 
 
 @dataclass(frozen=True)
 class Weights:
-    """What was read of a trained model, before there is a model to hold it.
+    """The weights of a trained model, and what is stored with them.
 
     :ivar path: the file, or the folder.
     :ivar tensors: a state dict.
-    :ivar arguments: the flags that are stored with it; empty where there are none.
-    :ivar class_names: empty where they are not known.
-    :ivar step, samples: how many steps it was trained for, and on how many images; 0 where that is not known.
+    :ivar arguments: the flags that are stored with them, if any.
+    :ivar class_names: the names of the classes, if known.
+    :ivar step, samples: the number of training steps and images; 0 if unknown.
     """
 
     path: str
@@ -405,10 +407,10 @@ class Weights:
 def read_weights(
     model_path: str, config: Flags, log: Callable[[str], None] = print, flag_name: str = "model_path"
 ) -> Weights:
-    """Read the weights that `model_path` stands for.
+    """Read the weights at `model_path`.
 
-    :param model_path: a run directory, whose newest EMA weights (of the largest rate) are taken, a .pt file, a folder
-        of diffusers, or the name of a model that comes with the code.
+    :param model_path: a run directory, for its newest EMA weights of the largest rate, a .pt file, a folder of
+        diffusers, or the name of a model that comes with the code.
     :param config: the flags of this command.
     :param flag_name: the flag that names it.
     :raises ValueError: there are no such weights, or they are of another kind of model; the message names the flag.
@@ -452,14 +454,14 @@ def read_weights(
         found = _weights_of(source, config, path, weights)
     _check_same_kind(f"--{flag_name} {path}", found.arguments, config)
     if not found.arguments:
-        log(f"{path}: no arguments are stored beside it; the flags and their defaults describe the model")
+        log(f"{path}: no arguments are stored with it; the flags and their defaults describe the model")
     return found
 
 
 def _weights_of(
     source: Checkpoint | None, config: Flags, path: str, tensors: dict[str, th.Tensor]
 ) -> Weights:
-    """`tensors` with what the checkpoint they belong to, if any, says of them."""
+    """`tensors` and the facts about them in their checkpoint, if there is one."""
     if source is None:
         return Weights(path, tensors, {}, [], 0, 0)
     names = source.state.get("data", {}).get("class_names", [])
@@ -493,7 +495,7 @@ def load_trained(
     :raises ValueError: there are no such weights, or a given flag contradicts them.
     """
     found = read_weights(model_path, config, log, flag_name)
-    # Which timesteps are drawn at is for this command to say.
+    # The timesteps for drawing are a matter of this command, not of the training.
     stored = {name: value for name, value in found.arguments.items() if name != "timestep_respacing"}
     config = merge_stored_flags(config, given, stored)
     model, diffusion = create_from_flags(config)
@@ -504,7 +506,7 @@ def load_trained(
 
 
 def open_model(config: Flags, given: set[str], project: str) -> Trained:
-    """Open the model that a script draws from or measures, to compute as --precision and --num_workers say.
+    """Open the model of --model_path, with the precision and cores of --precision and --num_workers.
 
     :param config, given: of `Parser.parse_flags`.
     :param project: the folder with ``models`` and ``runs``.
@@ -512,7 +514,7 @@ def open_model(config: Flags, given: set[str], project: str) -> Trained:
     """
     path = _choose_model(config, project)
     chosen = choose(config.precision, config.num_workers)
-    # What each process measures may differ; what they draw must not.
+    # Each process has measured its own speed, but all must draw in the same precision.
     compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
     trained = load_trained(path, config, given)
     model = fast_model(trained.model, compute.precision, compute.workers)
@@ -521,11 +523,11 @@ def open_model(config: Flags, given: set[str], project: str) -> Trained:
 
 
 def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tensor]:
-    """Open another model, to be asked the same as the one that `config` describes.
+    """Open a second model, which must take the same inputs as the model of `config`.
 
-    :param path: as `model_path` of `load_trained`. :param flag_name: the flag that names it.
-    :return: a function like the one of `open_model`.
-    :raises ValueError: it is another kind of model, or there is none; the message names the flag.
+    :param path: as `model_path` of `load_trained`. :param flag_name: the flag of the path.
+    :return: a function like the `model` of `open_model`.
+    :raises ValueError: there is no such model, or it takes other inputs; the message names the flag.
     """
     own = {"precision": config.precision, "num_workers": config.num_workers}
     other = load_trained(path, type(config)(**own), set(), flag_name=flag_name)
@@ -534,7 +536,7 @@ def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tens
         ours, theirs = getattr(config, name), getattr(other.config, name)
         if ours != theirs and not (name == "class_dropout" and bool(ours) == bool(theirs)):
             raise ValueError(
-                f"--{flag_name} {path}: has --{name} {theirs}, and the model {ours}; they must agree"
+                f"--{flag_name} {path}: has --{name} {theirs}, but the model has {ours}; they must agree"
             )
     chosen = choose(config.precision, config.num_workers)
     return fast_model(other.model, dist_util.broadcast(chosen.precision), chosen.workers)

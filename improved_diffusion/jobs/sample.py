@@ -1,4 +1,4 @@
-"""A drawing job, from its flags to its exit code, and what those that draw or enlarge have in common."""
+"""The job of image_sample.py: draw images. With the functions that other drawing jobs use too."""
 
 import os
 from collections.abc import Callable
@@ -31,16 +31,16 @@ from improved_diffusion.samplers import WITH_ETA
 from improved_diffusion.script_util import check_images_fit, count_classes, join_processes
 
 MAX_FRAMES = 60  # of an animation
-INTERPOLATED = 10  # images from one latent to the other, unless --num_samples says otherwise
+INTERPOLATED = 10  # images of an interpolation, if --num_samples is not given
 MAX_ROWS = 10
-YOUNG = 1000  # steps; the model of the README begins to draw shapes after some thousands
+YOUNG = 1000  # steps; the model of the README draws shapes only after some thousands
 
 
 def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
-    """Do what the command line of image_sample.py asks for.
+    """Draw images, and write them into a directory.
 
     :param config, given: of `Parser.parse_flags`.
-    :param project: the folder with ``models`` and ``runs``, and ``samples``, where images go by default.
+    :param project: the folder with ``models``, ``runs`` and ``samples``, the default place for images.
     :return: the exit code.
     :raises ValueError: a flag does not fit the model; nothing was drawn.
     """
@@ -75,7 +75,7 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
 def _guided(
     model: Callable[..., th.Tensor], config: SampleConfig, diffusion: GaussianDiffusion
 ) -> Callable[..., th.Tensor]:
-    """`model` with the guidance that the flags ask for. :raises ValueError: it cannot be guided so."""
+    """`model` with the guidance of the flags. :raises ValueError: the model or the flags do not allow it."""
     given = interval(config.guidance_interval)
     within = None if given is None else guidance_interval(diffusion, *given)
     if config.autoguidance_path and config.autoguidance_scale != 1:
@@ -97,7 +97,7 @@ def _guided(
 def describe_images(
     config: SampleConfig, plan: Plan, labels: list[int] | None
 ) -> tuple[Subject, np.ndarray | None]:
-    """Independent images of the wanted classes in turn, with a row of the grid for each class."""
+    """Independent images of the classes in turn. Each class has its own row in the grid."""
     labels = None if labels is None else np.resize(labels, config.num_samples)
     return Subject(config.image_size, config.seed, labels), labels
 
@@ -105,7 +105,10 @@ def describe_images(
 def describe_interpolation(
     config: SampleConfig, plan: Plan, labels: list[int] | None
 ) -> tuple[Subject, np.ndarray | None]:
-    """Images that lead from image 0 to image 1 of the seed, in a row for each of at most `MAX_ROWS` classes."""
+    """Images from image 0 to image 1 of the seed: a row for each of the first `MAX_ROWS` classes.
+
+    :raises ValueError: the sampler adds noise.
+    """
     if plan.is_random:
         raise ValueError(
             f"--interpolate True: needs a sampler that adds no noise, not {plan.sampler}"
@@ -120,16 +123,16 @@ def describe_interpolation(
 
 
 def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffusion) -> Plan:
-    """The way from noise to image that the flags ask for.
+    """The sampler and the steps of the flags.
 
-    Without a sampler that is `DEFAULT_PLAN`, or where images are interpolated, `DETERMINISTIC_PLAN`.
+    Without a sampler in the flags, this is `DEFAULT_PLAN`, or `DETERMINISTIC_PLAN` for an interpolation.
 
-    Who gives --use_ddim or --timestep_respacing, the flags of improved-diffusion, and no sampler or number of
-    steps, gets what they mean there: ancestral sampling or DDIM at every timestep that is left. So does who gives
-    --sampler ddpm alone.
+    --use_ddim and --timestep_respacing, the flags of improved-diffusion, mean the same as there if neither a sampler
+    nor a number of steps is given: ancestral sampling or DDIM at all timesteps that --timestep_respacing leaves.
+    --sampler ddpm alone means ancestral sampling at all timesteps.
 
     :param given: the names of the flags that the user gave; the others have their defaults.
-    :param diffusion: that of the model, respaced where --timestep_respacing says so.
+    :param diffusion: the diffusion of the model, respaced by --timestep_respacing.
     :raises ValueError: two flags contradict each other, or the model has too few timesteps.
     """
     default = DETERMINISTIC_PLAN if getattr(config, "interpolate", False) else DEFAULT_PLAN
@@ -141,9 +144,9 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
     else:
         sampler = default.sampler
     if "sampler" in given or "use_ddim" in given or respacing:
-        default = Plan(sampler)  # what suits most
+        default = Plan(sampler)
     eta = config.eta if "eta" in given else default.eta
-    # Not the default's spacing: that of the eta given.
+    # The best spacing depends on eta.
     spacing = config.timestep_spacing if "timestep_spacing" in given else suitable_spacing(sampler, eta)
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
@@ -151,7 +154,7 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
         )
     if eta and sampler not in WITH_ETA:
         raise ValueError(
-            f"--eta {eta}: only --sampler {' and '.join(WITH_ETA)} have a choice; leave it out with {sampler}"
+            f"--eta {eta}: is for --sampler {' and '.join(WITH_ETA)} only; leave it out with {sampler}"
         )
 
     every_timestep = bool(respacing) or (
@@ -164,7 +167,9 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
         )
     steps, timesteps = config.sample_steps, diffusion.num_timesteps
     if "sample_steps" in given and steps > timesteps:
-        raise ValueError(f"--sample_steps {steps}: this model has {timesteps} timesteps; give that at most")
+        raise ValueError(
+            f"--sample_steps {steps}: this model has {timesteps} timesteps; give at most {timesteps}"
+        )
     return Plan(
         sampler=sampler,
         steps=None if every_timestep else min(steps, timesteps),
@@ -175,18 +180,18 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
 
 
 def warn_of_youth(step: int) -> None:
-    """Say so if a model was trained for a known number of steps that is too small to draw anything."""
+    """Print a note if a model was trained for too few steps to draw anything. :param step: 0 if unknown."""
     if 0 < step < YOUNG:
         print(
-            f"note: this model was trained for {step} step{'s' if step > 1 else ''} only, which is too young to draw "
-            "more than noise or blurs; train it on"
+            f"note: this model was trained for {step} step{'s' if step > 1 else ''} only, too few to draw more than "
+            "noise or blurs; train it longer"
         )
 
 
 def choose_labels(config: Flags, class_names: list[str]) -> list[int] | None:
-    """The classes that --class_label asks for, by default all; None for a model without classes.
+    """The numbers of the classes in --class_label, by default all; None for a model without classes.
 
-    :raises ValueError: the model knows no such class, or none at all.
+    :raises ValueError: the model has no such class, or no classes at all.
     """
     if config.class_cond:
         with errors_about("class_label"):
@@ -208,10 +213,10 @@ def draw_into(
     rows: np.ndarray | None,
     doing: str,
 ) -> int:
-    """Draw the first `count` images of `subject` and write them into `out_dir`, as the flags say.
+    """Draw the first `count` images of `subject`, and write them into `out_dir` in the formats of the flags.
 
-    :param rows: which images are to share a row of the picture (see `pictures.image_grid`).
-    :param doing: a word for what is being done.
+    :param rows: the row of each image in the picture (see `pictures.image_grid`).
+    :param doing: a word for the work, such as "drawing".
     :return: the exit code.
     """
     steps = plan.count_steps(diffusion, subject.edit)

@@ -1,4 +1,4 @@
-"""How every script begins and ends: with a usable terminal, an exit code, and users' mistakes in one line."""
+"""The frame of every script: exit codes, errors in one line, and Ctrl-C."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ from improved_diffusion.run import terminal
 
 
 def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
-    """Run a script and exit: users' mistakes in one line and code 2, without a traceback.
+    """Run a script and exit. A user's mistake is reported in one line, without a traceback, and with exit code 2.
 
-    :param main: checks the flags, then imports what takes long, and returns the job. Until the job begins, Ctrl-C
-        ends the process quietly.
+    :param main: checks the flags, does the slow imports, and returns the job, whose result is the exit code. Until the
+        job begins, Ctrl-C ends the process without a message.
     """
     terminal.start()
     try:
@@ -31,7 +31,7 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
 
         message = one_line(str(error))
         if is_out_of_memory(error):
-            message = f"{OUT_OF_MEMORY}, or fewer images at a time (--batch_size)"
+            message = f"{OUT_OF_MEMORY}, or a smaller --batch_size"
         elif not isinstance(error, ValueError | OSError | bf.Error):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
@@ -44,7 +44,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, NumPy or PyTorch could not get the memory they asked the system for."""
+    """Whether Python, NumPy or PyTorch raised `error` because the memory is full."""
     words = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
@@ -52,7 +52,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _limit_threads() -> None:
-    """Let PyTorch use no more threads than a container's CPU quota allows, at which it does not look itself."""
+    """Limit PyTorch's threads to the CPU quota of a container, which PyTorch does not know."""
     import torch as th
 
     from improved_diffusion.cpu.machine import usable_cores

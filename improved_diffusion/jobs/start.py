@@ -1,4 +1,4 @@
-"""Starting a run from the weights of another model (--init_from): what is taken from it, and what begins anew."""
+"""Starting a run from the weights of another model (--init_from)."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -14,16 +14,16 @@ from improved_diffusion.unet import UNetModel
 
 Config = TypeVar("Config", bound=TrainingFlags)
 
-# What the other model need not have in common with the new one. The sizes decide nothing but where its levels are.
+# Flags in which the two models may differ. The sizes only affect the resolutions of the levels.
 MAY_DIFFER = ("image_size", "large_size", "small_size", "class_cond", "num_classes", "class_dropout")
 
 
 def merge_for_start(config: Config, given: set[str], source: Weights) -> Config:
-    """The flags of a run that starts from `source`: those not `given` that describe the model are the source's.
+    """The flags of a run that starts from `source`. Flags of the model that were not `given` come from the source.
 
-    With another image size, the levels stay those of the source. The number of classes is that of the data.
+    The number of classes comes from the data. With another image size, the levels stay the same.
 
-    :raises ValueError: a given flag makes it a model of another shape; the message names all such flags.
+    :raises ValueError: the weights do not fit a given flag; the message names all such flags.
     """
     if not source.arguments:
         return config
@@ -66,7 +66,7 @@ def merge_for_start(config: Config, given: set[str], source: Weights) -> Config:
 
 
 def check_start(model: UNetModel, source: Weights, config: TrainingFlags) -> None:
-    """:raises ValueError: the weights do not fit `model`; the classes may differ."""
+    """:raises ValueError: the weights do not fit `model`. The class embedding need not fit."""
     rows = source.tensors.get(CLASSES, th.empty(0, 4 * model.model_channels))
     tensors = {name: tensor for name, tensor in source.tensors.items() if name != CLASSES}
     if model.num_classes is not None:
@@ -77,13 +77,13 @@ def check_start(model: UNetModel, source: Weights, config: TrainingFlags) -> Non
 def load_start(
     model: UNetModel, source: Weights, config: TrainingFlags, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Give `model` the weights of `source`, and the classes that both know.
+    """Load the weights of `source` into `model`. Classes with the same name get their embedding from the source.
 
-    A class that the source does not know begins as what it draws without a class, or else as the mean of its classes.
+    The embedding of any other class starts as that of "no class" or, if the source has none, as the mean of all.
 
     :param config: the flags of the run.
-    :param class_names: of the data.
-    :return: what was taken and what begins anew, for people to read and for the records of the run.
+    :param class_names: the names of the classes of the data.
+    :return: for the records of the run: the origin of the weights, and texts about what was taken and what is new.
     :raises ValueError: the weights do not fit.
     """
     check_start(model, source, config)
@@ -113,7 +113,7 @@ def load_start(
 def _with_classes(
     model: UNetModel, source: Weights, config: TrainingFlags, class_names: Sequence[str]
 ) -> tuple[dict[str, th.Tensor], list[tuple[str, bool]]]:
-    """The source's tensors with a class embedding as `model` has it, and what became of which classes (True: taken)."""
+    """The tensors of the source with a class embedding for `model`, and texts about its classes (True: taken)."""
     tensors = dict(source.tensors)
     rows = tensors.pop(CLASSES, None)
     if rows is None and model.num_classes is None:

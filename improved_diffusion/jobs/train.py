@@ -1,4 +1,4 @@
-"""A training job, from its flags to its exit code: what image_train.py and super_res_train.py have in common."""
+"""The job of image_train.py and super_res_train.py: train a model."""
 
 import contextlib
 import inspect
@@ -62,13 +62,13 @@ from improved_diffusion.train_util import NonFiniteError, TrainLoop
 
 
 def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], project: str) -> int:
-    """Do what the command line of a training script asks for.
+    """Begin or continue a run, and train until its end or a signal.
 
     :param config, given: of `Parser.parse_flags`.
-    :param project: the folder with ``datasets`` to look for CIFAR-10 in, ``scripts``, and ``runs``, where a run
-        goes that is given no directory.
+    :param project: the folder with ``datasets``, where CIFAR-10 is, ``scripts`` and ``runs``, the default place for
+        runs.
     :return: the exit code.
-    :raises ValueError: a flag, the data or the checkpoint is unusable; nothing was trained.
+    :raises ValueError: a flag, the data or the checkpoint is unusable. Nothing was trained.
     """
     join_processes(config)
     if config.init_from:
@@ -95,11 +95,11 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
                 config = merge_for_start(config, given, start)
         if source is not None:
             config = merge_for_resume(config, given, source)
-        own = {"data_dir"} & given  # the data may lie in another place on each machine
+        own = {"data_dir"} & given  # each machine may have the data in another place
         config = with_defaults(config, own, dist_util.broadcast(config.to_dict()))
         config.check(given)
         compute = _choose_compute(config, source)
-        # A model that cannot be built is reported before any data are read.
+        # Before the data are read, because this reports impossible models at once.
         model, diffusion = create_from_flags(config)
         _schedule_sampler(config, diffusion)
         if start is not None:
@@ -114,25 +114,25 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
 
 
 def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
-    """What is to be resumed; a file in the remote `log_dir` is in `folder` too."""
+    """The path of the checkpoint to resume. If it is in the remote `log_dir`, take its copy in `folder`."""
     if is_remote(log_dir) and bf.dirname(resume_checkpoint) == log_dir.rstrip("/"):
         return os.path.join(folder, bf.basename(resume_checkpoint))
     return resume_checkpoint
 
 
 def _choose_compute(config: TrainConfig | SuperResTrainConfig, source: Checkpoint | None) -> Compute:
-    """What to compute with: the flags' choice, and with "auto" in the precision of the run to resume.
+    """The precision and cores of the flags. With --precision auto, a resumed run keeps its precision.
 
-    All processes get rank 0's precision; the number of cores is each one's own.
+    All processes get the precision of rank 0. Each has its own number of cores.
     """
     chosen = choose("bf16" if config.use_fp16 else config.precision, config.num_workers)
     precision = chosen.precision
     before = precision if source is None else source.state.get("precision", "fp32")
     if config.precision == "auto" and not config.use_fp16:
-        # A measurement on a busy machine shall not make it another run.
+        # Not the measured one: on a busy machine, the measurement may choose the other precision.
         precision = before
     elif before != precision:
-        print(f"WARNING: this run was trained in {before}; it goes on in {precision}")
+        print(f"WARNING: this run was trained in {before}; it continues in {precision}")
     return Compute(dist_util.broadcast(precision), chosen.workers)
 
 
@@ -148,7 +148,12 @@ def _train(
     images: ImageSet,
     project: str,
 ) -> int:
-    """Train in `folder`; `log_dir` is what users know it as."""
+    """Build the data, the model and the loop, and train in `folder`.
+
+    :param log_dir: the directory as the user knows it; `folder` is its local copy if it is remote.
+    :param source: the checkpoint to continue from. :param start: the weights to start a new run from.
+    :return: the exit code.
+    """
     if config.class_cond and not config.num_classes:
         config = replace(config, num_classes=images.num_classes)
     if config.class_cond and images.num_classes > config.num_classes:
@@ -190,7 +195,8 @@ def _train(
 
     if first:
         check_folder()
-        logger.configure(folder)
+        with errors_about("log_dir"):
+            logger.configure(folder)
     logger.log(f"run directory: {log_dir}")
     logger.log(describe(images))
     if others is not None:
@@ -266,9 +272,9 @@ def _heldout(
     others: ImageSet | None,
     project: str,
 ) -> Callable[[Callable[..., th.Tensor]], dict[str, float]] | None:
-    """What measures the held-out loss, or None.
+    """The function that measures the held-out loss (see `TrainLoop`), or None.
 
-    :param others: the images withheld from training, if any were.
+    :param others: the images that were withheld from the training, or None.
     :raises ValueError: --heldout_dir is unusable.
     """
     path, datasets = config.heldout_dir, os.path.join(project, "datasets")
@@ -285,7 +291,7 @@ def _heldout(
     if others is None:
         others = read_flag("heldout_dir", path, config.output_size)
     if config.class_cond and others.class_names != images.class_names:
-        raise ValueError(f"--heldout_dir {path}: its classes are not those of the training images")
+        raise ValueError(f"--heldout_dir {path}: its classes differ from those of the training images")
     chosen = choose_images(len(others))
     labels = th.from_numpy(others.labels[chosen]) if config.class_cond else None
     heldout = HeldOut(from_uint8(others.get(chosen)), labels)
@@ -295,7 +301,7 @@ def _heldout(
 def _schedule_sampler(
     config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion
 ) -> UniformSampler | LossSecondMomentResampler | LogNormalSampler:
-    """What draws the timesteps. :raises ValueError: it cannot; the message names the flag."""
+    """The sampler of timesteps. :raises ValueError: a flag does not fit; the message names it."""
     numbers = (config.sigma_mean, config.sigma_std, config.uniform_share)
     try:
         return create_named_schedule_sampler(config.schedule_sampler, diffusion, *numbers)
@@ -304,7 +310,7 @@ def _schedule_sampler(
 
 
 def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:
-    """The flags that are arguments of `TrainLoop` under the same name and with the same meaning."""
+    """The flags that are arguments of `TrainLoop` with the same name and meaning."""
     decided = {"schedule_sampler", "resume_checkpoint", "precision", "num_workers"}
     arguments = inspect.signature(TrainLoop).parameters.keys() - decided
     return {name: value for name, value in config.to_dict().items() if name in arguments}
@@ -313,7 +319,10 @@ def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:
 def _preview(
     config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion, images: ImageSet, folder: str
 ) -> Callable[[Callable[..., th.Tensor], int], None]:
-    """What draws the pictures of --sample_interval: a super-resolution model enlarges the first of `images`."""
+    """The function that draws the pictures of --sample_interval (see `TrainLoop`).
+
+    A super-resolution model enlarges the first of `images`.
+    """
     labels, low_res = None, None
     if is_super_resolution(config):
         shown = np.arange(min(COUNT, len(images)))

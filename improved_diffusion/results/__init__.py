@@ -1,1 +1,1 @@
-"""The reports of a run, a workbook and a page for a browser, made from the files that the run wrote."""
+"""The reports of a run, a workbook and a web page, made from the files of the run."""

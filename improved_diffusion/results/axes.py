@@ -1,18 +1,18 @@
-"""Axes whose limits and labels are round numbers, whatever draws them: Excel, a page in a browser, or a picture."""
+"""Axes with round numbers as limits and labels, for charts in Excel, in a browser and in pictures."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-# How a y axis is scaled: "log" where the values span a factor of ten, or else from zero; from zero; to the values.
+# The scale of a y axis: AUTO is logarithmic if the values span a factor of ten, and else from zero.
 AUTO, FROM_ZERO, FITTED = "auto", "from zero", "fitted"
-LABELS = 6  # about so many on an axis
-LARGEST, SMALLEST = 1e100, 1e-100  # what is beyond has no axis
+LABELS = 6  # approximate number on an axis
+LARGEST, SMALLEST = 1e100, 1e-100  # values beyond these have no axis
 
 
 class Axis(NamedTuple):
-    """Limits and the distance of labels, of which `decimals` are shown; a factor of 10 on a logarithmic axis."""
+    """An axis: its limits, the distance `unit` of its labels (a factor if logarithmic), and their decimals."""
 
     low: float
     high: float
@@ -21,10 +21,10 @@ class Axis(NamedTuple):
     logarithmic: bool = False
 
     def labels(self) -> list[tuple[float, str]]:
-        """The values to be labelled, in rising order, and what stands there."""
+        """The values with a label, in ascending order, and the texts of the labels."""
         if self.logarithmic:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            # Text becomes the number nearest to it, which a power of 10.0 is not.
+            # From text, because a product with a power of 10.0 is not always the nearest number.
             values = [float(f"{digit}e{n}") for n in range(first, last + 1) for digit in (1, 2, 5)]
             values = [
                 value
@@ -40,7 +40,7 @@ class Axis(NamedTuple):
         return [(value, f"{value:,.{self.decimals}f}") for value in values]
 
     def place(self, values: np.ndarray) -> np.ndarray:
-        """Where `values` lie on the axis: 0 at `low`, 1 at `high`. NaN for those that a logarithmic axis has not."""
+        """The positions of `values` on the axis: 0 at `low`, 1 at `high`; NaN for values <= 0 if it is logarithmic."""
         values = np.asarray(values, np.float64)
         if not self.logarithmic:
             return (values - self.low) / (self.high - self.low)
@@ -50,7 +50,7 @@ class Axis(NamedTuple):
 
 
 def fit_values(values: np.ndarray, scale: str) -> Axis | None:
-    """A y axis for finite `values`; None where they are too large, or all alike.
+    """A y axis for finite `values`; None if they are too large or all equal.
 
     :param scale: `AUTO`, `FROM_ZERO` or `FITTED`.
     """
@@ -72,9 +72,9 @@ def fit_values(values: np.ndarray, scale: str) -> Axis | None:
 
 
 def fit_way(values: np.ndarray, from_zero: bool = True, whole: bool = True) -> Axis:
-    """An x axis that ends at the last of `values` exactly, such as steps or hours.
+    """An x axis, for example of steps or hours. It ends exactly at the largest of `values`.
 
-    :param from_zero: whether it begins at 0, or at a round number before the first of `values`.
+    :param from_zero: whether it begins at 0, or at a round number up to the smallest of `values`.
     :param whole: whether its labels are whole numbers.
     """
     last = float(values.max())
@@ -90,12 +90,12 @@ def fit_way(values: np.ndarray, from_zero: bool = True, whole: bool = True) -> A
 
 
 def round_up(value: float) -> float:
-    """The smallest number of the form 1, 2 or 5 times a power of ten that is not below `value` > 0."""
+    """The smallest number >= `value` of the form 1, 2 or 5 times a power of ten. :param value: above 0."""
     return min(number for number in _round_numbers(value) if number >= value * (1 - 1e-9))
 
 
 def round_down(value: float) -> float:
-    """The largest number of that form that is not above `value` > 0."""
+    """The largest number <= `value` of this form. :param value: above 0."""
     return max(number for number in _round_numbers(value) if number <= value * (1 + 1e-9))
 
 

@@ -18,12 +18,12 @@ from improved_diffusion.results.columns import GENERAL, title_of
 from improved_diffusion.results.read import Table
 from improved_diffusion.results.style import LONGEST_TITLE, clean
 
-MAX_POINTS = 1500  # a curve on a screen has no more pixels, and Excel becomes slow with many more
+MAX_POINTS = 1500  # as many as pixels on a screen; Excel becomes slow with many more
 WIDTH, HEIGHT = 775, 397  # of a chart, in pixels
 HOURS = "hours"  # the title of an x axis
 PIXELS_PER_CM = 96 / 2.54
-LATE_FROM = 0.2  # share of the run after which its late part begins
-LATE_ROWS = 25  # from so many rows on, the late part has a chart of its own
+LATE_FROM = 0.2  # share of the run before its late part
+LATE_ROWS = 25  # rows from which on the late part has its own chart
 
 DARK, LIGHT, GREY, PALE = "1F4E79", "A9CCEC", "D9D9D9", "EFEFEF"
 QUARTILE_COLOURS = ("C00000", "ED7D31", "70AD47", "1F4E79")
@@ -32,7 +32,7 @@ RAW_WIDTH, BOLD_WIDTH, GRID_WIDTH = 9525, 25400, 6350  # in EMU, of which a poin
 
 
 class Curve(NamedTuple):
-    """A column of the metrics, smoothed or as it was logged."""
+    """A curve: a column of the metrics, smoothed or as logged."""
 
     column: str
     smoothed: bool
@@ -44,7 +44,7 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A chart of metrics: its title, the label and the scale of its y axis, its curves, and where it begins."""
+    """A chart of metrics: its title, the title and scale of its y axis, its curves, and its first step."""
 
     title: str
     y_title: str
@@ -69,7 +69,7 @@ class Line(NamedTuple):
 
 
 def plots_of(table: Table) -> list[Plot]:
-    """The charts that the columns of `table` have numbers for, the loss first."""
+    """The charts for which `table` has numbers. The first is that of the loss."""
     steps = table.column("step")
     late = _late_step(steps)
     plots = [
@@ -94,24 +94,24 @@ def plots_of(table: Table) -> list[Plot]:
 
 
 def _late_step(steps: np.ndarray) -> float:
-    """The step from which on a run's late part is drawn; infinite where too few rows follow it."""
+    """The first step of a run's late part; infinite if too few rows follow."""
     first = LATE_FROM * steps.max(initial=0.0)
     return first if np.count_nonzero(steps >= first) >= LATE_ROWS else math.inf
 
 
 def half_window(rows: int) -> int:
-    """How many rows on either side belong to the mean that smooths a row: 2% of all, between 2 and 250."""
+    """Half the width of the smoothing window: 2% of all rows, between 2 and 250."""
     return min(max(2, rows // 50), 250)
 
 
 def smooth(values: np.ndarray, half: int) -> np.ndarray:
-    """The mean of each value and its neighbours, `half` on either side; those that are not finite left out.
+    """Means over a window of `half` rows on either side, without the values that are not finite.
 
-    At the beginning, where curves are steep, `half` is a fifth of the distance from the first row at most, so
-    that the smoothed curve follows the raw one. At the end the window loses the rows that do not exist yet.
+    At the beginning, where curves are steep, the window reaches at most a fifth of the way back to the first row, so
+    that the smoothed curve follows the raw one. At the end, it is cut off at the last row.
 
     :param values: float64 [N].
-    :return: float64 [N], NaN where a window has no finite value.
+    :return: float64 [N], NaN if a window has no finite value.
     """
     if not len(values):
         return values
@@ -119,8 +119,8 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
     left = np.minimum(index // 5, half)
     right = np.minimum(left, len(values) - 1 - index)
     finite = np.isfinite(values)
-    # Each window is summed by itself: differences of running sums would drown in one diverged loss.
-    # `reduceat` sums from one bound to the next; every other result is a window.
+    # Each window is summed separately. Differences of running sums would lose all digits after a diverged loss.
+    # `reduceat` sums from one bound to the next, so every other result is the sum of a window.
     bounds = np.stack([index - left, index + right + 1], axis=1).ravel()
     sums = np.add.reduceat(np.append(np.where(finite, values, 0.0), 0.0), bounds)[::2]
     count = np.add.reduceat(np.append(finite, False).astype(np.int64), bounds)[::2]
@@ -129,9 +129,9 @@ def smooth(values: np.ndarray, half: int) -> np.ndarray:
 
 
 def chart_data(table: Table, plots: Sequence[Plot]) -> tuple[list[str], np.ndarray]:
-    """The points that the charts draw: all rows up to `MAX_POINTS`, evenly chosen ones beyond that.
+    """The points of the charts: all rows or, of more than `MAX_POINTS`, an even selection.
 
-    :return: the titles of the columns (the step, then every curve once) and float64 [points, columns].
+    :return: the titles of the columns (the step, then each curve once) and float64 [points, columns].
     """
     curves = {curve.title: curve for plot in plots for curve in plot.curves}
     half = half_window(len(table.rows))
@@ -145,7 +145,7 @@ def chart_data(table: Table, plots: Sequence[Plot]) -> tuple[list[str], np.ndarr
 
 
 def lines_of(plot: Plot, titles: Sequence[str], points: np.ndarray, header_row: int) -> list[Line]:
-    """The series of `plot`, whose numbers (as `chart_data` gave them) stand below `header_row`."""
+    """The series of `plot`. `titles` and `points` are those of `chart_data`, written from `header_row` on."""
     start = int(np.argmax(points[:, 0] >= plot.first_step))
     return [
         Line(
@@ -172,12 +172,13 @@ def draw(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     x_title: str = "step",
 ) -> ScatterChart:
-    """A chart over the step, or over `x_title`, for `Worksheet.add_chart`.
+    """A chart for `Worksheet.add_chart`.
 
-    :param sheet: where the numbers stand.
-    :param from_zero: whether x is shown from 0 on, or from where the lines begin.
+    :param sheet: the sheet with the numbers.
+    :param scale: of the y axis: `AUTO`, `FROM_ZERO` or `FITTED`.
+    :param from_zero: whether the x axis begins at 0, or at the first point.
     :param size: width and height in pixels.
-    :param x_title: what x is; `HOURS` have fractions.
+    :param x_title: the title of the x axis; the labels are whole numbers, except for `HOURS`.
     """
     chart = ScatterChart(scatterStyle="lineMarker")
     chart.title = title
@@ -190,8 +191,8 @@ def draw(
     chart.display_blanks = "span"
     chart.width, chart.height = (side / PIXELS_PER_CM for side in size)
 
-    # The smoothed curve belongs in front: for Excel that is the last by `order`, for LibreOffice the first in
-    # the file.
+    # The smoothed curve is drawn in front. In Excel this is the last one by `order`, in LibreOffice the first in the
+    # file.
     for position, line in enumerate(sorted(lines, key=lambda line: not line.bold)):
         rows = {"min_row": line.first_row, "max_row": line.first_row + len(line.x) - 1}
         series = Series(
@@ -248,14 +249,14 @@ def _style_axis(axis, title: str) -> None:
 
 
 def _scale_way(axis, values: np.ndarray, from_zero: bool, whole: bool) -> None:
-    """Label round numbers of steps, images or hours, up to the last one exactly."""
+    """Set the limits and labels of an x axis of steps, images or hours. It ends exactly at the last one."""
     fitted = fit_way(values, from_zero, whole)
     axis.scaling.min, axis.scaling.max, axis.majorUnit = fitted.low, fitted.high, fitted.unit
     axis.number_format = _format(fitted.decimals)
 
 
 def _scale(axis, values: np.ndarray, scale: str) -> None:
-    """Give a y axis limits and labels that are round numbers, no two of them alike."""
+    """Set the limits and labels of a y axis. The labels are round numbers, and all different."""
     axis.number_format = GENERAL
     fitted = fit_values(values, scale)
     if fitted is None:

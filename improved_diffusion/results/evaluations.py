@@ -1,4 +1,4 @@
-"""The charts of held-out losses and evaluations, and which evaluations can be compared with each other."""
+"""The charts of held-out losses and evaluations, and the evaluations that can be compared with each other."""
 
 import itertools
 import math
@@ -17,8 +17,8 @@ EVALUATION_CHARTS = (
     ("Recall", ("recall",)),
     ("Class accuracy", ("class_accuracy",)),
 )
-# What must be alike in evaluations that share a line, and how its name says what it is.
-TOLD_APART = {
+# The columns that must agree in the evaluations of a line, and their part in the name of the line.
+KEY_COLUMNS = {
     "weights": "{}",
     "images": "{} images",
     "reference_images": "against {}",
@@ -29,21 +29,21 @@ TOLD_APART = {
 def comparable(
     evaluations: Table, x: np.ndarray, values: np.ndarray, first: str = "weights"
 ) -> list[tuple[str, slice]]:
-    """The rows that belong on one line: neighbours that agree in the columns `TOLD_APART` and `first`.
+    """Group the rows into lines of a chart: neighbours that agree in the columns `KEY_COLUMNS` and `first`.
 
-    :param x, values: float64 [rows]; rows without a finite number in both have no place in a chart.
-    :param first: the column that always stands in the name of a line; the others only where they differ.
+    :param x, values: float64 [rows]; rows that are not finite in both are left out.
+    :param first: the column that is always part of a line's name. The others are, if they differ between lines.
     :return: the name of each line, and its rows.
     """
-    told_apart = {first: "{}", **TOLD_APART}
-    places = [evaluations.columns.index(name) for name in told_apart]
+    key_columns = {first: "{}", **KEY_COLUMNS}
+    places = [evaluations.columns.index(name) for name in key_columns]
     keys = [
-        tuple(text.format(row[place]) for place, text in zip(places, told_apart.values()))
+        tuple(text.format(row[place]) for place, text in zip(places, key_columns.values()))
         if math.isfinite(position) and math.isfinite(value)
         else None
         for row, position, value in zip(evaluations.rows, x, values)
     ]
-    several = [len({key[part] for key in keys if key}) > 1 for part in range(len(told_apart))]
+    several = [len({key[part] for key in keys if key}) > 1 for part in range(len(key_columns))]
     several[0] = True
     lines = []
     for key, group in itertools.groupby(range(len(keys)), key=keys.__getitem__):

@@ -1,4 +1,4 @@
-"""Turn the directory of a run, finished or still being written, into an Excel workbook and a page for a browser."""
+"""The export of a run, which may be unfinished, to an Excel workbook or a web page."""
 
 import math
 import os
@@ -64,21 +64,21 @@ from improved_diffusion.results.tables import (
 from improved_diffusion.storage import absolute, open_atomic
 
 WORKBOOK, PAGE = "results.xlsx", "index.html"
-HALF_CHART = (376, 376)  # the picture and the small chart of the first sheet, in pixels
-HALF_COLUMNS = 6  # so many columns are as wide
+HALF_CHART = (376, 376)  # size in pixels of the picture and the small chart on the first sheet
+HALF_COLUMNS = 6  # their width in columns
 
 
 def export(run_dir: str, output: str | None = None) -> str:
-    """Write the workbook of the run in `run_dir`, or its page, and return the absolute path.
+    """Write the workbook of the run in `run_dir`, or its web page.
 
-    The run directory is only read, whatever state it is in: rows that cannot be read are left out and
-    counted in the report, and missing files are named there.
+    No other file is changed. Rows that cannot be read are left out. The report gives their number, and the names of
+    missing files.
 
-    :param output: the path of a workbook (``.xlsx``) or a page (``.html``); by default ``results.xlsx`` in
-        `run_dir`. It appears complete or not at all: what was there before stays as it was when this one cannot
-        be written.
-    :raises ValueError: `run_dir` is not a run's directory, or `output` has another ending.
-    :raises OSError: `output` cannot be written. On Windows that is so while Excel has it open.
+    :param output: the path of a workbook (``.xlsx``) or a page (``.html``); by default ``results.xlsx`` in `run_dir`.
+        If it cannot be written, an older report stays as it was.
+    :return: the absolute path of the report.
+    :raises ValueError: `run_dir` is not the directory of a run, or `output` has another ending.
+    :raises OSError: `output` cannot be written. On Windows this happens if it is open in Excel.
     """
     run = read_run(run_dir)
     output = os.path.join(run.dir, WORKBOOK) if output is None else absolute(output)
@@ -92,10 +92,10 @@ def export(run_dir: str, output: str | None = None) -> str:
 def export_all(
     run_dir: str, check_folder: Callable[[], object] = lambda: None
 ) -> tuple[list[str], list[tuple[str, Exception]]]:
-    """Write the page and the workbook of the run in `run_dir` into it; when one cannot be written, the other is.
+    """Write the page and the workbook of the run in `run_dir` into this directory. If one fails, write the other.
 
     :param check_folder: called before each is written. Raises an OSError if it must not be written.
-    :return: the paths of those that are written; what the others are called, and why they could not be.
+    :return: the paths of the written reports; the names of the failed ones, with the errors.
     :raises ValueError, OSError: as `read_run`.
     """
     run = read_run(run_dir)
@@ -105,7 +105,7 @@ def export_all(
         try:
             write(run, path, check_folder)
             written.append(path)
-        except Exception as error:  # a mistake in one report is no reason to go without the other
+        except Exception as error:  # an error in one report must not prevent the other
             failed.append((what, error))
     return written, failed
 
@@ -126,17 +126,17 @@ def write_workbook(run: Run, output: str, check_folder: Callable[[], object] = l
         fill_samples(book.create_sheet("Samples"), run.previews)
     _fill_arguments(book.create_sheet("Arguments"), run.arguments, run.defaults)
     _fill_explained(book.create_sheet("Explained"), run)
-    if "Smoothed" in book.sheetnames:  # last, as the least interesting
+    if "Smoothed" in book.sheetnames:  # last, because it is the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
     link_sheets(overview, book.sheetnames[1:])
     check_folder()
-    # As `book.save`, except that the archive is closed before the file when a signal ends this in the middle.
+    # Not `book.save`: if a signal interrupts that, it leaves the archive open, which fails later.
     with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
         ExcelWriter(book, archive).save()
 
 
 def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:
-    """Every logged row; columns that only repeat others are hidden."""
+    """Fill the sheet with all logged rows. Columns that are equal to others are hidden."""
     set_up_page(sheet, pages_high=1)
     if not metrics.rows:
         put(sheet, 1, 1, "No rows have been logged yet.").font = SUBTLE
@@ -148,8 +148,10 @@ def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:
 
 
 def _add_charts(book: Workbook, run: Run, overview: Worksheet, free_row: int) -> None:
-    """The sheets `Charts` and `Smoothed`, whose numbers the charts draw; the loss and the newest picture on the
-    first sheet, from `free_row` on."""
+    """Add the sheets `Charts` and `Smoothed`, which has the numbers for the charts.
+
+    The chart of the loss and the newest picture are also on the first sheet, from `free_row` on.
+    """
     sheet = book.create_sheet("Charts")
     sheet.sheet_view.showGridLines = False
     set_up_page(sheet, pages_high=1)
@@ -192,7 +194,7 @@ def _add_charts(book: Workbook, run: Run, overview: Worksheet, free_row: int) ->
 
 
 def _add_newest_picture(sheet: Worksheet, run: Run, row: int) -> bool:
-    """The newest picture below its step. :return: whether there is one."""
+    """Add the newest picture and its step. :return: whether there is one."""
     newest = newest_picture(run.previews)
     if newest is None:
         return False
@@ -213,12 +215,12 @@ def _explain_points(rows: int, points: int) -> str:
 
 
 def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
-    """Every checkpoint; where there is a held-out loss, its charts, and a mark at its lowest value."""
+    """Fill the sheet with all checkpoints. The one with the lowest held-out loss is marked. Charts show this loss."""
     set_up_page(sheet, pages_high=1 if len(checkpoints.rows) <= PRINTED_ROWS else 0)
     if not checkpoints.rows:
         put(sheet, 1, 1, "No checkpoint has been saved yet.").font = SUBTLE
         return
-    # The files last: their names are long.
+    # The column of the files is the last one, because it is wide.
     names = sorted(checkpoints.columns, key="files".__eq__)
     rows = [[dict(zip(checkpoints.columns, row))[name] for name in names] for row in checkpoints.rows]
     best = best_checkpoint(checkpoints)
@@ -241,7 +243,7 @@ def _fill_checkpoints(sheet: Worksheet, checkpoints: Table) -> None:
 
 
 def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) -> None:
-    """A row for each evaluation, the notes on them, and the metrics over the step of the weights."""
+    """Fill the sheet with all evaluations, the notes on them, and charts of the metrics over the step."""
     set_up_page(sheet, pages_high=1)
     names, rows = evaluations.columns, evaluations.rows
     put_rows(sheet, 1, [title_of(name) for name in names], names, rows)
@@ -259,7 +261,7 @@ def _fill_evaluations(sheet: Worksheet, evaluations: Table, notes: list[str]) ->
 
 
 def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
-    """Every flag and its value, in alphabetical order; those that differ from their default are marked."""
+    """Fill the sheet with all flags and their values. Those that differ from the default are marked."""
     set_up_page(sheet, pages_high=1, landscape=False)
     if not arguments:
         put(sheet, 1, 1, "The arguments of this run are not known.").font = SUBTLE
@@ -282,7 +284,7 @@ def _fill_arguments(sheet: Worksheet, arguments: dict, defaults: dict) -> None:
 
 
 def _fill_explained(sheet: Worksheet, run: Run) -> None:
-    """Every column in words: what it is, its unit, what is normal."""
+    """Fill the sheet with the explanations of all columns."""
     set_up_page(sheet)
     titles, widths = ["column", "unit", "what it is", "what is normal"], [22, 14, 75, 70]
     put_header(sheet, 1, titles)

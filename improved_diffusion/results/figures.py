@@ -1,4 +1,4 @@
-"""The charts once more, for where Excel does not draw them: as SVG in a page, or as pixels in a picture."""
+"""Charts outside of Excel: as SVG for a web page, or as a picture."""
 
 import html
 import math
@@ -14,11 +14,11 @@ from improved_diffusion.results.style import clean
 
 INK, FAINT = "404040", "6E6E6E"
 TITLE_SIZE, TEXT_SIZE, LEGEND_ROW = 15, 12, 18  # heights in pixels
-LEFT, RIGHT, TOP, BOTTOM = 56, 22, 50, 44  # around the plot itself
-KEY = 22  # width of the stroke in front of a name in the legend
+LEFT, RIGHT, TOP, BOTTOM = 56, 22, 50, 44  # margins in pixels
+KEY = 22  # width in pixels of a stroke in the legend
 LONGEST_NAME = 60  # characters in the legend
 DASH = (6, 4)
-SMOOTH = 3  # a picture is painted so many times as large, and shrunk
+SMOOTH = 3  # a picture is drawn larger by this factor, and then shrunk
 
 
 class Path(NamedTuple):
@@ -40,7 +40,7 @@ class Dot(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A line of text whose baseline is at `y`; `anchor` says what of it is at `x`: "start", "middle" or "end"."""
+    """A line of text. `y` is its baseline, `x` its "start", "middle" or "end", by `anchor`."""
 
     x: float
     y: float
@@ -63,9 +63,9 @@ def chart(
     x_title: str = "step",
     legend: bool = True,
 ) -> list[Shape]:
-    """What a chart consists of; the arguments are those of `charts.draw`, but for the sheet.
+    """The shapes of a chart. The parameters are those of `charts.draw`, without the sheet.
 
-    :param legend: whether it names its lines, where there are several.
+    :param legend: whether there is a legend, if there are several lines.
     """
     width, height = size
     names = [clean(line.title)[:LONGEST_NAME] for line in lines]
@@ -102,11 +102,11 @@ def chart(
     widest = 1.2 * max(text_width(label) for _, label in labels)
     for value, label in labels[:: math.ceil(widest * len(labels) / (width - RIGHT - LEFT))]:
         shapes.append(Text(float(x_pixels(value)), bottom + 18, label, anchor="middle", colour=FAINT))
-    # The smoothed curve belongs in front.
+    # The smoothed curve is drawn last, in front.
     for line, kept in sorted(zip(lines, drawn), key=lambda pair: pair[0].bold):
         points = np.stack([x_pixels(line.x[kept]), y_pixels(line.y[kept])], axis=1)
         points = points[np.isfinite(points).all(axis=1)]
-        if not line.markers and len(points) > width:  # the eye sees no more
+        if not line.markers and len(points) > width:  # more points than pixels cannot be seen
             points = points[np.linspace(0, len(points) - 1, width).round().astype(np.int64)]
         if len(points) > 1:
             shapes.append(Path(points, line.colour, 2 if line.bold else 1, line.dashed))
@@ -120,9 +120,9 @@ def chart(
 
 
 def to_svg(shapes: Sequence[Shape], size: tuple[int, int], label: str) -> str:
-    """An ``svg`` element that is as wide as what it stands in.
+    """An ``svg`` element, as wide as the element around it.
 
-    :param label: what it shows, for who cannot see it.
+    :param label: the alternative text.
     """
     width, height = size
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(clean(label))}">']
@@ -147,7 +147,7 @@ def to_svg(shapes: Sequence[Shape], size: tuple[int, int], label: str) -> str:
 
 
 def to_picture(shapes: Sequence[Shape], size: tuple[int, int]) -> Image.Image:
-    """The same in pixels, on white."""
+    """A picture of `shapes` on a white background. :param size: width and height in pixels."""
     canvas = Image.new("RGB", (size[0] * SMOOTH, size[1] * SMOOTH), "white")
     pen = ImageDraw.Draw(canvas)
     for shape in shapes:
@@ -169,7 +169,7 @@ def to_picture(shapes: Sequence[Shape], size: tuple[int, int]) -> Image.Image:
 
 
 def text_width(text: str, size: int = TEXT_SIZE) -> int:
-    """How many pixels `text` takes, at the most."""
+    """The width of `text` in pixels, rounded up."""
     return math.ceil(_font(size).getlength(text))
 
 
@@ -184,10 +184,10 @@ def _around(value: float) -> Axis:
 
 
 def _legend(names: Sequence[str], width: int) -> list[tuple[float, int]]:
-    """Where each name stands: x, and the number of the row."""
+    """The position of each name in the legend: x in pixels, and the number of the row."""
     places, x, row = [], 8.0, 0
     for name in names:
-        needed = KEY + 1.1 * text_width(name) + 14  # the fonts of browsers are not all as narrow
+        needed = KEY + 1.1 * text_width(name) + 14  # some fonts of browsers are wider
         if x > 8 and x + needed > width:
             x, row = 8.0, row + 1
         places.append((x, row))
@@ -196,7 +196,7 @@ def _legend(names: Sequence[str], width: int) -> list[tuple[float, int]]:
 
 
 def _dashes(points: np.ndarray) -> list[np.ndarray]:
-    """The pieces of a dashed line through `points`, each straight or nearly so."""
+    """The dashes of a line through `points`, each as float64 [4, 2]."""
     lengths = np.hypot(*np.diff(points, axis=0).T)
     way = np.concatenate([[0.0], np.cumsum(lengths)])
     starts = np.arange(0.0, way[-1], sum(DASH))

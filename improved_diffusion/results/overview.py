@@ -36,7 +36,7 @@ from improved_diffusion.results.style import (
     set_widths,
 )
 
-LABEL, VALUE, RIGHT, LAST = 2, 3, 5, 16  # columns; charts and picture fill those from RIGHT on
+LABEL, VALUE, RIGHT, LAST = 2, 3, 5, 16  # columns; charts and the picture begin at RIGHT
 LINES_OF_COMMAND = 20
 WIDTHS = [2, 26, 50, 3]
 COMMAND = "Command"
@@ -46,7 +46,7 @@ Fact = tuple[str, object, str]  # label, value, number format
 
 
 def fill_overview(sheet: Worksheet, run: Run) -> int:
-    """Write the sheet, and return the row from which on there is room for charts, from column `RIGHT` on."""
+    """Fill the sheet. :return: the first row with space for charts, in the columns from `RIGHT` on."""
     sheet.title = "Run"
     sheet.sheet_view.showGridLines = False
     set_widths(sheet, WIDTHS)
@@ -84,7 +84,7 @@ def fill_overview(sheet: Worksheet, run: Run) -> int:
 
 
 def link_sheets(sheet: Worksheet, names: list[str]) -> None:
-    """Links to the sheets `names`, above the charts."""
+    """Add links to the sheets `names`, above the charts."""
     column = RIGHT
     for name in names:
         put_link(sheet, 2, column, name)
@@ -159,7 +159,7 @@ def _loss(run: Run) -> list[Fact]:
 
 
 def best_checkpoint(checkpoints: Table) -> int | None:
-    """The row with the lowest held-out loss; None where there is none."""
+    """The index of the row with the lowest held-out loss; None without such a loss."""
     loss = checkpoints.column(HELD_OUT_LOSS)
     finite = np.isfinite(loss)
     return int(np.argmin(np.where(finite, loss, np.inf))) if finite.any() else None
@@ -197,7 +197,7 @@ def _training(run: Run) -> list[Fact]:
 
 
 def _origin(run: Run) -> list[Fact]:
-    """What a run took that starts from the weights of another model, and what began anew."""
+    """The facts about the model with whose weights the run started."""
     names = {"path": "Starts from", "step": "trained for steps", "taken": "Taken", "anew": "Began anew"}
     return [
         (label, run.origin[name], COUNT if name == "step" else GENERAL)
@@ -229,14 +229,13 @@ def _machine(run: Run) -> list[Fact]:
 
 
 def in_lines(command: str, width: int) -> str:
-    """A command on lines of at most `width` characters, each ended by a backslash as a shell reads it.
+    """Break a command into lines of at most `width` characters, with a backslash at each line end, for a shell.
 
-    A flag stays together with its value, and no word is broken; one that is longer than `width` has a line to
-    itself.
+    A flag stays on one line with its value. Words are not broken: one that is longer than `width` has its own line.
     """
     try:
         words = [shlex.quote(word) for word in shlex.split(command)]
-    except ValueError:  # a quotation without an end
+    except ValueError:  # an unclosed quotation mark
         return _shortened(command)
     parts: list[str] = []
     for word in words:

@@ -1,4 +1,4 @@
-"""Read the directory of a run, finished or still being written, without trusting a byte of it."""
+"""Reading the directory of a run, which may be unfinished or damaged."""
 
 import contextlib
 import datetime
@@ -17,17 +17,17 @@ from improved_diffusion.storage import absolute, read_csv
 Value = int | float | str | datetime.datetime | None
 
 TEXT_COLUMNS = ("saved_at", "files")  # of checkpoints.csv
-LARGEST_EXACT_INTEGER = 2**53  # of a float, which is what Excel's numbers are
+LARGEST_EXACT_INTEGER = 2**53  # as a float, the only type of number in Excel
 EVALUATED = ("step", "weights", "features", "images", "reference_images")  # columns before the metrics
 SOURCES = ("images_path", "reference_path", "evaluated_at", "notes")  # columns after them
-MAX_METRICS = 200  # columns, of which Excel has but 16,384
-# A weights file of a run, in the path of images that were named after it.
+MAX_METRICS = 200  # columns; Excel has at most 16,384
+# The name of a weights file, which is part of the path of images drawn with it.
 WEIGHTS = re.compile(r"(model|ema_(\d[\d.]*)_)(\d{6,15})(?!\d)", re.ASCII)
 
 
 @dataclass
 class Table:
-    """The readable rows of a CSV file, and how many were not."""
+    """The readable rows of a CSV file, and the number of unreadable ones, `broken`."""
 
     columns: list[str] = field(default_factory=list)
     rows: list[list[Value]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Table:
     _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def column(self, name: str) -> np.ndarray:
-        """The numbers of a column as float64 [rows]: NaN where there is none, or no such column."""
+        """The numbers of a column, float64 [rows]. NaN for a cell without a number, or without such a column."""
         if name not in self._arrays:
             index = self.columns.index(name) if name in self.columns else None
             cells = [None if index is None else row[index] for row in self.rows]
@@ -46,7 +46,7 @@ class Table:
 
     @functools.cached_property
     def repeated(self) -> dict[str, str]:
-        """The columns of numbers that equal an earlier one (not the step) in every row, and that one."""
+        """The columns that are equal to an earlier column (except the step) in every row, each with that column."""
         first: dict[bytes, str] = {}
         found = {}
         for name in self.columns:
@@ -61,9 +61,10 @@ class Table:
 
 @dataclass
 class Run:
-    """What the directory of a run says. `notes` are lines on what is missing from it or broken.
+    """The content of the directory of a run.
 
-    `evaluation_notes` are the texts that the column "notes" of `evaluations` gives the numbers of, from 1 on.
+    :ivar notes: lines about missing and damaged files.
+    :ivar evaluation_notes: warnings, to whose numbers, from 1 on, the column "notes" of `evaluations` refers.
     """
 
     dir: str
@@ -90,9 +91,9 @@ class Run:
 
 
 def read_run(run_dir: str) -> Run:
-    """Read `run_dir`. Only ``progress.csv`` must be there; everything else that is missing is noted.
+    """Read `run_dir`. Only ``progress.csv`` is required. Other missing files are noted in `Run.notes`.
 
-    :raises ValueError: there is no such directory, or no ``progress.csv`` with a column ``step`` in it.
+    :raises ValueError: there is no such directory, or it has no ``progress.csv`` with a column ``step``.
     :raises OSError: ``progress.csv`` cannot be read.
     """
     run_dir = absolute(run_dir)
@@ -132,7 +133,7 @@ def read_run(run_dir: str) -> Run:
 
 
 def _read_table(path: str) -> Table:
-    """The rows that have a cell for every column, numbers where they must be, and a finite step."""
+    """The rows that have a cell for every column, a number in every column of numbers, and a finite step."""
     columns, rows, torn = read_csv(path)
     table = Table(columns or ["step"], broken=int(torn))
     if "step" not in table.columns or len(set(columns)) < len(columns):
@@ -141,7 +142,7 @@ def _read_table(path: str) -> Table:
     for cells in rows:
         try:
             row = [_parse(name, cell) for name, cell in zip(columns, cells, strict=True)]
-            # Rejects a step that is missing, NaN or infinite as well.
+            # This also rejects a step that is missing, NaN or infinite.
             if not 0 <= row[step] < LARGEST_EXACT_INTEGER:
                 raise ValueError("no step")
         except (ValueError, TypeError):
@@ -152,7 +153,7 @@ def _read_table(path: str) -> Table:
 
 
 def _parse(name: str, cell: str) -> Value:
-    """A cell of a CSV file: a number, unless the column is one of text or none of this program's."""
+    """The value of a cell of a CSV file: a number, except in columns of text and of other programs."""
     if not cell:
         return None
     if name in TEXT_COLUMNS:
@@ -179,10 +180,9 @@ def _read_checkpoints(run_dir: str, notes: list[str]) -> Table:
 
 
 def _read_evaluations(run_dir: str, notes: list[str]) -> tuple[Table, list[str]]:
-    """What image_eval.py has recorded: a row for each evaluation, and the warnings, each once.
+    """The records of image_eval.py: a table with a row for each evaluation, and the different warnings.
 
-    The rows with the same features, numbers of images and weights follow each other, by step. Without
-    evaluations the table is empty.
+    Rows with the same features, numbers of images and weights are neighbours, sorted by step.
     """
     try:
         with open(os.path.join(run_dir, "evaluation.json"), encoding="utf-8") as file:
@@ -195,7 +195,7 @@ def _read_evaluations(run_dir: str, notes: list[str]) -> tuple[Table, list[str]]
         notes.append("evaluation.json cannot be read: its evaluations are left out.")
         return Table(), []
     records = [record for record in records if isinstance(record, dict)]
-    # The features, which a metric's name has in square brackets, have a column of their own.
+    # Without the features, which are in square brackets after a metric's name: they have their own column.
     metrics = [
         {name.partition("[")[0]: value for name, value in _dict(record.get("metrics")).items()}
         for record in records
@@ -217,9 +217,9 @@ def _read_evaluations(run_dir: str, notes: list[str]) -> tuple[Table, list[str]]
 
 
 def _weights_of(images_path) -> tuple[int | None, str | None]:
-    """The step and the kind of the weights that images were drawn with, as far as their path is named after them.
+    """The step and the kind of the weights that drew the images, if `images_path` has the name of a weights file.
 
-    A kind is "model" or "ema", a space and the rate.
+    The kind is "model", or "ema" and the rate, as in "ema 0.9999".
     """
     matches = list(WEIGHTS.finditer(images_path)) if isinstance(images_path, str) else []
     if not matches:
@@ -229,14 +229,14 @@ def _weights_of(images_path) -> tuple[int | None, str | None]:
 
 
 def _sort_key(value: Value) -> tuple[int, float, str]:
-    """Numbers before texts, and what is missing last."""
+    """A key that sorts numbers first, then texts, then missing values."""
     if isinstance(value, int | float):
         return (0, value, "")
     return (2, 0.0, "") if value is None or value == "" else (1, 0.0, str(value))
 
 
 def _cell(value) -> Value:
-    """A value of a JSON file as a cell: a number as it is, where Excel can hold it, anything else as text."""
+    """A value of a JSON file as a cell: numbers as numbers, if Excel can store them, anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | None):
         return str(value)
     return None if isinstance(value, int) and abs(value) >= LARGEST_EXACT_INTEGER else value
@@ -247,7 +247,7 @@ def _broken_note(name: str, count: int) -> str:
 
 
 def _read_json(run_dir: str, name: str, consequence: str, notes: list[str]) -> dict:
-    """The object in a JSON file; empty, with a note, when it is missing or is none."""
+    """The object in a JSON file. If the file is missing or damaged, it is empty, and `notes` gets a line."""
     try:
         with open(os.path.join(run_dir, name), encoding="utf-8") as file:
             content = json.load(file)
@@ -263,7 +263,7 @@ def _read_json(run_dir: str, name: str, consequence: str, notes: list[str]) -> d
 
 
 def _time(text):
-    """The time that `text` is in ISO format, without the zone, of which Excel knows nothing; else `text`."""
+    """`text` as a time, if it is one in ISO format. Without the time zone, which Excel does not have."""
     with contextlib.suppress(ValueError, TypeError):
         return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
     return text

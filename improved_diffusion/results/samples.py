@@ -1,4 +1,4 @@
-"""The pictures that a run has drawn, in the workbook."""
+"""The workbook's sheet with the pictures that a run has drawn."""
 
 import io
 import math
@@ -21,12 +21,12 @@ from improved_diffusion.results.style import (
 
 MAX_PICTURES = 50
 PIXELS_PER_ROW, PIXELS_PER_CHARACTER = 20, 7  # of heights and widths
-PAGE_PIXELS = 1200  # so wide are the pictures on a printed page
-PAGE_ROWS = 38  # which is then so high
+PAGE_PIXELS = 1200  # width of the pictures on a printed page
+PAGE_ROWS = 38  # height of a printed page of this width
 
 
 def fill_samples(sheet: Worksheet, previews: list[tuple[int, str]]) -> None:
-    """The pictures, the newest first, each below its step; as many beside each other as a page is wide.
+    """Fill the sheet with the pictures, the newest first, each below its step, in as many columns as fit on a page.
 
     :param previews: step and path of each, the newest first.
     """
@@ -62,12 +62,12 @@ def newest_picture(previews: list[tuple[int, str]]) -> tuple[int, Image] | None:
 
 
 def description_of(step: int) -> str:
-    """The alternative text of a picture, for who cannot see it."""
+    """The alternative text of a picture."""
     return f"Grid of images drawn by the model after {step:,} steps of training"
 
 
 def read_picture(path: str) -> Image | None:
-    """The picture for the workbook; None when it cannot be decoded, or is still being written."""
+    """The picture for the workbook; None if it cannot be decoded, for example because it is incomplete."""
     try:
         with open(path, "rb") as file:
             content = io.BytesIO(file.read())

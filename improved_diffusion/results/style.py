@@ -1,4 +1,4 @@
-"""How the workbook looks, and how values become cells, tables and described pictures."""
+"""The style of the workbook, and writing values, tables and pictures into it."""
 
 import datetime
 import math
@@ -21,12 +21,12 @@ from openpyxl.worksheet.worksheet import Worksheet
 
 from improved_diffusion.results.columns import DURATION, GENERAL
 
-LONGEST_TEXT = 32_000  # of the 32,767 characters that a cell can hold
-LONGEST_TITLE = 200  # of the 255 characters that the header of a table's column can hold
+LONGEST_TEXT = 32_000  # characters; a cell can hold 32,767
+LONGEST_TITLE = 200  # characters; the header of a table can hold 255
 SECONDS_PER_DAY = 86_400
 POINTS_PER_ROW, PIXELS_PER_POINT = 15, 4 / 3
 
-FONT = "Calibri"  # that of the cells without a style of their own, in every program
+FONT = "Calibri"  # which all programs use for cells without a style
 TITLE = Font(FONT, size=20, bold=True, color="1F4E79")
 SECTION = Font(FONT, size=12, bold=True, color="1F4E79")
 HEADER = Font(FONT, bold=True, color="FFFFFF")
@@ -47,14 +47,14 @@ INDENTED = Alignment(horizontal="left", indent=1)
 
 
 def clean(text: str) -> str:
-    """`text` without control characters and halves of surrogate pairs, which no workbook can store."""
+    """`text` without control characters and lone surrogates, which a workbook cannot store."""
     return ILLEGAL_CHARACTERS_RE.sub("?", text).encode("utf-8", "replace").decode()
 
 
 def put(sheet: Worksheet, row: int, column: int, value, number_format: str = GENERAL) -> Cell:
     """Write `value` into a cell: numbers as numbers, anything else as text, never as a formula.
 
-    NaN and infinities, which Excel's numbers are not, become text. A `DURATION` is given in seconds.
+    NaN and infinities, which Excel does not have, become text. With the format `DURATION`, `value` is in seconds.
     """
     cell = sheet.cell(row, column)
     if isinstance(value, float) and not math.isfinite(value):
@@ -66,7 +66,7 @@ def put(sheet: Worksheet, row: int, column: int, value, number_format: str = GEN
             cell.number_format = number_format
     elif value is not None:
         cell.value = clean(str(value))[:LONGEST_TEXT]
-        cell.data_type = "s"  # even where it begins with "="
+        cell.data_type = "s"  # even if it begins with "="
     return cell
 
 
@@ -88,7 +88,7 @@ def put_link(sheet: Worksheet, row: int, column: int, target: str) -> None:
 
 
 def table_titles(titles: Sequence[str]) -> list[str]:
-    """`titles` as the columns of an Excel table must be called: none empty, no two alike in any case."""
+    """`titles` as Excel requires them for a table: none empty, and all different, even without regard to case."""
     unique: dict[str, str] = {}
     for number, title in enumerate(titles, start=1):
         title = " ".join(clean(title).split())[:LONGEST_TITLE] or f"column {number}"
@@ -99,9 +99,9 @@ def table_titles(titles: Sequence[str]) -> list[str]:
 
 
 def make_table(sheet: Worksheet, header_row: int, titles: Sequence[str], rows: int) -> None:
-    """Declare `rows` rows below the header to be an Excel table, called like its sheet.
+    """Make an Excel table of the header and the `rows` rows below it. It has the name of the sheet.
 
-    :param titles: what stands in the header; as `table_titles` gives them.
+    :param titles: the texts in the header, from `table_titles`.
     """
     ref = f"A{header_row}:{get_column_letter(len(titles))}{header_row + rows}"
     table = Table(displayName=sheet.title, ref=ref, autoFilter=AutoFilter(ref=ref))
@@ -118,9 +118,9 @@ def place_picture(
     description: str,
     fit: tuple[int, int] | None = None,
 ) -> None:
-    """Put `picture` at a cell, with `description` as its alternative text.
+    """Place `picture` at a cell, with `description` as its alternative text.
 
-    :param fit: the width and height in pixels to enlarge or shrink it to; its proportions stay.
+    :param fit: width and height in pixels of the area to fill; the aspect ratio stays.
     """
     factor = min(fit[0] / picture.width, fit[1] / picture.height) if fit else 1
     size = XDRPositiveSize2D(
@@ -129,7 +129,7 @@ def place_picture(
     frame = PictureFrame()
     number = len(sheet._images) + 1
     properties = frame.nvPicPr.cNvPr
-    # Numbers within a drawing are unique, and openpyxl gives the low ones to charts.
+    # Numbers within a drawing must be unique, and openpyxl uses low numbers for charts.
     properties.id, properties.name, properties.descr = 1000 + number, f"Picture {number}", description
     frame.blipFill.blip = Blip(cstate="print")
     frame.spPr.prstGeom = PresetGeometry2D(prst="rect")
@@ -146,19 +146,19 @@ def set_widths(sheet: Worksheet, widths: Sequence[float]) -> None:
 
 
 def count_lines(text: str, width: float) -> int:
-    """How many lines `text` takes in a cell of `width` characters."""
-    # A letter is a little narrower than a digit, of which widths are multiples.
+    """The number of lines that `text` needs in a cell of `width` characters."""
+    # Widths are counted in digits, and a letter is a little narrower than a digit.
     return sum(max(1, math.ceil(0.95 * len(line) / width)) for line in text.split("\n"))
 
 
 def set_row_height(sheet: Worksheet, row: int, texts_and_widths: Sequence[tuple[str, float]]) -> None:
-    """Make a row as high as the text that takes most lines in a cell of its width."""
+    """Set the height of a row to that of its highest text."""
     lines = max(count_lines(text, width) for text, width in texts_and_widths)
     sheet.row_dimensions[row].height = POINTS_PER_ROW * lines + 3
 
 
 def row_below(sheet: Worksheet, row: int, pixels: float) -> int:
-    """The first row that begins `pixels` or more below the top of `row`."""
+    """The first row that begins at least `pixels` below the top of `row`."""
     while pixels > 0:
         pixels -= (sheet.row_dimensions[row].height or POINTS_PER_ROW) * PIXELS_PER_POINT
         row += 1
@@ -166,9 +166,10 @@ def row_below(sheet: Worksheet, row: int, pixels: float) -> int:
 
 
 def set_up_page(sheet: Worksheet, pages_high: int = 0, landscape: bool = True, remark: str = "") -> None:
-    """Print on A4, as wide as the paper, on `pages_high` pages or, when that is 0, on any number.
+    """Print on A4 in the width of the paper.
 
-    :param remark: what the footer says besides the page.
+    :param pages_high: the number of pages; 0: as many as needed.
+    :param remark: a text for the footer, after the page number.
     """
     sheet.page_setup.orientation = "landscape" if landscape else "portrait"
     sheet.page_setup.paperSize = sheet.PAPERSIZE_A4

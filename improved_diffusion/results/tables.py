@@ -1,4 +1,4 @@
-"""Excel tables as wide as what they hold, and charts beside and below each other."""
+"""Excel tables with fitting columns, and the arrangement of charts."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ from improved_diffusion.results.style import (
 
 ROWS_PER_CHART = 22
 CHARTS_PER_ROW, COLUMNS_PER_CHART = 2, 13
-PRINTED_ROWS = 60  # of tables with a row for every --log_interval
+PRINTED_ROWS = 60  # of tables with a row for every `log_interval` steps
 WIDEST = 100  # characters of a column
 
 
@@ -34,10 +34,10 @@ def put_rows(
     names: Sequence[str],
     rows: Sequence[Sequence[Value]],
 ) -> None:
-    """An Excel table, each column as wide and in the number format that it needs.
+    """Write an Excel table. Each column gets a fitting width and a number format.
 
-    :param titles: what stands above the columns.
-    :param names: of the columns whose number formats they take.
+    :param titles: the headers.
+    :param names: the columns of `columns.describe` with the number formats.
     """
     titles = table_titles(titles)
     put_header(sheet, header_row, titles)
@@ -58,7 +58,7 @@ def put_rows(
 
 
 def _width(title: str, values: Sequence[Value]) -> float:
-    """The width that shows `title`, on two lines and beside it the button of its filter, and `values`."""
+    """The width for a column with `values` and `title`, which has two lines and the button of the filter."""
     words = title.split()
     line = min(
         (max(len(" ".join(words[:n])), len(" ".join(words[n:]))) for n in range(len(words) + 1)), default=0
@@ -68,7 +68,7 @@ def _width(title: str, values: Sequence[Value]) -> float:
 
 
 def print_last_rows(sheet: Worksheet, header_row: int, rows: int, columns: int) -> None:
-    """Print the last `PRINTED_ROWS` rows only: who wants to see hundreds of them looks at the charts."""
+    """Print the last `PRINTED_ROWS` rows only. For a view of hundreds of rows, there are the charts."""
     if rows > PRINTED_ROWS:
         last = header_row + rows
         sheet.print_area = f"A{last - PRINTED_ROWS + 1}:{get_column_letter(columns)}{last}"
@@ -79,14 +79,14 @@ def print_last_rows(sheet: Worksheet, header_row: int, rows: int, columns: int) 
 def place_charts(
     sheet: Worksheet, charts: Sequence[ScatterChart], row: int, per_row: int = CHARTS_PER_ROW
 ) -> None:
-    """Put charts, `per_row` beside each other, from `row` on."""
+    """Place charts from `row` on, `per_row` of them side by side."""
     for number, chart in enumerate(charts):
         column = _column_at(sheet, number % per_row * (WIDTH + 20))
         sheet.add_chart(chart, f"{column}{row + number // per_row * ROWS_PER_CHART}")
 
 
 def _column_at(sheet: Worksheet, pixels: float) -> str:
-    """The first column that begins `pixels` or more right of the sheet's edge."""
+    """The first column that begins at least `pixels` from the left edge of the sheet."""
     column = 1
     while pixels > 0:
         letter = get_column_letter(column)
@@ -97,6 +97,6 @@ def _column_at(sheet: Worksheet, pixels: float) -> str:
 
 
 def as_cell(value) -> Value:
-    """The value of a flag: a number as it is, anything else as text."""
+    """The value of a flag as a cell: numbers as numbers, anything else as text."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number or value is None else str(value)

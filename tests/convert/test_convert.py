@@ -395,5 +395,5 @@ def test_super_resolution_is_refused(tmp_path, call_script):
         "convert_checkpoint.py", "--model_path", tmp_path / "run", "--to_diffusers", tmp_path / "new"
     )
     assert done.returncode == 2
-    assert "holds a super-resolution model" in done.stderr
+    assert "is a super-resolution model" in done.stderr
     assert not (tmp_path / "new").exists()

@@ -53,7 +53,7 @@ def test_images_are_drawn_with_the_flags_of_the_command(tmp_path, call_script, n
     command = ["image_sample.py", "--model_path", tmp_path / name, *DRAW, *TINY_FLAGS, *flags]
     done = call_script(*command, "--log_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "no arguments are stored beside it" in done.stdout
+    assert "no arguments are stored with it" in done.stdout
     with np.load(tmp_path / "out" / "samples_2x8x8x3.npz") as samples:
         assert samples["arr_0"].shape == (2, 8, 8, 3)
 

@@ -100,7 +100,7 @@ def test_a_run_records_its_precision_and_keeps_it(tmp_path, call_script, monkeyp
     monkeypatch.setattr(compute, "bf16_speedup", lambda: 2.0)
     assert "computing in float32" in train(2) and precision() == "fp32"
     said = train(3, "--precision", "bf16", "--num_workers", "2")
-    assert "WARNING: this run was trained in fp32; it goes on in bf16" in said
+    assert "WARNING: this run was trained in fp32; it continues in bf16" in said
     assert "computing in bfloat16, weights in float32, on 2 cores" in said and precision() == "bf16"
     monkeypatch.setattr(compute, "bf16_speedup", lambda: 0.5)
     assert "note: this processor is faster in float32: give --precision fp32" in train(4)

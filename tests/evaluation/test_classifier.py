@@ -103,7 +103,7 @@ def test_the_scripts_train_it_and_measure_with_it(files, call_script):
     flags += ["--image_size", 16, "--epochs", 8, "--batch_size", 25, "--precision", "fp32"]
     done = call_script("train_classifier.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert "of 100 test images are classified right" in done.stdout
+    assert "of 100 test images are classified correctly" in done.stdout
 
     measured = {}
     for name in ("drawn", "wrong"):
@@ -140,4 +140,4 @@ def test_mistakes_with_a_classifier(files, call_script, samples, classifier, mes
 
 def test_images_without_classes_train_none(files, call_script):
     done = call_script("train_classifier.py", "--data_dir", files / "plain.npz", "--image_size", 16)
-    assert done.returncode == 2 and "needs images of two or more classes" in done.stderr
+    assert done.returncode == 2 and "needs images of at least two classes" in done.stderr

@@ -142,7 +142,7 @@ def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, call_scri
         (["--num_samples", "0"], "--num_samples 0"),
         (["--num_channels", "64"], "--num_channels 64: contradicts the checkpoint"),
         (["--timestep_respacing", "21"], "--timestep_respacing"),
-        (["--model_path", "SUPER"], "holds a super-resolution model"),
+        (["--model_path", "SUPER"], "is a super-resolution model"),
         (["--model_path", "CLASSIFIED", "--data_dir", "PLAIN"], "these images have none"),
         (["--model_path", "CLASSIFIED", "--data_dir", "STRANGE"], "class 'cat', but the model knows circle"),
     ],

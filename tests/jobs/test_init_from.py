@@ -268,7 +268,7 @@ def test_weights_without_arguments_name_the_flags_they_need(tmp_path, start):
     )
     assert "--channel_mult 1,2" in done.stderr and "patch_size" not in done.stderr
     flags = [*TINY_FLAGS, "--learn_sigma", "True", "--use_scale_shift_norm", "False"]
-    assert "no arguments are stored beside it" in start(tmp_path / "bare.pt", tmp_path / "new", *flags).stdout
+    assert "no arguments are stored with it" in start(tmp_path / "bare.pt", tmp_path / "new", *flags).stdout
 
 
 def test_another_diffusion_is_allowed_and_said():
@@ -348,7 +348,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, start):
             "--class_cond True: .*--class_cond False trains without",
         ),
         (classes, ["--num_classes", 2], "--num_classes 2: the data have 10 classes"),
-        (large, [], "holds a super-resolution model"),
+        (large, [], "is a super-resolution model"),
     ):
         assert_one_line(start(source, tmp_path / "new", *flags, check=2), message)
         assert not (tmp_path / "new").exists(), message

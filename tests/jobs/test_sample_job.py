@@ -73,8 +73,8 @@ def test_fewer_timesteps_than_the_default_takes_steps():
         ("--sample_steps 41", "--sample_steps 41: .* 40 timesteps"),
         ("--sampler ddim --eta 1.5", "--eta 1.5: must be at least 0 and at most 1"),
         ("--sampler ddim --eta nan", "--eta nan"),
-        ("--sampler heun --eta 0.5", "--eta 0.5: only --sampler ddim and sde_dpmpp_2m"),
-        ("--sampler ddpm --eta 1", "--eta 1.0: only --sampler ddim"),
+        ("--sampler heun --eta 0.5", "--eta 0.5: is for --sampler ddim and sde_dpmpp_2m only"),
+        ("--sampler ddpm --eta 1", "--eta 1.0: is for --sampler ddim"),
         ("--use_ddim True --sampler heun", "--use_ddim True: contradicts --sampler heun"),
         ("--use_ddim False --sampler ddim", "--use_ddim False: contradicts --sampler ddim"),
         (
