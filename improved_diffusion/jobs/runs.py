@@ -80,7 +80,7 @@ def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) 
     known = (
         sr_model_and_diffusion_defaults() if is_super_resolution(config) else model_and_diffusion_defaults()
     )
-    # A published model may name the guidance that suits it.
+    # A published model may have its own defaults for the guidance.
     guidance = () if "guidance_scale" in given else ("guidance_scale", "guidance_interval")
     stored = {name: stored[name] for name in (*known, *guidance) if name in stored}
     for name in names_of(type(config), Role.ARCHITECTURE, Role.PROCESS):
@@ -134,24 +134,20 @@ def choose_log_dir(config: FirstFlags, runs_dir: str) -> str:
 def find_unfinished(
     config: FirstFlags, runs_dir: str, given: set[str] | None = None
 ) -> tuple[str, int] | None:
-    """The newest run in `runs_dir` that has the same flags and is not at its end. :return: its folder and step.
+    """The newest unfinished run in `runs_dir` with the same flags. :return: its folder and step.
 
-    :param given: the names of the flags that the user gave. With --init_from, the others may have been replaced.
+    :param given: the names of the flags that the user gave. With --init_from, the run may have replaced the others.
     """
     known = declared(type(config))
     same = {name: value for name, value in config.to_dict().items() if known[name].role is not Role.SESSION}
+    if same["data_dir"] not in ("", BUILTIN):
+        same["data_dir"] = absolute(same["data_dir"])
+    # A run replaces some values, and records the new ones.
+    replaced = {name for name, value in (("data_dir", ""), ("num_classes", 0)) if same[name] == value}
     if config.init_from:
-        taken = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"} - (given or set())
-        same = {name: value for name, value in same.items() if name not in taken}
-    # The recorded flags have the values that the run found in the place of the defaults.
-    same["data_dir"] = (
-        absolute(same["data_dir"]) if same["data_dir"] not in ("", BUILTIN) else same["data_dir"]
-    )
-    same = {
-        name: value
-        for name, value in same.items()
-        if (name, value) not in (("data_dir", ""), ("num_classes", 0))
-    }
+        of_the_model = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"}
+        replaced |= of_the_model - (given or set())
+    same = {name: value for name, value in same.items() if name not in replaced}
     for folder in _newest_runs(runs_dir):
         step = checkpoint.steps(folder)[-1]
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -193,8 +189,8 @@ OTHER_FILES = {
     ".zip": "an archive",
     ".safetensors": "a file of diffusers (convert_checkpoint.py --from_diffusers takes its folder)",
 }
-POOR_AVERAGE = 0.1  # distance of a profile from the one wanted, relative to its norm
-SHIPPED = "cifar10"  # of the models that come with the code, the one that is taken where none is named
+POOR_AVERAGE = 0.1  # relative distance of a profile from the wanted one
+SHIPPED = "cifar10"  # the model that is used if none is given
 
 
 def shipped_models() -> str:
@@ -217,9 +213,9 @@ def find_model(path: str) -> str:
 
 
 def _choose_model(config: DrawingFlags, project: str) -> str:
-    """The model to use: --model_path, or the one that comes with the code.
+    """The path of --model_path, or of the model that comes with the code.
 
-    :raises ValueError: neither is there; the message names the newest run of the project, if any.
+    :raises ValueError: there is neither; the message names the newest run of the project, if any.
     """
     if config.model_path:
         return config.model_path
@@ -315,11 +311,8 @@ def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) ->
     with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
         content = json.load(file)
         sessions = content.get("sessions") if isinstance(content, dict) else None
-        before = (
-            [s for s in sessions if isinstance(s, dict) and "started" in s]
-            if isinstance(sessions, list)
-            else []
-        )
+        if isinstance(sessions, list):
+            before = [session for session in sessions if isinstance(session, dict) and "started" in session]
     now = datetime.datetime.now().isoformat(timespec="seconds")
     sessions = [*before, {"started": now, "step": step}] if step else [{"started": now, "step": 0}]
     facts = {
@@ -341,12 +334,12 @@ def record_arguments(log_dir: str, config: Flags) -> None:
 class Trained:
     """A trained model, read from its checkpoint.
 
-    :ivar model: in eval mode; after `open_model`, a fast function like it, without gradients.
-    :ivar config: the flags of the command, with those that the checkpoint stores in the place of defaults.
-    :ivar path: the weights file.
-    :ivar class_names: empty where they are not known.
-    :ivar step: how many steps it was trained for; 0 where that is not known.
-    :ivar compute: what `open_model` computes with.
+    :ivar model: in eval mode. From `open_model`, an equivalent fast function without gradients.
+    :ivar config: the flags of the command. Those of the checkpoint have replaced defaults.
+    :ivar path: the weights file or, for an average of --ema_length, the directory.
+    :ivar class_names: the names of the classes, if known.
+    :ivar step: the number of training steps; 0 if unknown.
+    :ivar compute: the precision and cores that `open_model` has chosen.
     """
 
     model: Callable[..., th.Tensor]
@@ -470,7 +463,7 @@ def _weights_of(
 
 
 def _read_diffusers(folder: str, log: Callable[[str], None], flag_name: str) -> Weights:
-    """The model that diffusers has saved in `folder`. :raises ValueError: it cannot be expressed here."""
+    """The model that diffusers has saved in `folder`. :raises ValueError: it has no equivalent here."""
     source = read_folder(folder)
     try:
         model, arguments = import_model(source)
@@ -488,7 +481,7 @@ def load_trained(
     log: Callable[[str], None] = print,
     flag_name: str = "model_path",
 ) -> Trained:
-    """Build the model that `model_path` holds the weights of, and its diffusion.
+    """Build the model whose weights are at `model_path`, and its diffusion.
 
     :param model_path, flag_name: see `read_weights`.
     :param config: the flags of this command; `given` names those that the user gave.

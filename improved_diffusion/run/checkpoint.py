@@ -305,9 +305,14 @@ def state_beside(path: str) -> Checkpoint | None:
     :raises DamagedCheckpoint: as `read`.
     """
     match = _MEMBER.fullmatch(bf.basename(path))
-    if match is None or not bf.exists(bf.join(bf.dirname(path), member_name("state", int(match["step"])))):
+    if match is None:
         return None
-    return read(bf.dirname(path), int(match["step"]))
+    folder, step = bf.dirname(path), int(match["step"])
+    if bf.exists(bf.join(folder, member_name("state", step))):
+        return read(folder, step)
+    if match["length"] and bf.exists(_averages_path(folder, step)):
+        return read_averages(folder, step)
+    return None
 
 
 def lone_weights(path: str) -> str | None:

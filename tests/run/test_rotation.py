@@ -119,6 +119,9 @@ def test_averages_of_any_length_are_made_as_if_no_checkpoint_had_been_deleted(tm
     assert [(one.step, one.power_lengths) for one in after] == [(one.step, list(LENGTHS)) for one in before]
     found, same_distance = averages.reconstruct(after, 0.08)
     assert th.equal(found["w"], expected["w"]) and same_distance == distance
+    # A single average is still drawn with the arguments of its run.
+    source = checkpoint.state_beside(str(tmp_path / "power_0.1_000004.pt"))
+    assert source.step == 4 and source.state["samples"] == 4 and source.load("power_0.1")["w"][0] == 4
     # What is left is no checkpoint to continue from, and the next rotation does not touch it.
     assert checkpoint.find(str(tmp_path), log=pytest.fail).step == 8
     checkpoint.rotate(str(tmp_path), 1, log=pytest.fail)
