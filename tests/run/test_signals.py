@@ -22,7 +22,7 @@ SECONDS = 15  # for the rest of a tiny step, a save and an export, on a busy mac
 def assert_goes_on_exactly(run, reference):
     """Resume `run` where it stopped, for some steps more, and compare with a run that nothing disturbed."""
     stopped = checkpoint.steps(str(run))[-1]
-    more = [*FLAGS, "--total_steps", stopped + 3]
+    more = [*FLAGS, "--total_steps", stopped + 3, "--max_hours", 0]
     resumed = run_training(run, *more)
     assert f"resumed step {stopped} " in resumed.stdout and "WARNING" not in resumed.stdout
     run_training(reference, *more)
@@ -54,7 +54,8 @@ def test_the_command_to_go_on_is_quoted(tmp_path):
     run = tmp_path / "my run"
     training = run_training(run, *FLAGS, *ENDLESS, "--max_hours", 1 / 3600, check=0)
     assert f"image_train.py --log_dir '{run}'" in training.stdout
-    done = run_training(run, *FLAGS, "--total_steps", checkpoint.steps(str(run))[-1] + 1)
+    more = ["--total_steps", checkpoint.steps(str(run))[-1] + 1, "--max_hours", 0]
+    done = run_training(run, *FLAGS, *more)
     assert f"image_sample.py --model_path '{run}'" in done.stdout
 
 
