@@ -1,4 +1,4 @@
-"""From --init_image and --mask to the images that are edited, and to the part of them that is kept."""
+"""Reading the images to edit (--init_image) and the mask (--mask) of image_sample.py."""
 
 import blobfile as bf
 import numpy as np
@@ -16,7 +16,7 @@ from improved_diffusion.storage import open_atomic
 
 
 def read_edit(config: SampleConfig, given: set[str], plan: Plan) -> Edit:
-    """What the flags ask to be made of which images.
+    """The images, the mask and the strength of the flags.
 
     :raises ValueError: images or mask are unusable, or the sampler takes no mask; the message names the flag.
     """
@@ -29,14 +29,14 @@ def read_edit(config: SampleConfig, given: set[str], plan: Plan) -> Edit:
                 + (" with --eta 0" if plan.sampler in ("ddim", "sde_dpmpp_2m") else "")
             )
         mask = read_mask(config.mask, config.image_size)
-    # The part that is drawn anew shall know nothing of what was there, unless that is asked for.
+    # By default, the part that is drawn anew does not depend on its old content.
     strength = 1.0 if config.mask and "strength" not in given else config.strength
     pixels = _read_images(config, at_most=config.num_samples if "num_samples" in given else None)
     return Edit(from_uint8(pixels), strength, mask, config.mask_rounds)
 
 
 def read_mask(path: str, image_size: int) -> th.Tensor:
-    """The mask in an image file: bool [S, S], True where it is white. Grey counts as the nearer of the two.
+    """The mask in an image file: bool [S, S], True for white. Grey counts as white if it is lighter than half.
 
     :raises ValueError: it is unusable, of another size than the images, or of one colour.
     """
@@ -59,7 +59,7 @@ def read_mask(path: str, image_size: int) -> th.Tensor:
 
 
 def save_originals(edit: Edit, out_dir: str) -> None:
-    """Write a picture of the images that are edited; grey is what a mask has drawn anew."""
+    """Write a picture of the images to edit. The part that is drawn anew is grey."""
     if dist_util.get_rank() > 0:
         return
     images = edit.merge(th.zeros_like(edit.images), edit.images) if edit.mask is not None else edit.images

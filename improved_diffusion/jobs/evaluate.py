@@ -74,7 +74,7 @@ def run_evaluation(config: EvalConfig) -> None:
 
 
 def open_extractor(config: ReferenceFlags) -> Extractor:
-    """What --features names. :raises ValueError: there is no such thing; the message names the flag."""
+    """The extractor of --features and --inception_weights. :raises ValueError: as `load_extractor`, with the flags."""
     try:
         return load_extractor(config.features, config.inception_weights)
     except DownloadError as error:

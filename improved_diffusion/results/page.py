@@ -1,4 +1,4 @@
-"""A run as a page for a browser: one file that needs no server and no network, written beside the workbook."""
+"""The web page of a run: a single file that needs no server and no network."""
 
 import base64
 import datetime
@@ -21,9 +21,9 @@ from improved_diffusion.results.samples import description_of
 from improved_diffusion.results.style import clean
 from improved_diffusion.storage import is_remote, open_atomic
 
-FIGURE = (440, 300)  # a chart, in pixels, before the browser fits it
+FIGURE = (440, 300)  # size of a chart in pixels, before the browser scales it
 MAX_PICTURES = 40
-PICTURE_BYTES = 4_000_000  # of all pictures together; as text they are a third longer
+PICTURE_BYTES = 4_000_000  # of all pictures together; base64 adds a third
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB\x60\x82"
 
 STYLE = """
@@ -54,7 +54,7 @@ th, td { padding: 3px 12px 3px 8px; vertical-align: top; overflow-wrap: anywhere
 td:first-child { white-space: nowrap; } summary { margin: 10px 0; cursor: pointer; color: #1f4e79; }
 tr:nth-child(even) td { background: #f5f8fb; }
 """
-# Without it, the newest picture is shown.
+# Without JavaScript, only the newest picture is shown.
 SCRIPT = """
 const slider = document.getElementById("moment");
 if (slider) {
@@ -65,7 +65,7 @@ if (slider) {
   show();
 }
 """
-# Nothing is ever loaded from elsewhere, and no other script runs, whatever a name or a path may hold.
+# The browser loads nothing from elsewhere and runs no other script, even if a name or a path contains one.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
     + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -74,9 +74,10 @@ POLICY = (
 
 
 def write_page(run: Run, output: str, check_folder: Callable[[], object] = lambda: None) -> None:
-    """Write the page of `run` into the file `output`, once `check_folder` has not raised an error.
+    """Write the page of `run` into the file `output`.
 
-    :raises OSError: it cannot be written.
+    :param check_folder: called before the file is written. Raises an OSError if it must not be written.
+    :raises OSError: the file cannot be written.
     """
     name = os.path.basename(run.dir) or run.dir
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
@@ -105,7 +106,7 @@ def write_page(run: Run, output: str, check_folder: Callable[[], object] = lambd
 
 
 def _text(value) -> str:
-    """Anything from outside as text that a browser can only show."""
+    """`value` as HTML text, without any markup."""
     return html.escape(clean(str(value)))
 
 
@@ -119,9 +120,9 @@ def _progress(run: Run) -> list[str]:
 
 
 def _previews(previews: Sequence[tuple[int, str]]) -> list[str]:
-    """The pictures that the run has drawn, one at a time, and a slider for the step.
+    """The previews of the run, of which one is shown, and a slider for the step.
 
-    :param previews: step and path, the newest first.
+    :param previews: steps and paths, the newest first.
     """
     if not previews:
         return []
@@ -149,7 +150,7 @@ def _previews(previews: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def _read_pictures(previews: Sequence[tuple[int, str]]) -> tuple[list[tuple[int, bytes]], int]:
-    """Some of the pictures, evenly spread from the first to the newest, the oldest first; how many are left out."""
+    """An even selection of the pictures, in ascending order, and the number of pictures that are left out."""
     sizes = {}
     for step, path in previews:
         try:
@@ -175,7 +176,7 @@ def _read_pictures(previews: Sequence[tuple[int, str]]) -> tuple[list[tuple[int,
 
 
 def _spread(items: Sequence, count: int) -> list:
-    """`count` of `items`, evenly spread; the last is always among them."""
+    """An even selection of `count` of `items`, always with the last one."""
     if count < 2:
         return list(items[len(items) - count :])
     return [items[place] for place in np.linspace(0, len(items) - 1, count).round().astype(int)]
@@ -213,7 +214,7 @@ def _facts(run: Run) -> list[str]:
     for title, facts in sections(run):
         parts.append(f"<div><h3>{_text(title)}</h3><dl>")
         for label, value, number_format in facts:
-            if label == COMMAND:  # which has a place of its own
+            if label == COMMAND:  # which is in another section
                 continue
             shown = '<span class="subtle">not recorded</span>'
             if value is not None:
@@ -224,7 +225,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def _how_to_continue(run: Run) -> list[str]:
-    """The commands that continue the run, and that draw from it."""
+    """The commands that continue the run and draw images from it."""
     where = run.arguments.get("log_dir")
     if not (isinstance(where, str) and is_remote(where)):
         where = run.dir
@@ -260,13 +261,13 @@ def _script_of(command: str | None) -> str | None:
     """The script in the recorded command, "python SCRIPT ..."."""
     try:
         words = shlex.split(command or "")
-    except ValueError:  # a quotation without an end
+    except ValueError:  # an unclosed quotation mark
         return None
     return words[1] if len(words) > 1 and words[1].endswith("_train.py") else None
 
 
 def _arguments(run: Run) -> list[str]:
-    """Every flag; those that differ from their defaults stand in a table of their own."""
+    """All flags. Those that differ from the default are in a separate table."""
     parts = ["<section><h2>Arguments</h2>"]
     if not run.arguments:
         return [*parts, '<p class="subtle">The arguments of this run are not known.</p></section>']

@@ -316,10 +316,9 @@ def state_beside(path: str) -> Checkpoint | None:
 
 
 def lone_weights(path: str) -> str | None:
-    """A weights file without a state file, such as improved-diffusion writes; None where there is none.
+    """The path of a weights file without a state file, as improved-diffusion writes it, or None.
 
-    :param path: such a file, or a folder, of whose files the one of the latest step is meant, an average if there is
-        one.
+    :param path: such a file, or a folder. Of a folder, the file of the latest step is taken, if possible an average.
     """
     if not bf.isdir(path):
         alone = path.endswith(".pt") and bf.exists(path) and kind_of(path) not in ("opt", "state")

@@ -10,7 +10,7 @@ COLUMNS = ("step", "samples", "saved_at", "elapsed", "seconds", "megabytes", "fi
 
 
 class CheckpointTable:
-    """The table of the checkpoints in `folder`. It is continued where it exists.
+    """The table of the checkpoints in `folder`. An existing one is continued.
 
     :param measured: the names of further columns, which are measured at every checkpoint.
     :raises OSError: the file cannot be read or written.

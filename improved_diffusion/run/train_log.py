@@ -14,7 +14,7 @@ from improved_diffusion.progress import SECONDS_PER_LINE
 
 
 def columns(diffusion: GaussianDiffusion) -> list[str]:
-    """The columns of progress.csv, all of which exist from the first row on."""
+    """The columns of progress.csv. All of them exist from the first row on."""
     terms = ["loss"]
     if not diffusion.loss_type.is_vb():
         learned = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
@@ -36,7 +36,7 @@ class TrainLog:
         self._global_batch = global_batch
         self.stopwatch = Stopwatch()  # entered for every step; its laps give the speed
         self._bar: tqdm | None = None
-        self._next_line = 0.0  # when the next line of text is due, where there is no bar
+        self._next_line = 0.0  # the time of the next line of text, without a bar
 
     def open(
         self,
