@@ -618,7 +618,12 @@ class DrawingFlags(Flags):
     TITLE: ClassVar[str] = "drawing"
     FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
     model_path: str = flag("", MODEL_PATH, per_machine=True)
-    num_samples: int = flag(64, "number of images to draw", low=1, high=MOST_IMAGES)
+    num_samples: int = flag(
+        64,
+        "number of images to draw; where not given, some more if that fills the rows of all classes",
+        low=1,
+        high=MOST_IMAGES,
+    )
     ema_length: float = flag(
         0.0,
         "draw with the power-function average of this length, relative to the run, from 0.01 to 0.28; it is made from "

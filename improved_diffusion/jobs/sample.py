@@ -53,10 +53,12 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     edit = read_edit(config, given, plan) if config.init_image else None
     if edit is not None and "num_samples" not in given:
         config = replace(config, num_samples=len(edit.images))
+    labels = choose_labels(config, opened.class_names)
+    if labels and edit is None and not config.interpolate and "num_samples" not in given:
+        config = replace(config, num_samples=_in_whole_rows(config.num_samples, len(labels)))
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     warn_of_youth(opened.step)
-    labels = choose_labels(config, opened.class_names)
     model = _guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
@@ -70,6 +72,11 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     return draw_into(
         out_dir, model, diffusion, plan, subject, config, count=count, rows=rows, doing="drawing"
     )
+
+
+def _in_whole_rows(count: int, rows: int) -> int:
+    """The smallest number from `count` on that fills `rows` rows; `count` itself if there are more rows."""
+    return count if rows > count else -(-count // rows) * rows
 
 
 def _guided(

@@ -98,6 +98,13 @@ def test_autoguidance_by_an_earlier_checkpoint(run, tmp_path, call_script):
     np.testing.assert_array_equal(not_at_all, plain)
 
 
+def test_without_a_number_every_class_fills_its_row(run, tmp_path, call_script):
+    flags = ["--model_path", run, "--sample_steps", 2, "--log_dir", tmp_path / "drawn"]
+    call_script("image_sample.py", *flags, check=0)
+    with np.load(tmp_path / "drawn" / "samples_70x16x16x3.npz") as arrays:
+        assert np.bincount(arrays["arr_1"]).tolist() == [7] * 10
+
+
 def test_a_model_is_published_with_its_guidance(run, tmp_path, call_script):
     flags = ["--model_path", run, "--log_dir", tmp_path / "model", "--guidance_scale", 3]
     call_script("publish_model.py", *flags, "--guidance_interval", "0.1,9", check=0)
