@@ -2,9 +2,11 @@
 
 import hashlib
 import platform
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -28,6 +30,23 @@ compiled = Extension(
     libraries=["m"],
     optional=True,  # without a compiler, everything works, only slower
 )
+
+
+class BuildWithRest(build_py):
+    """Bring along what lies beside the package in a checkout, within it (see improved_diffusion/shipped.py)."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # then it is used where it lies
+            return
+        package = Path(self.build_lib) / "improved_diffusion"
+        shutil.copytree(HERE / "models", package / "models", dirs_exist_ok=True)
+        for folder in ("scripts", "datasets"):
+            (package / folder).mkdir(exist_ok=True)
+            for path in (HERE / folder).glob("*.py"):
+                shutil.copyfile(path, package / folder / path.name)
+
+
 for_kernels = platform.system() == "Linux" and platform.machine() == "x86_64"
 
 setup(
@@ -40,6 +59,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
     package_data={"improved_diffusion": ["py.typed"]},
+    cmdclass={"build_py": BuildWithRest},
     ext_modules=[compiled] if for_kernels else [],
     install_requires=[
         # The cap is the range that was tested. On Linux, the package index's own wheels of every version bring

@@ -110,7 +110,7 @@ def create_from_flags(config: ModelAndDiffusion) -> tuple[UNetModel, SpacedDiffu
     :param config: flags that include those of `ModelAndDiffusion` or `SuperResModelAndDiffusion`.
     :raises ValueError: a value is unusable; the message names the flag.
     """
-    return _build(config), _build_diffusion(config)
+    return _build(config), create_diffusion(config)
 
 
 def _build(config: ModelFlags | SuperResModelFlags) -> UNetModel:
@@ -138,7 +138,8 @@ def _build(config: ModelFlags | SuperResModelFlags) -> UNetModel:
     return kind(**arguments)
 
 
-def _build_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
+def create_diffusion(config: DiffusionFlags) -> SpacedDiffusion:
+    """Build the diffusion that `config` describes. :raises ValueError: it is impossible; the message names the flag."""
     try:
         return create_gaussian_diffusion(
             steps=config.diffusion_steps,

@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, commands are accepted, what is named exists, the README stays short."""
 
 import argparse
+import os
 import re
 import runpy
 import shlex
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+from improved_diffusion.__main__ import commands as scripts
 
 PAGES = sorted(
     path
@@ -19,6 +22,7 @@ BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 SCRIPT = re.compile(r"(?:python|mpiexec|torchrun) (?:.* )?((?:scripts/|datasets/)?\w+\.py)(?: (.*))?")
+MODULE = re.compile(r"python -m improved_diffusion (\w+)(?: (.*))?")
 FOLDERS = ("", "scripts", "datasets", "improved_diffusion", "tests")
 FILES_OF_OTHERS = {"download.py", "utils.py"}  # LSUN's, and one that shall not be
 FLAGS_OF_OTHERS = {"--nproc_per_node", "--node_rank", "--nnodes", "--master_addr", "--master_port"}
@@ -38,11 +42,13 @@ def commands(text: str) -> list[tuple[str, str]]:
     shell = "\n".join(body for language, body in BLOCK.findall(text) if language == "sh")
     lines = re.sub(r"\\\n\s*", "", shell).replace("&&", "\n").splitlines()
     lines += [code for code in CODE.findall(BLOCK.sub("", text)) if not re.search(r"\.\.\.|[A-Z]{3}", code)]
-    return [
+    found = [
         match.groups(default="")
         for line in lines
         if (match := SCRIPT.match(line.strip())) and match[1] not in FILES_OF_OTHERS
     ]
+    modules = [match.groups(default="") for line in lines if (match := MODULE.match(line.strip()))]
+    return found + [(os.path.relpath(scripts()[name], ROOT), flags) for name, flags in modules]
 
 
 def parse(monkeypatch, script: str, arguments: list[str]) -> argparse.Namespace:

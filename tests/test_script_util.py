@@ -167,7 +167,8 @@ def test_log_dir(tmp_path, monkeypatch):
     assert runs.choose_log_dir(TrainConfig(log_dir=str(tmp_path / "x")), "") == str(tmp_path / "x")
 
 
-def test_find_data(tmp_path, capsys):
+def test_find_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "shipped", lambda folder: str(tmp_path))
     assert runs.find_data("builtin", str(tmp_path)) == "builtin"
     assert runs.find_data("given", str(tmp_path)) == os.path.abspath("given")
     lines = []
@@ -175,6 +176,10 @@ def test_find_data(tmp_path, capsys):
     assert "BUILT-IN SHAPES" in "".join(lines)
     (tmp_path / "cifar10.py").write_text("import sys; sys.exit(2)")
     assert runs.find_data("", str(tmp_path), log=lines.append) == "builtin"
+    script = "import os, sys; assert sys.argv[1] == '--out_dir'; os.makedirs(sys.argv[2])"
+    (tmp_path / "cifar10.py").write_text(script)
+    assert runs.find_data("", str(tmp_path / "data")) == str(tmp_path / "data" / "cifar_train")
+    assert (tmp_path / "data").is_dir()
     (tmp_path / "cifar_train").mkdir()
     (tmp_path / "cifar_train" / ".complete").write_text("50000")
     assert runs.find_data("", str(tmp_path)) == str(tmp_path / "cifar_train")

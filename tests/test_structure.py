@@ -16,15 +16,25 @@ FILES = {
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
     {"kernels", "losses", "weighting", "nn", "storage", "seeding", "progress"}
-    | {"flags", "config", "levels", "learning_rate", "recipes"},
+    | {"flags", "config", "levels", "learning_rate", "recipes", "shipped"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "editing", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
-    {"train_util", "sample_util", "pictures", "evaluation", "script_util", "convert"},
+    {"train_util", "sample_util", "pictures", "evaluation", "script_util", "convert", "drawn"},
     {"jobs", "comparison"},
-    {"benchmark"},
+    {"benchmark", "__main__", "api"},
 ]
 MATHEMATICS = {"losses", "weighting", "gaussian_diffusion", "respace", "resample", "samplers", "editing"}
-WITHOUT_TORCH = {"storage", "logger", "results", "flags", "config", "learning_rate", "levels", "recipes"}
+WITHOUT_TORCH = {
+    "storage",
+    "logger",
+    "results",
+    "flags",
+    "config",
+    "learning_rate",
+    "levels",
+    "recipes",
+    "shipped",
+}
 
 
 def room(module: str) -> str:

@@ -117,6 +117,15 @@ class BoundTally:
         count = len(self.total_bpd)
         return float(self.total_bpd.std(ddof=1) / np.sqrt(count)) if count > 1 else None
 
+    def summary(self) -> dict[str, Any]:
+        """The mean bound and its parts, by the names that they have in ``nll.json``."""
+        return {
+            "bits_per_dim": self.mean,
+            "standard_error": self.standard_error,
+            "prior_bits_per_dim": float(self.prior_bpd.mean()),
+            "images": len(self.total_bpd),
+        }
+
     def write(self, out_dir: str, facts: dict[str, Any]) -> None:
         """Write the results so far into `out_dir`, and replace those written before.
 
@@ -128,10 +137,4 @@ class BoundTally:
                 np.savez(file, self.mean_terms(name))
         with open_atomic(bf.join(out_dir, "bpd.npz")) as file:
             np.savez(file, total_bpd=self.total_bpd, prior_bpd=self.prior_bpd)
-        result = {
-            "bits_per_dim": self.mean,
-            "standard_error": self.standard_error,
-            "prior_bits_per_dim": float(self.prior_bpd.mean()),
-            "images": len(self.total_bpd),
-        }
-        write_json(bf.join(out_dir, "nll.json"), {**result, **facts})
+        write_json(bf.join(out_dir, "nll.json"), {**self.summary(), **facts})

@@ -11,6 +11,7 @@ from improved_diffusion.convert.folder import read_folder, write_folder
 from improved_diffusion.convert.models import export_model, import_model
 from improved_diffusion.flags import one_line
 from improved_diffusion.jobs.runs import choose_out_dir, load_trained
+from improved_diffusion.jobs.script import command
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import absolute
 
@@ -79,8 +80,8 @@ def import_folder(config: ConvertConfig, project: str) -> None:
     print(f"written: {saved.path('model')}")
     if not source.scheduler_config.get("clip_sample", True):
         print("its scheduler does not clip: draw with --clip_denoised False")
-    command = ["python", os.path.join(project, "scripts", "image_sample.py"), "--model_path", log_dir]
-    print(f"To draw images: {shlex.join(command)}")
+    words = [*command("image_sample", project), "--model_path", log_dir]
+    print(f"To draw images: {shlex.join(words)}")
 
 
 def _check_empty(flag: str, folder: str) -> None:

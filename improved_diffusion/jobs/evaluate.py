@@ -4,6 +4,7 @@ import datetime
 import glob
 import os
 import time
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,24 @@ def run_evaluation(config: EvalConfig) -> None:
         output = report.output_path(config.output, config.samples)
     if config.run_dir:
         read_run(config.run_dir)  # before the measuring, so that a wrong directory is reported at once
+    record = evaluate(config)
+    print(report.table(record))
+    write_json(output, record)
+    print(f"written: {output}")
+    if config.run_dir:
+        report.append(config.run_dir, record)
+        written, failed = export_all(config.run_dir)
+        for path in written:
+            print(f"written: {path}")
+        for _, error in failed:
+            raise error
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measure the images of --samples. :return: what stands in ``evaluation.json``, "metrics" among it.
+
+    :raises ValueError: a flag or the images are unusable.
+    """
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
@@ -46,7 +65,7 @@ def run_evaluation(config: EvalConfig) -> None:
         metrics["inception_score"], metrics["inception_score_std"] = score.result()
 
     metrics = {extractor.metric(name): value for name, value in metrics.items()} | accuracy
-    record = {
+    return {
         "evaluated_at": datetime.datetime.now().isoformat(timespec="seconds"),
         "features": extractor.name,
         "features_hash": extractor.fingerprint,
@@ -61,16 +80,6 @@ def run_evaluation(config: EvalConfig) -> None:
         "warnings": report.warnings(drawn, real),
         "images_per_minute": round(60 * len(samples) / seconds, 1),
     }
-    print(report.table(record))
-    write_json(output, record)
-    print(f"written: {output}")
-    if config.run_dir:
-        report.append(config.run_dir, record)
-        written, failed = export_all(config.run_dir)
-        for path in written:
-            print(f"written: {path}")
-        for _, error in failed:
-            raise error
 
 
 def open_extractor(config: ReferenceFlags) -> Extractor:

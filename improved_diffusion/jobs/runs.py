@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import blobfile as bf
 import torch as th
 
-import improved_diffusion
 from improved_diffusion import dist_util
 from improved_diffusion.config import DrawingFlags, FirstFlags
 from improved_diffusion.convert.folder import is_diffusers_folder, read_folder
@@ -33,15 +32,18 @@ from improved_diffusion.flags import (
 )
 from improved_diffusion.image_datasets import BUILTIN
 from improved_diffusion.jobs.fit import check_fit
+from improved_diffusion.jobs.script import started_as
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.run import averages, checkpoint
 from improved_diffusion.run.checkpoint import Checkpoint, power_kind
 from improved_diffusion.script_util import (
+    create_diffusion,
     create_from_flags,
     is_super_resolution,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
+from improved_diffusion.shipped import shipped
 from improved_diffusion.storage import absolute, is_remote, new_directory, write_json
 
 Config = TypeVar("Config", bound=Flags)
@@ -98,7 +100,7 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
 
     :param data_dir: the flag. If it is not empty, it is returned, as an absolute path, which a resumed run can use from
         any folder.
-    :param datasets_dir: the folder with `cifar10.py` and the data that it prepares.
+    :param datasets_dir: the folder with the data that `cifar10.py` prepares.
     :return: a path, or "builtin".
     """
     if data_dir:
@@ -106,15 +108,15 @@ def find_data(data_dir: str, datasets_dir: str, log: Callable[[str], None] = pri
     prepared = os.path.join(datasets_dir, "cifar_train")
     if os.path.exists(os.path.join(prepared, ".complete")):
         return prepared
-    script = os.path.join(datasets_dir, "cifar10.py")
+    script = os.path.join(shipped("datasets"), "cifar10.py")
     if os.path.exists(script):
         log("No --data_dir is given, and CIFAR-10 is not prepared yet: preparing it now.")
-        if subprocess.run([sys.executable, script]).returncode == 0:
+        if subprocess.run([sys.executable, script, "--out_dir", datasets_dir]).returncode == 0:
             return prepared
     for line in (
         "*" * 78,
         "CIFAR-10 could not be prepared: TRAINING ON THE BUILT-IN SHAPES INSTEAD.",
-        f"For CIFAR-10: python {script} --archive cifar-10-python.tar.gz",
+        f"For CIFAR-10: python {script} --out_dir {datasets_dir} --archive cifar-10-python.tar.gz",
         "For your own images: --data_dir FOLDER",
         "*" * 78,
     ):
@@ -193,23 +195,17 @@ POOR_AVERAGE = 0.1  # relative distance of a profile from the wanted one
 SHIPPED = "cifar10"  # the model that is used if none is given
 
 
-def shipped_models() -> str:
-    """The folder of the models that come with the code: in the installed package, or next to it in a checkout."""
-    package = os.path.dirname(os.path.abspath(improved_diffusion.__file__))
-    inside = os.path.join(package, "models")
-    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "models")
-
-
-def _is_name(path: str) -> bool:
-    """Whether `path` can only be the name of a model that comes with the code, because there is no such path."""
-    return bool(re.fullmatch(r"[\w-]+", path)) and not os.path.exists(path)
+def _shipped_name(path: str) -> str | None:
+    """The model of the code that "cifar10" or "models/cifar10" stands for; None: `path` is a place of the user's."""
+    match = re.fullmatch(r"(?:models/)?([\w-]+)", path)
+    if match and not os.path.exists(path) and checkpoint.steps(os.path.join(shipped("models"), match[1])):
+        return match[1]
+    return None
 
 
 def find_model(path: str) -> str:
-    """`path` as an absolute path, or unchanged if it is the name of a model that comes with the code."""
-    return (
-        path if _is_name(path) and checkpoint.steps(os.path.join(shipped_models(), path)) else absolute(path)
-    )
+    """`path` as an absolute path, or the name of the model that it stands for, of those that come with the code."""
+    return _shipped_name(path) or absolute(path)
 
 
 def _choose_model(config: DrawingFlags, project: str) -> str:
@@ -220,11 +216,11 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
     if config.model_path:
         return config.model_path
     newest = next(iter(_newest_runs(os.path.join(project, "runs"))), "")
-    shipped = os.path.join(shipped_models(), SHIPPED)
-    if checkpoint.steps(shipped) and not is_super_resolution(config):
+    default = os.path.join(shipped("models"), SHIPPED)
+    if checkpoint.steps(default) and not is_super_resolution(config):
         hint = f"; for your newest run, give --model_path {shlex.quote(newest)}" if newest else ""
         print(f"no --model_path is given: taking the model that comes with the code{hint}")
-        return shipped
+        return default
     example = f", such as {shlex.quote(newest)}" if newest else ""
     raise ValueError(f"--model_path is missing: give a run directory or a .pt file{example}")
 
@@ -298,11 +294,12 @@ def check_same_data(config: FirstFlags, source: Checkpoint, fingerprint: str) ->
         )
 
 
-def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) -> None:
+def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int, call: str = "") -> None:
     """Write ``args.json`` and ``run.json``, for the workbook, into `log_dir`.
 
     :param facts: the content of ``run.json``, to which this function adds the sessions and the command.
     :param step: the step at which this session begins.
+    :param call: what started this, if it was not a command.
     :raises OSError: a file cannot be written.
     """
     path = os.path.join(log_dir, "run.json")
@@ -319,7 +316,7 @@ def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int) ->
         **facts,
         "started": sessions[0]["started"],
         "sessions": sessions,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": call or shlex.join([*started_as(), *sys.argv[1:]]),
     }
     record_arguments(log_dir, config)
     write_json(path, facts)
@@ -408,13 +405,14 @@ def read_weights(
     :param flag_name: the flag that names it.
     :raises ValueError: there are no such weights, or they are of another kind of model; the message names the flag.
     """
-    path = find_model(model_path)
-    if _is_name(path):
-        path = os.path.join(shipped_models(), path)
+    name = _shipped_name(model_path)
+    path = os.path.join(shipped("models"), name) if name else absolute(model_path)
     if not bf.exists(path):
         known = ""
-        if _is_name(bf.basename(path)) and os.path.isdir(shipped_models()):
-            known = f", nor a model of this name (there is {', '.join(sorted(os.listdir(shipped_models())))})"
+        if re.fullmatch(r"[\w-]+", bf.basename(path)) and os.path.isdir(shipped("models")):
+            known = (
+                f", nor a model of this name (there is {', '.join(sorted(os.listdir(shipped('models'))))})"
+            )
         raise ValueError(f"--{flag_name} {model_path}: there is no such file or directory{known}")
     length = getattr(config, "ema_length", 0.0)
     if bf.isdir(path) and not checkpoint.steps(path) and is_diffusers_folder(path):
@@ -505,14 +503,27 @@ def open_model(config: Flags, given: set[str], project: str) -> Trained:
     :param project: the folder with ``models`` and ``runs``.
     :raises ValueError: there is no such model, or it does not fit the flags.
     """
-    path = _choose_model(config, project)
+    return compute_with(load_trained(_choose_model(config, project), config, given), config)
+
+
+def compute_with(trained: Trained, config: Flags) -> Trained:
+    """`trained` with its model as a fast function, which computes as --precision and --num_workers say."""
     chosen = choose(config.precision, config.num_workers)
     # Each process has measured its own speed, but all must draw in the same precision.
     compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
-    trained = load_trained(path, config, given)
     model = fast_model(trained.model, compute.precision, compute.workers)
     print(f"computing in {compute}")
     return replace(trained, model=model, compute=compute)
+
+
+def with_flags(trained: Trained, config: Config, given: set[str]) -> Trained:
+    """`trained` for other flags, those of a command that draws or measures.
+
+    :raises ValueError: a given flag contradicts the model.
+    """
+    stored = {name: value for name, value in trained.config.to_dict().items() if name != "timestep_respacing"}
+    config = merge_stored_flags(config, given, stored)
+    return replace(trained, config=config, diffusion=create_diffusion(config))
 
 
 def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tensor]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as th
@@ -12,7 +12,7 @@ from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.flags import Flags, errors_about
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.jobs.edit import read_edit, save_originals
-from improved_diffusion.jobs.runs import choose_out_dir, open_like, open_model
+from improved_diffusion.jobs.runs import Trained, choose_out_dir, open_like, open_model
 from improved_diffusion.pictures import save_samples
 from improved_diffusion.sample_util import (
     DEFAULT_PLAN,
@@ -45,7 +45,47 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     :raises ValueError: a flag does not fit the model; nothing was drawn.
     """
     join_processes(config)
-    opened = open_model(config, given, project)
+    drawing = prepare_drawing(open_model(config, given, project), given)
+    out_dir = choose_out_dir(drawing.config.log_dir, os.path.join(project, "samples"))
+    if drawing.subject.edit is not None:
+        save_originals(drawing.subject.edit, out_dir)
+    return draw_into(
+        out_dir,
+        drawing.model,
+        drawing.diffusion,
+        drawing.plan,
+        drawing.subject,
+        drawing.config,
+        count=drawing.count,
+        rows=drawing.rows,
+        doing="drawing",
+    )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is to be drawn, and how.
+
+    :ivar model: as a function, guided where that is asked for.
+    :ivar config: all flags.
+    :ivar count: the number of images.
+    :ivar rows: which images are to share a row of the picture (see `pictures.image_grid`).
+    """
+
+    model: Callable[..., th.Tensor]
+    diffusion: GaussianDiffusion
+    plan: Plan
+    subject: Subject
+    config: SampleConfig
+    count: int
+    rows: np.ndarray | None
+
+
+def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
+    """What the flags of an opened model ask for. :raises ValueError: a flag does not fit the model.
+
+    :param given: the names of the flags that the user gave.
+    """
     model, diffusion, config = opened.model, opened.diffusion, opened.config
     plan = choose_plan(config, given, diffusion)
     if config.interpolate and "num_samples" not in given:
@@ -62,16 +102,12 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
     model = _guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
-    out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
     if edit is not None:
         subject = replace(subject, edit=edit)
-        save_originals(edit, out_dir)
         if 1 < len(edit.images) < config.num_samples:
             rows = np.arange(config.num_samples) % len(edit.images)  # one for each image
     count = config.num_samples if subject.latents is None else len(subject.latents)
-    return draw_into(
-        out_dir, model, diffusion, plan, subject, config, count=count, rows=rows, doing="drawing"
-    )
+    return Drawing(model, diffusion, plan, subject, config, count, rows)
 
 
 def _in_whole_rows(count: int, rows: int) -> int:

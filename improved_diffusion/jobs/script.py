@@ -7,6 +7,23 @@ from collections.abc import Callable
 from improved_diffusion.flags import one_line
 from improved_diffusion.run import terminal
 
+MODULE = ("python", "-m", "improved_diffusion")
+
+
+def started_as() -> list[str]:
+    """The words that started this program, without its flags."""
+    return sys.argv[0].split() if sys.argv[0].startswith(" ".join(MODULE)) else ["python", sys.argv[0]]
+
+
+def command(name: str, project: str) -> list[str]:
+    """The words that start another command.
+
+    :param name: of its script, without ".py".
+    :param project: the folder with ``scripts``; where that has no such script, the package runs it.
+    """
+    script = os.path.join(project, "scripts", f"{name}.py")
+    return ["python", script] if os.path.exists(script) else [*MODULE, name.removeprefix("image_")]
+
 
 def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
     """Run a script and exit. A user's mistake is reported in one line, without a traceback, and with exit code 2.
@@ -17,7 +34,7 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
     terminal.start()
     try:
         job = main()
-        _limit_threads()
+        limit_threads()
         terminal.clean_up_on_ctrl_c()
         code = job() or 0
         from improved_diffusion import dist_util
@@ -51,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
     """Limit PyTorch's threads to the CPU quota of a container, which PyTorch does not know."""
     import torch as th
 

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,7 +33,7 @@ from improved_diffusion.jobs.runs import (
     record_arguments,
     record_run,
 )
-from improved_diffusion.jobs.script import OUT_OF_MEMORY, is_out_of_memory
+from improved_diffusion.jobs.script import OUT_OF_MEMORY, command, is_out_of_memory, started_as
 from improved_diffusion.jobs.start import check_start, load_start, merge_for_start
 from improved_diffusion.low_res import LowResStream, shrink
 from improved_diffusion.resample import (
@@ -61,12 +60,15 @@ from improved_diffusion.storage import is_remote, remove_temporaries
 from improved_diffusion.train_util import NonFiniteError, TrainLoop
 
 
-def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], project: str) -> int:
+def run_training(
+    config: TrainConfig | SuperResTrainConfig, given: set[str], project: str, call: str = ""
+) -> int:
     """Begin or continue a run, and train until its end or a signal.
 
     :param config, given: of `Parser.parse_flags`.
     :param project: the folder with ``datasets``, where CIFAR-10 is, ``scripts`` and ``runs``, the default place for
         runs.
+    :param call: what started this, if it was not a command.
     :return: the exit code.
     :raises ValueError: a flag, the data or the checkpoint is unusable. Nothing was trained.
     """
@@ -80,7 +82,7 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
         if unfinished is not None:
             folder, step = unfinished
             print(f"note: {folder} holds an unfinished run with the same flags, of {step:,} steps.")
-            print(f"To continue it instead: python {sys.argv[0]} --log_dir {shlex.quote(folder)}")
+            print(f"To continue it instead: {shlex.join([*started_as(), '--log_dir', folder])}")
     with contextlib.ExitStack() as stack:
         source, start, folder, publish, check_folder = None, None, log_dir, None, None
         if first:
@@ -110,7 +112,9 @@ def run_training(config: TrainConfig | SuperResTrainConfig, given: set[str], pro
         images = read_images_alike(config.data_dir, config.output_size, config.cache_limit_gb)
         if source is not None:
             check_same_data(config, source, images.fingerprint)
-        return _train(config, compute, log_dir, folder, publish, check_folder, source, start, images, project)
+        return _train(
+            config, compute, log_dir, folder, publish, check_folder, source, start, images, project, call
+        )
 
 
 def _as_local(resume_checkpoint: str, log_dir: str, folder: str) -> str:
@@ -147,6 +151,7 @@ def _train(
     start: Weights | None,
     images: ImageSet,
     project: str,
+    call: str,
 ) -> int:
     """Build the data, the model and the loop, and train in `folder`.
 
@@ -236,7 +241,7 @@ def _train(
     if origin:
         facts["origin"] = origin
     if first and loop.step < loop.total_steps:
-        record_run(folder, config, facts, loop.step)
+        record_run(folder, config, facts, loop.step, call)
     try:
         stopped_by = loop.run_loop()
     except NonFiniteError as error:
@@ -251,17 +256,17 @@ def _train(
         logger.log(f"error: step {loop.step + 1}: {OUT_OF_MEMORY} ({saved})")
         return 1
     if stopped_by is not None:
-        command = shlex.join(["python", sys.argv[0], "--log_dir", log_dir])
+        again = call or shlex.join([*started_as(), "--log_dir", log_dir])
         if processes > 1:
-            command = f"the same command with --log_dir {shlex.quote(log_dir)}, in any number of processes"
-        logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {command}")
+            again = f"the same command with --log_dir {shlex.quote(log_dir)}, in any number of processes"
+        logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {again}")
         return exit_code(stopped_by) if stopped_by.startswith("SIG") else 0
     logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, 'results.xlsx')}")
-    sampler, images = "image_sample.py", []
+    sampler, images = "image_sample", []
     if is_super_resolution(config):
-        sampler, images = "super_res_sample.py", ["--base_samples", "IMAGES"]
-    command = ["python", os.path.join(project, "scripts", sampler), *images, "--model_path", log_dir]
-    logger.log(f"To draw images: {shlex.join(command)}")
+        sampler, images = "super_res_sample", ["--base_samples", "IMAGES"]
+    words = [*command(sampler, project), *images, "--model_path", log_dir]
+    logger.log(f"To draw images: {shlex.join(words)}")
     return 0
 
 

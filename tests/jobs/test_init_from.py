@@ -106,6 +106,9 @@ def test_the_model_that_comes_with_the_code_has_a_name(tmp_path, start, monkeypa
     start("cifar10", tmp_path / "new", "--batch_size", 1)
     assert_equal(weights_of(tmp_path / "new"), weights_of(ROOT / "models" / "cifar10", "0.9999"))
     assert read_json(tmp_path / "new" / "args.json")["init_from"] == "cifar10"
+    assert runs.find_model("models/cifar10") == "cifar10"
+    (tmp_path / "cifar10").mkdir()
+    assert runs.find_model("cifar10") == str(tmp_path / "cifar10"), "what lies here comes first"
     assert_one_line(
         start("cifar", tmp_path / "x", check=2), "--init_from .*cifar: there is no such", "cifar10"
     )
