@@ -44,7 +44,7 @@ def create_preview(
             with contextlib.suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path))  # not makedirs: if `run_dir` is gone, it must not come back
             draw_preview(model, diffusion, subject, path)
-            logger.log_picture("samples", path, step)
+            logger.log_picture("pictures", path, step)  # a column is called samples
         except Exception as error:  # no error in a picture ends a training
             logger.log(f"WARNING: {path} could not be drawn ({error}); training goes on")
 

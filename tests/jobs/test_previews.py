@@ -1,6 +1,8 @@
 """Pictures in training: always the same noise, no trace in the training, no reason to end it."""
 
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -150,3 +152,41 @@ def test_classes_and_super_resolution(tmp_path, call_script):
         assert done.returncode == 0, done.stderr
         assert "WARNING" not in done.stdout
         assert read(tmp_path / script / "samples" / "step_000001.png").shape[:2] == pixels
+
+
+def test_tensorboard_shows_the_pictures_beside_the_numbers(tmp_path, call_script, monkeypatch):
+    numbers, pictures = set(), []
+
+    class Writer:
+        def __init__(self, dir, purge_step):
+            pass
+
+        def add_scalar(self, key, value, step):
+            numbers.add(key)
+
+        def add_image(self, key, pixels, step, dataformats):
+            pictures.append((key, step, pixels.tolist(), dataformats))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    flags = (
+        "--total_steps",
+        2,
+        "--sample_interval",
+        1,
+        "--tensorboard",
+        "True",
+        "--log_dir",
+        tmp_path / "run",
+    )
+    done = call_script("image_train.py", "--data_dir", "builtin", *TINY_FLAGS, *FLAGS, *flags)
+    assert done.returncode == 0, done.stderr
+    (key,) = {key for key, *_ in pictures}
+    # Of two kinds of data with one name, TensorBoard shows only one.
+    assert key not in numbers and "samples" in numbers
+    expected = [read(tmp_path / "run" / "samples" / f"step_00000{step}.png").tolist() for step in (1, 2)]
+    assert pictures == [(key, 1, expected[0], "HWC"), (key, 2, expected[1], "HWC")]
