@@ -414,8 +414,8 @@ class LearningFlags(Flags):
     )
     optimizer: str = flag(
         "adamw",
-        "what updates the weights: adamw, or muon for the matrices between the first layer and the last (Jordan et al. "
-        "2024), with updates as large as those of AdamW",
+        "what updates the weights: adamw, or for all convolutions and attention layers but the first and the last muon "
+        "(Jordan et al. 2024), with updates as large as those of AdamW",
         choices=OPTIMIZERS,
         role=Role.TRAINING,
     )

@@ -219,7 +219,7 @@ class TrainLoop:
         self.num_workers = num_workers
         self.passes = plan_passes(batch_size, self.microbatch, num_workers)
         self.workers = Workers(self.passes.side_by_side, self.passes.cores)
-        matrices = hidden_matrices(model) if optimizer == "muon" else []
+        matrices = hidden_kernels(model) if optimizer == "muon" else []
         self.opt = Optimizer(self.params, lr, weight_decay, self.workers.run, matrices)
         self.ema_params = {
             rate: [p.detach().clone() for p in self.params] for rate in parse_ema_rates(ema_rate)
@@ -713,14 +713,14 @@ class TrainLoop:
         return state
 
 
-def hidden_matrices(model: th.nn.Module) -> list[int]:
-    """The indices of the parameters that Muon updates: kernels and matrices between the first and the last layer.
+def hidden_kernels(model: th.nn.Module) -> list[int]:
+    """The indices of the parameters that Muon updates: the kernels of convolutions and attention, but for both ends.
 
     :param model: a `UNetModel`.
     """
-    ends = ("input_blocks.0.", "out.", "label_emb.")
+    ends = ("input_blocks.0.", "out.")
     named = enumerate(model.named_parameters())
-    return [i for i, (name, p) in named if p.ndim > 1 and not name.startswith(ends)]
+    return [i for i, (name, p) in named if p.ndim > 2 and not name.startswith(ends)]
 
 
 def parse_ema_rates(text: str | float) -> list[str]:

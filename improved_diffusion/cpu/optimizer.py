@@ -135,8 +135,7 @@ class Optimizer:
         value = gradient[index].float() * factor
         if more:
             value += more[index].float() * factor
-        dtype = th.float32 if copy is None else copy.dtype
-        muon(param, value, self.moments["exp_avg"][index], self.lr, self.weight_decay, dtype)
+        muon(param, value, self.moments["exp_avg"][index], self.lr, self.weight_decay)
         for tensors, decay in averages:
             update_ema([tensors[index]], [param], decay)
         if copy is not None:
