@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ class Training(contextlib.AbstractContextManager):
     :param file_size_limit: bytes that no file can grow beyond, as `ulimit -f` has it.
     :param output: the folder for what it says; by default that of `folder`.
     :param environment: variables that are set for it.
+    :param prepare: a function of a module that is called in the process before the script.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Training(contextlib.AbstractContextManager):
         output: Path | None = None,
         environment: dict[str, str] | None = None,
         cloud: Path | None = None,
+        prepare: Callable[[], object] | None = None,
     ):
         self.folder = folder
         number = next(_numbers)
@@ -63,7 +66,7 @@ class Training(contextlib.AbstractContextManager):
         place = str(folder) if cloud is None else BUCKET + folder.relative_to(cloud).as_posix()
         argv = ["--data_dir", "builtin", *TINY_FLAGS, "--precision", "fp32", "--log_dir", place]
         argv += map(str, flags)
-        arguments = (argv, self._out, self._err, file_size_limit, environment or {}, cloud)
+        arguments = (argv, self._out, self._err, file_size_limit, environment or {}, cloud, prepare)
         self._process = _context.Process(target=_main, args=arguments)
         self._process.start()
 
@@ -127,6 +130,7 @@ def _main(
     file_size_limit: int | None,
     environment: dict[str, str],
     cloud: Path | None,
+    prepare: Callable[[], object] | None,
 ) -> None:
     os.environ.update(environment)
     if hasattr(signal, "SIGHUP"):
@@ -140,6 +144,8 @@ def _main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, hard))
     if cloud is not None:
         Cloud(cloud, pytest.MonkeyPatch())
+    if prepare is not None:
+        prepare()
     tqdm.set_lock(threading.RLock())  # its own lock is between processes, and would outlive a killed one
     sys.argv = [str(SCRIPTS / "image_train.py"), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -167,10 +167,18 @@ def _newest_runs(folder: str) -> list[str]:
 
 
 def choose_out_dir(log_dir: str, parent: str) -> str:
-    """The directory for a script's output: --log_dir, $OPENAI_LOGDIR, or a new one in `parent`. Rank 0 creates it."""
+    """The directory for a script's output: --log_dir, $OPENAI_LOGDIR, or a new one in `parent`. Rank 0 creates it.
+
+    :raises ValueError: it cannot be created.
+    """
     out_dir = absolute(log_dir or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
     if dist_util.get_rank() == 0:
-        bf.makedirs(out_dir)
+        try:
+            bf.makedirs(out_dir)
+        except OSError as error:
+            raise ValueError(
+                f"--log_dir {out_dir}: cannot be created ({error.strerror or error}); choose another directory"
+            ) from error
     return out_dir
 
 

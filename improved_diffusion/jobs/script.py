@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from improved_diffusion.flags import one_line
@@ -33,6 +34,7 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
     """
     terminal.start()
     try:
+        _check_clock()
         job = main()
         limit_threads()
         terminal.clean_up_on_ctrl_c()
@@ -53,6 +55,16 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_clock() -> None:
+    """Refuse a clock that was never set, as on a small computer without a battery.
+
+    Archives, which images, workbooks and weights are written as, have no dates before 1980: the work of hours could
+    not be written at its end.
+    """
+    if time.localtime().tm_year < 1980:
+        raise ValueError(f"the clock of this machine says {time.strftime('%Y-%m-%d')}; set it first")
 
 
 OUT_OF_MEMORY = (

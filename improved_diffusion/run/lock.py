@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import socket
@@ -13,14 +14,16 @@ from improved_diffusion.storage import is_remote, open_atomic
 
 LOCK_NAME = ".lock"
 OWNER_NAME = ".lock-owner.json"
+# What file systems say that have no locks, as some of networks.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def run_lock(folder: str) -> Iterator[Callable[[], None]]:
+def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Callable[[], None]]:
     """Hold the lock of the directory `folder`, which is created if it does not exist.
 
     The operating system releases the lock when the process ends, even by a crash. A directory that was created here
-    and is still empty at the end is deleted again.
+    and is still empty at the end is deleted again. A file system without locks is reported through `log`.
 
     :yield: a function to call before each write. It raises OSError if `folder` was moved, deleted or replaced since.
         To write under its path then would start a second run in the new directory, which this lock does not cover.
@@ -31,8 +34,8 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
     existed = os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, LOCK_NAME), "a"):
-            pass
+        # Some file systems number their files anew unless one is open.
+        held = open(os.path.join(folder, LOCK_NAME), "a")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
             f"{folder}: cannot be written ({error.strerror}); choose another directory"
@@ -41,12 +44,19 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
     lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"{folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give another "
-            "directory"
-        ) from None
-    locked = os.stat(lock_path)
+    except (Timeout, OSError, NotImplementedError) as error:  # versions of filelock differ without locks
+        reason = _why_no_locks(held.fileno())
+        if not reason:
+            held.close()
+            raise ValueError(
+                f"{folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give another "
+                "directory"
+            ) from error
+        log(
+            f"WARNING: {folder}: this file system has no locks ({reason}), so nothing prevents a second process from "
+            "writing there: start only one"
+        )
+    locked = os.fstat(held.fileno())
 
     def is_still_here() -> bool:
         try:
@@ -76,10 +86,25 @@ def run_lock(folder: str) -> Iterator[Callable[[], None]]:
             if ours:
                 os.remove(owner_path)
         lock.release()
+        held.close()
         with contextlib.suppress(OSError):
             if ours and not existed and os.listdir(folder) == [LOCK_NAME]:
                 os.remove(lock_path)
                 os.rmdir(folder)
+
+
+def _why_no_locks(descriptor: int) -> str:
+    """What the system says when an open file cannot be locked for want of locks; empty where there are some."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where every file system has them
+        return ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno in NO_LOCKS else ""
+    return ""
 
 
 def _describe_owner(path: str) -> str:
