@@ -157,9 +157,17 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def installation(tmp_path):
+def open_folder():
+    """A folder that every user can reach and write, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.fixture
+def installation(open_folder):
     """A copy of the project that cannot be written, by root neither."""
-    place = tmp_path / "installation"
+    place = open_folder / "installation"
     if os.name != "posix":
         pytest.skip("needs POSIX")
     for part in ("improved_diffusion", "scripts", "datasets"):
@@ -181,22 +189,22 @@ def installation(tmp_path):
 
 
 @pytest.mark.parametrize("user", ["this user", "nobody"])
-def test_an_installation_that_cannot_be_written_and_no_home(tmp_path, installation, user):
+def test_an_installation_that_cannot_be_written_and_no_home(open_folder, installation, user):
     options = {"cwd": "/", "capture_output": True, "text": True, "timeout": 300}
     if user == "nobody":
-        tmp_path.chmod(0o777)
-        probe = [sys.executable, "-c", f"import os, torch; os.listdir({str(tmp_path)!r})"]
+        probe = [sys.executable, "-c", f"import os, torch; os.listdir({str(open_folder)!r})"]
         try:
             options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
             reachable = subprocess.run(probe, **options).returncode == 0
         except OSError:
             reachable = False
         if not reachable:
-            pytest.skip("only root can become another user, who must be able to reach Python and this folder")
+            pytest.skip("only root can become another user, who must be able to reach Python")
     unset = ("HOME", "XDG_CACHE_HOME", "IMPROVED_DIFFUSION_CACHE", "PYTHONPYCACHEPREFIX")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"HOME": "/nonexistent/home", "PYTHONPATH": str(installation)}
-    images = tmp_path / "images"
+    path = os.pathsep.join([str(installation), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment |= {"HOME": "/nonexistent/home", "PYTHONPATH": path}
+    images = open_folder / "images"
     images.mkdir()
     for number in range(4):
         Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(images / f"{number}.png")
@@ -211,13 +219,13 @@ def test_an_installation_that_cannot_be_written_and_no_home(tmp_path, installati
     flags = [*TINY_FLAGS, *FLAGS, "--data_dir", images, "--precision", "fp32"]
     refused = run("image_train.py", *flags, check=2)
     assert str(installation / "runs") in refused.stderr and "cannot be written" in refused.stderr
-    trained = run("image_train.py", *flags, "--log_dir", tmp_path / "run")
+    trained = run("image_train.py", *flags, "--log_dir", open_folder / "run")
     assert "the next start decodes them again" in trained.stdout + trained.stderr or os.geteuid() == 0
-    draw = ["--model_path", tmp_path / "run", "--num_samples", 2, "--timestep_respacing", 2]
+    draw = ["--model_path", open_folder / "run", "--num_samples", 2, "--timestep_respacing", 2]
     refused = run("image_sample.py", *draw, check=2)
-    assert f"--log_dir {installation / 'samples'}" in refused.stderr and "cannot be made" in refused.stderr
-    run("image_sample.py", *draw, "--log_dir", tmp_path / "drawn")
-    assert (tmp_path / "drawn" / "samples_2x8x8x3.npz").exists()
+    assert f"--log_dir {installation / 'samples'}" in refused.stderr and "cannot be created" in refused.stderr
+    run("image_sample.py", *draw, "--log_dir", open_folder / "drawn")
+    assert (open_folder / "drawn" / "samples_2x8x8x3.npz").exists()
     assert not list(installation.rglob("__pycache__"))
 
 
