@@ -24,16 +24,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 user
 COPY --from=build /opt/venv /opt/venv
-COPY scripts /app/scripts
-COPY datasets /app/datasets
-COPY models /app/models
 # Any user may write here, so that --user can be that of the host.
-RUN mkdir /app/runs /app/samples /app/cache \
+RUN mkdir -p /app/runs /app/samples /app/cache \
     && chmod 1777 /app/runs /app/samples /app/cache
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     IMPROVED_DIFFUSION_CACHE=/app/cache
 WORKDIR /app
 USER 1000
-ENTRYPOINT ["python"]
-CMD ["scripts/image_sample.py"]
+ENTRYPOINT ["python", "-m", "improved_diffusion"]
+CMD ["sample"]

@@ -21,6 +21,7 @@ from improved_diffusion.results.samples import description_of
 from improved_diffusion.results.style import clean
 from improved_diffusion.storage import is_remote, open_atomic
 
+MODULE = ("python", "-m", "improved_diffusion")
 FIGURE = (440, 300)  # size of a chart in pixels, before the browser scales it
 MAX_PICTURES = 40
 PICTURE_BYTES = 4_000_000  # of all pictures together; base64 adds a third
@@ -230,10 +231,9 @@ def _how_to_continue(run: Run) -> list[str]:
     if not (isinstance(where, str) and is_remote(where)):
         where = run.dir
     enlarges = "large_size" in run.arguments
-    script = _script_of(run.command) or f"scripts/{'super_res' if enlarges else 'image'}_train.py"
-    sampler = os.path.join(os.path.dirname(script), "super_res_sample.py" if enlarges else "image_sample.py")
-    draw = ["python", sampler, *(["--base_samples", "IMAGES"] if enlarges else []), "--model_path", where]
-    resume = ["python", script, "--log_dir", where]
+    train, sample = _programs(run.command, enlarges)
+    draw = [*sample, *(["--base_samples", "IMAGES"] if enlarges else []), "--model_path", where]
+    resume = [*train, "--log_dir", where]
     steps, total = run.metrics.column("step"), run.arguments.get("total_steps")
     done = int(steps.max(initial=0))
     parts = ["<section><h2>Continue, draw</h2>"]
@@ -257,13 +257,20 @@ def _command(words: Sequence[str]) -> str:
     return f"<pre>{_text(shlex.join(words))}</pre>"
 
 
-def _script_of(command: str | None) -> str | None:
-    """The script in the recorded command, "python SCRIPT ..."."""
+def _programs(command: str | None, enlarges: bool) -> tuple[list[str], list[str]]:
+    """The words that start a training, and a sampling, in the way in which the recorded command did.
+
+    :param enlarges: whether the model is one of super-resolution.
+    """
+    prefix = "super_res_" if enlarges else ""
     try:
         words = shlex.split(command or "")
-    except ValueError:  # an unclosed quotation mark
-        return None
-    return words[1] if len(words) > 1 and words[1].endswith("_train.py") else None
+    except ValueError:  # a quotation without an end
+        words = []
+    if len(words) > 1 and words[1].endswith("_train.py"):
+        sampler = f"{prefix or 'image_'}sample.py"
+        return ["python", words[1]], ["python", os.path.join(os.path.dirname(words[1]), sampler)]
+    return [*MODULE, f"{prefix}train"], [*MODULE, f"{prefix}sample"]
 
 
 def _arguments(run: Run) -> list[str]:

@@ -26,6 +26,7 @@ from improved_diffusion.results.figures import Path as Stroke
 from improved_diffusion.run.interrupts import Interrupts, Stopped
 
 HOSTILE = """</title><script>alert(1)</script>"'&<img src=x onerror=alert(1)>\x01\u202e"""
+MODULE = ["-m", "improved_diffusion"]
 VOID = {"meta", "input", "img", "br"}
 
 
@@ -130,17 +131,19 @@ def test_a_run_in_any_state_has_a_page(tmp_path):
     (tmp_path / "args.json").write_text('{"total_steps": "many", "hours": [1], "log_dir": 5}')
     (tmp_path / "run.json").write_text('{"command": "python \'x", "machine": {"cores": {}}}')
     (tmp_path / "opt000040.pt").touch()
-    assert "python scripts/image_train.py --log_dir" in read_page(tmp_path).text
+    assert "python -m improved_diffusion train --log_dir" in read_page(tmp_path).text
 
 
 @pytest.mark.parametrize(
     "arguments, command, expected",
     [
         ({"total_steps": 600}, "python a/image_train.py --x", ["a/image_train.py", "--total_steps", "1200"]),
-        ({"total_steps": 600, "hours": 0.75}, None, ["scripts/image_train.py", "--hours", "1.5"]),
+        ({"total_steps": 600, "hours": 0.75}, None, [*MODULE, "train", "--hours", "1.5"]),
         ({"total_steps": 601}, "python image_train.py", ["image_train.py"]),
-        ({"total_steps": 601, "large_size": 8}, None, ["scripts/super_res_train.py"]),
-        ({"total_steps": 601, "log_dir": "gs://b/run"}, "python evil.sh", ["scripts/image_train.py"]),
+        ({"total_steps": 601, "large_size": 8}, "python super_res_train.py", ["super_res_train.py"]),
+        ({"total_steps": 601, "large_size": 8}, "improved_diffusion.train()", [*MODULE, "super_res_train"]),
+        ({"total_steps": 601}, "python -m improved_diffusion train --lr 1", [*MODULE, "train"]),
+        ({"total_steps": 601, "log_dir": "gs://b/run"}, "python evil.sh", [*MODULE, "train"]),
     ],
 )
 def test_the_command_that_goes_on(run_dir, arguments, command, expected):
@@ -149,8 +152,9 @@ def test_the_command_that_goes_on(run_dir, arguments, command, expected):
     (run_dir / "run.json").write_text(json.dumps({**info, "command": command}))
     (run_dir / "opt000600.pt").touch()
     where = arguments.get("log_dir", str(run_dir))
-    script, *more = expected
-    assert shlex.join(["python", script, "--log_dir", where, *more]) in read_page(run_dir).text
+    more = len(expected) - 2 if expected[-2:-1] in (["--hours"], ["--total_steps"]) else len(expected)
+    line = shlex.join(["python", *expected[:more], "--log_dir", where, *expected[more:]])
+    assert line in read_page(run_dir).text
 
 
 def test_what_comes_from_outside_stays_text(run_dir):
