@@ -82,6 +82,21 @@ MADE_AGAIN = (
     "index.html",
 )  # files beside the checkpoints that may be lost
 
+# What a run says; tests/run/test_soak.py looks whether it still says so.
+TRAINING, DONE, STOPPED = "training from step ", "done: ", "stopped by "
+STOPPING = "finishing this step"
+LOST = ("another process of this job has ended", "lost contact with ")
+CUT_OFF, KEPT_IN, BEHIND = "could not be brought up to date", "all files are in ", "is not up to date"
+SKIPPED, ALL_KEPT = "skipping checkpoint ", "all checkpoints are kept"
+NOT_DRAWN, NOT_WRITTEN, NOT_CACHED, BAD_CACHE = (
+    "could not be drawn",
+    "could not be written",
+    "cache",
+    "its cache",
+)
+TEXTS = (TRAINING, DONE, STOPPED, STOPPING, *LOST, CUT_OFF, KEPT_IN, BEHIND, SKIPPED, ALL_KEPT, NOT_DRAWN)
+TEXTS += (NOT_WRITTEN, NOT_CACHED, BAD_CACHE)
+
 STATE_KEYS = ("samples", "global_batch", "data", "schedule_sampler", "logged_step", "skipped", "precision")
 TIMING = {*training_process.TIMING, "saved_at", "seconds"}
 
@@ -173,7 +188,7 @@ def sessions(
 
 
 def is_training(processes: list[Training]) -> bool:
-    return "training from step" in processes[0].stdout
+    return TRAINING in processes[0].stdout
 
 
 def wait_until_training(processes: list[Training]) -> None:
@@ -290,9 +305,9 @@ class Case:
         if not twice:
             right = {0, SIGNALS[name], -getattr(signal, name), -getattr(signal, names[0])}
             require(set(codes) <= right, f"exit codes {codes} after {name}")
-            heard = any("finishing this step" in process.stderr for process in processes)
-            done = f"done: {STEPS} steps" in said
-            require(done or not heard or f"stopped by {name} at step " in said, f"{name} was not obeyed")
+            heard = any(STOPPING in process.stderr for process in processes)
+            done = f"{DONE}{STEPS} steps" in said
+            require(done or not heard or f"{STOPPED}{name} at step " in said, f"{name} was not obeyed")
         self.inspect(processes, codes, seen)
 
     def limit_hours(self) -> None:
@@ -371,9 +386,9 @@ class Case:
             codes = [process.wait() for process in processes]
         self.cloud.broken = False
         self.tell("no connection to the cloud", f"{end}: {codes}")
-        self.inspect(processes, codes, seen, reason="could not be brought up to date")
+        self.inspect(processes, codes, seen, reason=CUT_OFF)
         if codes[0] == 2:
-            kept = Path(processes[0].stderr.partition("everything is in ")[2].strip())
+            kept = Path(processes[0].stderr.partition(KEPT_IN)[2].strip())
             require(checkpoint.find(str(kept)).step == STEPS, f"{kept} is not complete")
 
     def damage(self) -> None:
@@ -419,11 +434,11 @@ class Case:
             require("Traceback" not in process.stdout + process.stderr, process.stdout + process.stderr)
             lines = [line for line in process.stderr.splitlines() if "error: " in line]
             require(code != 2 or len(lines) == 1, f"exit code 2, and not one line:\n{process.stderr}")
-        lost = any(text in err for text in ("another process of this job has ended", "lost contact with"))
+        lost = any(text in err for text in LOST)
         if codes[0] in (1, 2) and not lost:
             require(reason and reason in err, f"exit code {codes[0]}:\n{out}\n{err}")
         if is_training(processes):
-            require(f"training from step {self.newest} to" in out, f"not from step {self.newest}:\n{out}")
+            require(f"{TRAINING}{self.newest} to" in out, f"not from step {self.newest}:\n{out}")
         for line in out.splitlines():
             if "WARNING" in line:
                 self.check_warning(line, is_failing=reason is not None)
@@ -442,7 +457,7 @@ class Case:
             found >= max(self.newest, seen), f"checkpoint {max(self.newest, seen)} is lost, {found} is left"
         )
         self.newest = found
-        stopped = out.partition("stopped by ")[2].partition(" at step ")[2].partition(";")[0]
+        stopped = out.partition(STOPPED)[2].partition(" at step ")[2].partition(";")[0]
         if stopped and codes[0] != 2:
             require(int(stopped) == found, f"stopped at step {stopped}, and the newest checkpoint is {found}")
         reached = max((int(row["step"]) for row in rows(self.run)), default=0)
@@ -452,14 +467,13 @@ class Case:
         )
 
     def check_warning(self, line: str, is_failing: bool) -> None:
-        expected = ["its cache"]
+        expected = [BAD_CACHE]
         if self.damaged:
-            expected += [f"passing over checkpoint {step}:" for step in self.damaged]
+            expected += [f"{SKIPPED}{step}:" for step in self.damaged]
         if is_failing:
-            expected += ["all checkpoints are kept, because none of the newest is intact"]
-            expected += ["could not be drawn", "could not be written", "is not up to date", "cache"]
+            expected += [ALL_KEPT, NOT_DRAWN, NOT_WRITTEN, NOT_CACHED, BEHIND]
         require(any(text in line for text in expected), line)
-        self.undrawn = self.undrawn or "could not be drawn" in line
+        self.undrawn = self.undrawn or NOT_DRAWN in line
 
     # -- its processes
 

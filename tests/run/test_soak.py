@@ -4,7 +4,8 @@ import random
 import shutil
 
 import pytest
-from soak import contents, is_intact, spoil
+from conftest import ROOT
+from soak import TEXTS, contents, is_intact, spoil
 from training_process import run_training
 
 from improved_diffusion.run import checkpoint
@@ -55,6 +56,13 @@ def test_a_digit_of_a_row_and_a_lost_picture_are_seen(trained, copied):
     table.write_text("\n".join([header, first, ",".join(cells), ""]))
     (copied / "samples" / "step_000002.png").unlink()
     assert differing(trained, copied) == {"row 2", "step_000002.png"}
+
+
+def test_a_run_still_says_what_the_soak_expects():
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "improved_diffusion").rglob("*.py")
+    )
+    assert [text for text in TEXTS if text not in sources] == []
 
 
 @pytest.mark.parametrize("seed", range(10))
