@@ -266,7 +266,7 @@ def test_the_workbook_of_a_run(network, measure, tmp_path):
     below = [row[0] for row in rows[2:] if row[0]]
     assert below[0] == "Notes" and below[1].startswith("1: only 40 samples") and len(below) == 3
     explained = {row[0]: row[2] for row in book["Explained"].iter_rows(values_only=True)}
-    assert explained["precision"].startswith("Share of the drawn images that are as close")
+    assert explained["precision"].startswith("Share of the drawn images that are closer")
     assert explained["kernel_distance_std"] == "Standard deviation of kernel_distance."
 
 
