@@ -44,7 +44,7 @@ def run_evaluation(config: EvalConfig) -> None:
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measure the images of --samples. :return: what stands in ``evaluation.json``, "metrics" among it.
+    """Measure the images of --samples. :return: the content of ``evaluation.json``, with the entry "metrics".
 
     :raises ValueError: a flag or the images are unusable.
     """

@@ -57,10 +57,10 @@ def run_nll(config: NllConfig, given: set[str], project: str) -> int:
 
 
 def prepare_measuring(opened: Trained) -> tuple[NllConfig, Iterator[dict[str, th.Tensor]]]:
-    """Read the images that the flags of an opened model ask for.
+    """Read the images of --data_dir, and prepare to measure them.
 
-    :return: the flags, --num_samples being at most as many as there are, and what measures them when it is asked for
-        one batch after the other (see `measure_bounds`).
+    :return: the flags, with --num_samples limited to the number of images, and the iterator of `measure_bounds`, which
+        measures batch by batch.
     :raises ValueError: a flag or the data are unusable.
     """
     config = opened.config

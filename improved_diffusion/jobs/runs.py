@@ -204,7 +204,7 @@ SHIPPED = "cifar10"  # the model that is used if none is given
 
 
 def _shipped_name(path: str) -> str | None:
-    """The model of the code that "cifar10" or "models/cifar10" stands for; None: `path` is a place of the user's."""
+    """The name of a model that comes with the code, if `path` is "NAME" or "models/NAME", and no such path exists."""
     match = re.fullmatch(r"(?:models/)?([\w-]+)", path)
     if match and not os.path.exists(path) and checkpoint.steps(os.path.join(shipped("models"), match[1])):
         return match[1]
@@ -212,7 +212,7 @@ def _shipped_name(path: str) -> str | None:
 
 
 def find_model(path: str) -> str:
-    """`path` as an absolute path, or the name of the model that it stands for, of those that come with the code."""
+    """`path` as an absolute path, or the name of a model that comes with the code."""
     return _shipped_name(path) or absolute(path)
 
 
@@ -307,7 +307,7 @@ def record_run(log_dir: str, config: Flags, facts: dict[str, Any], step: int, ca
 
     :param facts: the content of ``run.json``, to which this function adds the sessions and the command.
     :param step: the step at which this session begins.
-    :param call: what started this, if it was not a command.
+    :param call: the call that started this run, if it was not started by a command.
     :raises OSError: a file cannot be written.
     """
     path = os.path.join(log_dir, "run.json")
@@ -515,7 +515,7 @@ def open_model(config: Flags, given: set[str], project: str) -> Trained:
 
 
 def compute_with(trained: Trained, config: Flags) -> Trained:
-    """`trained` with its model as a fast function, which computes as --precision and --num_workers say."""
+    """A copy of `trained` whose model is a fast function, with the precision and cores of the flags."""
     chosen = choose(config.precision, config.num_workers)
     # Each process has measured its own speed, but all must draw in the same precision.
     compute = Compute(dist_util.broadcast(chosen.precision), chosen.workers)
@@ -525,7 +525,7 @@ def compute_with(trained: Trained, config: Flags) -> Trained:
 
 
 def with_flags(trained: Trained, config: Config, given: set[str]) -> Trained:
-    """`trained` for other flags, those of a command that draws or measures.
+    """A copy of `trained` for the flags of another command, which draws or measures.
 
     :raises ValueError: a given flag contradicts the model.
     """

@@ -64,12 +64,12 @@ def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is to be drawn, and how.
+    """The inputs of a drawing job.
 
-    :ivar model: as a function, guided where that is asked for.
+    :ivar model: a function, with the guidance of the flags.
     :ivar config: all flags.
     :ivar count: the number of images.
-    :ivar rows: which images are to share a row of the picture (see `pictures.image_grid`).
+    :ivar rows: the row of each image in the picture (see `pictures.image_grid`).
     """
 
     model: Callable[..., th.Tensor]
@@ -82,7 +82,7 @@ class Drawing:
 
 
 def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
-    """What the flags of an opened model ask for. :raises ValueError: a flag does not fit the model.
+    """The drawing job of the flags. :raises ValueError: a flag does not fit the model.
 
     :param given: the names of the flags that the user gave.
     """
@@ -111,7 +111,7 @@ def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
 
 
 def _in_whole_rows(count: int, rows: int) -> int:
-    """The smallest number from `count` on that fills `rows` rows; `count` itself if there are more rows."""
+    """The smallest multiple of `rows` that is at least `count`; `count` itself if it is below `rows`."""
     return count if rows > count else -(-count // rows) * rows
 
 

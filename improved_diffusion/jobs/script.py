@@ -19,8 +19,8 @@ def started_as() -> list[str]:
 def command(name: str, project: str) -> list[str]:
     """The words that start another command.
 
-    :param name: of its script, without ".py".
-    :param project: the folder with ``scripts``; where that has no such script, the package runs it.
+    :param name: the name of its script, without ".py".
+    :param project: the folder with ``scripts``. If it has no such script, the command is one of the package.
     """
     script = os.path.join(project, "scripts", f"{name}.py")
     return ["python", script] if os.path.exists(script) else [*MODULE, name.removeprefix("image_")]
@@ -58,10 +58,10 @@ def run_script(main: Callable[[], Callable[[], int | None]]) -> None:
 
 
 def _check_clock() -> None:
-    """Refuse a clock that was never set, as on a small computer without a battery.
+    """:raises ValueError: the clock was never set, as on a small computer without a battery.
 
-    Archives, which images, workbooks and weights are written as, have no dates before 1980: the work of hours could
-    not be written at its end.
+    Workbooks, weights and `.npz` files are zip archives, which have no dates before 1980. Without this check, writing
+    them would fail after hours of work.
     """
     if time.localtime().tm_year < 1980:
         raise ValueError(f"the clock of this machine says {time.strftime('%Y-%m-%d')}; set it first")

@@ -14,7 +14,7 @@ from improved_diffusion.storage import is_remote, open_atomic
 
 LOCK_NAME = ".lock"
 OWNER_NAME = ".lock-owner.json"
-# What file systems say that have no locks, as some of networks.
+# Errors of file systems without locks, such as some network file systems.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 
 
@@ -23,7 +23,7 @@ def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Call
     """Hold the lock of the directory `folder`, which is created if it does not exist.
 
     The operating system releases the lock when the process ends, even by a crash. A directory that was created here
-    and is still empty at the end is deleted again. A file system without locks is reported through `log`.
+    and is still empty at the end is deleted again. If the file system has no locks, `log` gets a warning.
 
     :yield: a function to call before each write. It raises OSError if `folder` was moved, deleted or replaced since.
         To write under its path then would start a second run in the new directory, which this lock does not cover.
@@ -34,7 +34,7 @@ def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Call
     existed = os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
-        # Some file systems number their files anew unless one is open.
+        # Kept open, because some file systems may otherwise give the file another number.
         held = open(os.path.join(folder, LOCK_NAME), "a")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
@@ -44,7 +44,8 @@ def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Call
     lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
-    except (Timeout, OSError, NotImplementedError) as error:  # versions of filelock differ without locks
+    # Without locks, versions of filelock raise different errors.
+    except (Timeout, OSError, NotImplementedError) as error:
         reason = _why_no_locks(held.fileno())
         if not reason:
             held.close()
@@ -94,7 +95,7 @@ def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Call
 
 
 def _why_no_locks(descriptor: int) -> str:
-    """What the system says when an open file cannot be locked for want of locks; empty where there are some."""
+    """The error message of a file system without locks, for an open file; empty if it has locks."""
     try:
         import fcntl
     except ImportError:  # Windows, where every file system has them
