@@ -113,6 +113,14 @@ def test_one_model_draws_in_many_ways(run):
     assert len(model.sample(3, use_ddim=True, timestep_respacing="4")) == 3
 
 
+def test_it_edits_as_many_images_as_there_are(run, tmp_path):
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(tmp_path / "red.png")
+    model = load(run)
+    edited = model.sample(init_image=tmp_path / "red.png", strength=0.2, steps=5, classes="cat")
+    assert edited.shape == (1, 8, 8, 3)
+    assert len(model.sample(steps=1)) == 16, "without images to edit"
+
+
 def test_images_are_an_array_that_can_be_saved(tmp_path):
     pixels = np.arange(4 * 6 * 6 * 3, dtype=np.uint8).reshape(4, 6, 6, 3)
     images = idf.Images(pixels, np.array([0, 0, 1, 1]))

@@ -162,6 +162,19 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone):
     assert_same_state(folder, alone, STEPS)
 
 
+def test_two_ranks_start_from_the_weights_of_another_run(tmp_path, alone):
+    flags = ["--init_from", alone, "--total_steps", 2]
+    run_training(tmp_path / "one", *FLAGS, *WHOLE, *flags)
+    with two_ranks(tmp_path / "two", *HALF, *flags) as ranks:
+        assert [rank.wait() for rank in ranks] == [0, 0]
+    assert ranks[0].stdout.count("starts from: ") == 1 and ranks[1].stdout == ranks[1].stderr == ""
+    one, two = (checkpoint.read(str(tmp_path / name), 2) for name in ("one", "two"))
+    assert one.state["origin"] == two.state["origin"] != {}
+    x, y = (th.cat(list(numbers(c.load("model")))) for c in (two, one))
+    start = th.cat(list(numbers(checkpoint.read(str(alone), STEPS).load("model"))))
+    assert (x - y).norm() < 1e-4 * y.norm() and (start - y).norm() < 0.1 * y.norm()
+
+
 def test_a_change_of_the_global_batch_is_said(tmp_path):
     run_training(tmp_path / "run", *FLAGS, *WHOLE, "--total_steps", 1)
     training = run_training(tmp_path / "run", *FLAGS, *HALF, "--total_steps", 2)
