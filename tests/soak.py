@@ -87,15 +87,15 @@ TRAINING, DONE, STOPPED = "training from step ", "done: ", "stopped by "
 STOPPING = "finishing this step"
 LOST = ("another process of this job has ended", "lost contact with ")
 CUT_OFF, KEPT_IN, BEHIND = "could not be brought up to date", "all files are in ", "is not up to date"
-SKIPPED, ALL_KEPT = "skipping checkpoint ", "all checkpoints are kept"
+SKIPPED, ALL_KEPT, UNDELETED = "skipping checkpoint ", "all checkpoints are kept", " is not deleted"
 NOT_DRAWN, NOT_WRITTEN, NOT_CACHED, BAD_CACHE = (
     "could not be drawn",
     "could not be written",
     "cache",
     "its cache",
 )
-TEXTS = (TRAINING, DONE, STOPPED, STOPPING, *LOST, CUT_OFF, KEPT_IN, BEHIND, SKIPPED, ALL_KEPT, NOT_DRAWN)
-TEXTS += (NOT_WRITTEN, NOT_CACHED, BAD_CACHE)
+TEXTS = (TRAINING, DONE, STOPPED, STOPPING, *LOST, CUT_OFF, KEPT_IN, BEHIND, SKIPPED, ALL_KEPT, UNDELETED)
+TEXTS += (NOT_DRAWN, NOT_WRITTEN, NOT_CACHED, BAD_CACHE)
 
 STATE_KEYS = ("samples", "global_batch", "data", "schedule_sampler", "logged_step", "skipped", "precision")
 TIMING = {*training_process.TIMING, "saved_at", "seconds"}
@@ -470,6 +470,7 @@ class Case:
         expected = [BAD_CACHE]
         if self.damaged:
             expected += [f"{SKIPPED}{step}:" for step in self.damaged]
+            expected += [f"checkpoint {step}{UNDELETED}" for step in self.damaged]
         if is_failing:
             expected += [ALL_KEPT, NOT_DRAWN, NOT_WRITTEN, NOT_CACHED, BEHIND]
         require(any(text in line for text in expected), line)
