@@ -120,17 +120,18 @@ def obtain_archive(out_dir: str, url: str, md5: str) -> str:
     return path
 
 
-def download(url: str, path: str, md5: str) -> None:
+def download(url: str, path: str, md5: str, flag: str = "--archive") -> None:
     """Download `url`. The file gets the name `path` only when its checksum is right.
 
     Until then the data are in ``<path>.part``. The next try continues it if the server allows that.
 
+    :param flag: with which one's own copy can be given instead, for the message.
     :raises ValueError: there is no connection, it broke, or the checksum is wrong.
     """
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
     print(f"downloading {url}")
-    with contextlib.closing(_connect(url, have)) as response:
+    with contextlib.closing(_connect(url, have, flag)) as response:
         resumed = response.status == 206
         if not resumed:
             have = 0
@@ -138,9 +139,9 @@ def download(url: str, path: str, md5: str) -> None:
         total = have + int(rest) if rest else None
         with (
             open(part, "ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=ARCHIVE_NAME) as bar,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path)) as bar,
         ):
-            for chunk in _chunks(response, url):
+            for chunk in _chunks(response, url, flag):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and os.path.getsize(part) < total:
@@ -223,34 +224,34 @@ def _existing_images(folder: str) -> set[str]:
         return {entry.name for entry in entries if entry.name.endswith(".png") and entry.stat().st_size}
 
 
-def _connect(url: str, start: int) -> http.client.HTTPResponse:
+def _connect(url: str, start: int, flag: str) -> http.client.HTTPResponse:
     """An open response with the bytes of `url` from `start` on, or with all of them."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         return urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the file ends at `start`
-            return _connect(url, 0)
-        raise _download_error(url, error) from None
+            return _connect(url, 0, flag)
+        raise _download_error(url, error, flag) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _download_error(url, error) from None
+        raise _download_error(url, error, flag) from None
 
 
-def _chunks(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
+def _chunks(response: http.client.HTTPResponse, url: str, flag: str) -> Iterator[bytes]:
     while True:
         try:
             chunk = response.read(1 << 18)
         except (OSError, http.client.HTTPException) as error:
-            raise _download_error(url, error) from None
+            raise _download_error(url, error, flag) from None
         if not chunk:
             return
         yield chunk
 
 
-def _download_error(url: str, error: Exception) -> ValueError:
+def _download_error(url: str, error: Exception, flag: str) -> ValueError:
     return ValueError(
         f"cannot download {url} ({getattr(error, 'reason', None) or error}); "
-        "run this again, or download the file yourself and pass it with --archive"
+        f"run this again, or download the file yourself and pass it with {flag}"
     )
 
 

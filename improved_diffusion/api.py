@@ -24,6 +24,7 @@ from improved_diffusion.config import (
     SamplerFlags,
     TrainConfig,
 )
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.drawn import Images
 from improved_diffusion.evaluation.bits_per_dim import BoundTally
 from improved_diffusion.flags import Flags, defaults
@@ -55,7 +56,7 @@ class Model:
 
     :ivar path: the file or folder of its weights.
     :ivar step: how many steps it was trained for; 0 where that is not known.
-    :ivar image_size: the side of its images in pixels.
+    :ivar image_size: the side of its images in pixels, or (height, width).
     :ivar class_names: of its classes; empty for a model without classes or whose names are not known.
 
     Example::
@@ -70,12 +71,13 @@ class Model:
         self._opened = compute_with(trained, trained.config)
         self.path: str = trained.path
         self.step: int = trained.step
-        self.image_size: int = trained.config.image_size
+        self.image_size: int | tuple[int, int] = trained.config.output_size
         self.class_names: list[str] = list(trained.class_names) if trained.config.class_cond else []
 
     def __repr__(self) -> str:
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        size = f"{self.image_size}x{self.image_size}"
+        height, width = height_width(self.image_size)
+        size = f"{width}x{height}"
         return f"<Model {self.path}: {size} pixels{classes}, {self.step:,} steps>"
 
     def sample(
@@ -90,7 +92,7 @@ class Model:
         progress: bool = True,
         **flags: Any,
     ) -> Images:
-        """Draw `n` images: an array uint8 [n, H, W, 3] (see `Images`).
+        """Draw `n` images: an array uint8 [n, H, W, 3 or 1] (see `Images`).
 
         Image i is the one that image_sample.py draws as number i with the same flags.
 
@@ -197,8 +199,8 @@ def train(data: Path, *, log_dir: Path = "", hours: float | None = None, **flags
 def evaluate(samples: Path | np.ndarray, reference: Path | np.ndarray, **flags: Any) -> dict[str, Any]:
     """Measure how close images are to real ones: Fréchet and kernel distance, precision, recall.
 
-    :param samples, reference: images: a folder, an ``.npz`` file, or an array uint8 [N, H, W, 3]; the reference may
-        be "builtin". Those drawn by classes bring their classes along.
+    :param samples, reference: images: a folder, an ``.npz`` file, or an array uint8 [N, H, W, 3 or 1]; the
+        reference may be "builtin". Those drawn by classes bring their classes along.
     :param flags: of image_eval.py: `features` ("inception", "pixel" or a file), `classifier`, `batch_size`, ...
     :return: what image_eval.py writes into ``evaluation.json``; "metrics" has the numbers by name.
     :raises ValueError: the images are unusable.

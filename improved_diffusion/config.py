@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from improved_diffusion.flags import Flags, Role, flag, named, with_defaults
 from improved_diffusion.learning_rate import LR_DECAYS, check_lr_schedule
-from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers
+from improved_diffusion.levels import DEFAULT_ATTENTION, attention_factors, channel_multipliers, check_width
 from improved_diffusion.recipes import RECIPES, explain
 
 NOISE_SCHEDULES = ("linear", "cosine")
@@ -107,22 +107,53 @@ def _check_microbatch(size: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class ImageFlags(Flags):
+class ColourFlags(Flags):
+    """The colours of the images."""
+
+    TITLE: ClassVar[str] = "images"
+    channels: int = flag(
+        0,
+        "channels of the images: 1 for shades of grey, 3 for colours; 0: 1 if all training images are grey",
+        check=lambda channels: None if channels in (0, 1, 3) else "use 1, 3, or 0 for those of the data",
+        role=Role.ARCHITECTURE,
+    )
+
+    @property
+    def colour_channels(self) -> int:
+        """The channels of the images that the model makes; 3 where they are neither given nor found in the data."""
+        return self.channels or 3
+
+
+@dataclass(frozen=True)
+class ImageFlags(ColourFlags):
     """The size of the images."""
 
     TITLE: ClassVar[str] = "images"
     image_size: int = flag(
         32, "side of the square images in pixels", low=1, high=1024, role=Role.ARCHITECTURE
     )
+    image_width: int = flag(
+        0,
+        "width in pixels of images that are not square, whose height is --image_size; 0: square",
+        low=0,
+        high=1024,
+        role=Role.ARCHITECTURE,
+    )
 
     @property
-    def output_size(self) -> int:
-        """The side in pixels of the images that the model makes."""
+    def output_size(self) -> int | tuple[int, int]:
+        """The size of the images that the model makes: the side of squares, or (height, width)."""
+        square = self.image_width in (0, self.image_size)
+        return self.image_size if square else (self.image_size, self.image_width)
+
+    @property
+    def output_height(self) -> int:
+        """Their height, which decides the levels of the model."""
         return self.image_size
 
 
 @dataclass(frozen=True)
-class SuperResSizes(Flags):
+class SuperResSizes(ColourFlags):
     """The sizes of the images of a super-resolution model."""
 
     TITLE: ClassVar[str] = "images"
@@ -136,6 +167,11 @@ class SuperResSizes(Flags):
     @property
     def output_size(self) -> int:
         """The side in pixels of the images that the model makes."""
+        return self.large_size
+
+    @property
+    def output_height(self) -> int:
+        """Their height, which decides the levels of the model."""
         return self.large_size
 
 
@@ -304,7 +340,7 @@ class SuperResModelAndDiffusion(SuperResModelFlags, DiffusionFlags):
     """A super-resolution model and its diffusion."""
 
 
-MODEL_CLASSES = (ImageFlags, SuperResSizes, ClassFlags, UNetFlags, ProcessFlags, DiffusionFlags)
+MODEL_CLASSES = (ColourFlags, ImageFlags, SuperResSizes, ClassFlags, UNetFlags, ProcessFlags, DiffusionFlags)
 
 
 # -- training -------------------------------------------------------------------------------------------------
@@ -554,19 +590,22 @@ def check_classes(config: ClassFlags) -> None:
 def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The channel multipliers of all levels, and the downsampling factors of the levels with attention.
 
-    :param config: also has the `output_size` of `ImageFlags` or `SuperResSizes`.
+    :param config: also has the sizes of `ImageFlags` or `SuperResSizes`.
     :raises ValueError: they do not fit the size; the message names the flag.
     """
-    size = config.output_size
+    size, width = config.output_height, getattr(config, "image_width", 0)
     if size % config.patch_size:
         raise ValueError(f"--patch_size {config.patch_size}: must divide the image size {size}")
     size //= config.patch_size
     try:
         multipliers = channel_multipliers(config.channel_mult, size)
-        return multipliers, attention_factors(config.attention_resolutions, size, len(multipliers))
+        factors = attention_factors(config.attention_resolutions, size, len(multipliers))
+        if width:
+            check_width(width, size, len(multipliers), factors, config.patch_size)
+        return multipliers, factors
     except ValueError as error:
         image_size = "large_size" if isinstance(config, SuperResSizes) else "image_size"
-        same = {name: name for name in ("channel_mult", "attention_resolutions")}
+        same = {name: name for name in ("channel_mult", "attention_resolutions", "image_width")}
         raise named(error, {**same, "image_size": image_size}) from None
 
 

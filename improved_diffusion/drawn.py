@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from improved_diffusion.pictures import image_grid
+from improved_diffusion.pictures import image_grid, to_picture
 from improved_diffusion.storage import open_atomic
 
 
 class Images(np.ndarray):
     """Images as an array uint8 [N, H, W, 3], for NumPy like any other; a notebook shows them as a picture.
+
+    Those of a model of grey images are [N, H, W, 1].
 
     :ivar labels: the class of each image, int64 [N]; None where there are no classes, and for a part of the images.
 
@@ -40,7 +42,7 @@ class Images(np.ndarray):
 
     def pil(self) -> list[Image.Image]:
         """The images one by one."""
-        return [Image.fromarray(image) for image in self._pixels()]
+        return [to_picture(image) for image in self._pixels()]
 
     def grid(self) -> Image.Image:
         """One picture of all images; each class has a row of its own."""
@@ -69,7 +71,7 @@ class Images(np.ndarray):
         pixels = np.asarray(self)
         if pixels.ndim == 3:
             pixels = pixels[None]
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
             raise ValueError(
                 f"an array {pixels.dtype} {list(pixels.shape)} is no picture any more; images are uint8 [N, H, W, 3]"
             )

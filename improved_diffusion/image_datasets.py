@@ -13,7 +13,7 @@ from PIL import Image
 from improved_diffusion.cpu.machine import memory_gb
 from improved_diffusion.data.batch_stream import BatchStream
 from improved_diffusion.data.builtin_images import BUILTIN_COUNT, CLASS_NAMES, builtin_set
-from improved_diffusion.data.decode import MAX_ASPECT, fit_image
+from improved_diffusion.data.decode import MAX_ASPECT, fit_image, height_width, is_grey, to_grey
 from improved_diffusion.data.folder import classify, fingerprint, read_folder
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import one_line
@@ -33,19 +33,20 @@ def load_data(
     *,
     data_dir: str,
     batch_size: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     class_cond: bool = False,
     deterministic: bool = False,
     random_flip: bool = False,
     seed: int = 0,
     data_workers: int = 0,
     cache_limit_gb: float = 2.0,
+    channels: int = 3,
 ) -> BatchStream:
     """An endless iterator over batches of the images of `data_dir`; see `read_images` and `BatchStream`.
 
     :raises ValueError: an argument or the data are unusable; the message begins with the argument or the place.
     """
-    images = read_images(data_dir, image_size, cache_limit_gb=cache_limit_gb)
+    images = read_images(data_dir, image_size, channels=channels, cache_limit_gb=cache_limit_gb)
     return BatchStream(
         images,
         batch_size,
@@ -59,8 +60,9 @@ def load_data(
 
 def read_images(
     data_dir: str,
-    image_size: int,
+    image_size: int | tuple[int, int],
     *,
+    channels: int = 3,
     cache_limit_gb: float = 2.0,
     cache_dir: str | None = None,
     log: Callable[[str], object] = print,
@@ -72,7 +74,8 @@ def read_images(
         `data.folder.classify`). An .npz file, whose images are ``arr_0`` or the first uint8 array [N, H, W, 3 or 1],
         and whose classes, if any, are ``arr_1`` or ``labels``. Or "builtin": pictures that the package draws. The
         folder or file may be a blobfile URL.
-    :param image_size: the side of the squares, in pixels.
+    :param image_size: the side of the squares, in pixels; or (height, width) of rectangles.
+    :param channels: 3 for colours, 1 for grey; 0: grey if all files are (by their mode, or the shape of the array).
     :param cache_limit_gb: a folder whose pixels take at most this many GB (10^9 bytes) is kept in memory. Images of
         a larger folder are decoded when they are needed. An .npz file is always kept in memory.
     :param cache_dir: where the pixels of a folder are stored for the next start; by default
@@ -84,15 +87,15 @@ def read_images(
     """
     if not data_dir:
         raise ValueError("unspecified data directory: give a folder of images, an .npz file or builtin")
-    if image_size < 1:
+    if min(height_width(image_size)) < 1:
         raise ValueError(f"image_size {image_size}: must be at least 1")
     if cache_limit_gb < 0:
         raise ValueError(f"cache_limit_gb {cache_limit_gb}: must not be negative")
     if data_dir == BUILTIN:
-        return _read_builtin(image_size)
+        return _read_builtin(image_size, channels)
     source = absolute(data_dir)
     if source.lower().endswith(".npz"):
-        return _read_npz(source, image_size)
+        return _read_npz(source, image_size, channels)
     if not (bf.isdir(source) if is_remote(source) else os.path.isdir(source)):
         problem = "is neither a folder nor an .npz file" if _exists(source) else "does not exist"
         raise ValueError(f"{source} {problem}")
@@ -109,9 +112,11 @@ def read_images(
         why = "; ".join(f"{len(names)} x {reason}" for reason, names in folder.skipped.items())
         raise ValueError(f"{source} holds no usable image ({why or 'it is empty'})")
     class_names, labels = classify([file.name for file in folder.files])
+    channels = channels or (1 if all(map(is_grey, folder.modes)) else 3)
     return ImageSet(
         image_size=image_size,
-        images=folder.images,
+        channels=channels,
+        images=_with_channels(folder.images, channels),
         files=None if folder.images is not None else folder.files,
         labels=labels,
         class_names=class_names,
@@ -126,7 +131,7 @@ def describe(images: ImageSet) -> str:
     megabytes = about["bytes"] / 1e6
     where = f"{megabytes:,.0f} MB in memory" if images.in_memory else "decoded while they are used"
     cached = ", from the cache" if about["cached"] else ""
-    size = f"{images.image_size}x{images.image_size}"
+    size = _named_size(images.image_size)
     smallest, largest, most_common = (about["sizes"][key] for key in ("min", "max", "most_common"))
     if smallest == largest == size:
         sizes = f"all {size}"
@@ -137,7 +142,8 @@ def describe(images: ImageSet) -> str:
     lines = [
         f"{about['images']:,} images from {about['source']} ({where}{cached})",
         f"  sizes:   {sizes}",
-        f"  modes:   {_counts(about['modes'])}",
+        f"  modes:   {_counts(about['modes'])}"
+        + (", as one channel of grey" if images.channels == 1 else ""),
     ]
     if images.class_names:
         lines.append(f"  classes: {images.num_classes:,} ({_counts(about['classes'], CLASSES_SHOWN)})")
@@ -151,21 +157,34 @@ def describe(images: ImageSet) -> str:
     return "\n".join(map(one_line, lines)).encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_builtin(image_size: int) -> ImageSet:
+def _named_size(image_size: int | tuple[int, int]) -> str:
+    """As sizes are named in summaries, the width first."""
+    height, width = height_width(image_size)
+    return f"{width}x{height}"
+
+
+def _with_channels(images: np.ndarray | None, channels: int) -> np.ndarray | None:
+    """Images [N, S, S, 3] as [N, S, S, `channels`], and None as None."""
+    return to_grey(images) if images is not None and channels == 1 else images
+
+
+def _read_builtin(image_size: int | tuple[int, int], channels: int) -> ImageSet:
     _check_memory(BUILTIN, BUILTIN_COUNT, image_size)
     images, labels = builtin_set(image_size)
+    channels = channels or 3
     return ImageSet(
         image_size=image_size,
-        images=images,
+        channels=channels,
+        images=_with_channels(images, channels),
         files=None,
         labels=labels,
         class_names=CLASS_NAMES,
         fingerprint=_hash_arrays(images, labels),
-        summary=_summary(BUILTIN, {f"{image_size}x{image_size}": len(images)}, {"RGB": len(images)}),
+        summary=_summary(BUILTIN, {_named_size(image_size): len(images)}, {"RGB": len(images)}),
     )
 
 
-def _read_npz(path: str, image_size: int) -> ImageSet:
+def _read_npz(path: str, image_size: int | tuple[int, int], channels: int) -> ImageSet:
     try:
         with open_input(path) as file:
             _check_archive(file)
@@ -183,16 +202,18 @@ def _read_npz(path: str, image_size: int) -> ImageSet:
     if labels is not None:
         labels = _checked_labels(labels, len(pixels), path)
         class_names = [str(label) for label in range(labels.max() + 1)]
-    count, height, width, channels = pixels.shape
+    count, height, width, found = pixels.shape
+    channels = channels or found
     hashed = _hash_arrays(pixels) if labels is None else _hash_arrays(pixels, labels)
     return ImageSet(
         image_size=image_size,
-        images=_fit_all(pixels, image_size),
+        channels=channels,
+        images=_with_channels(_fit_all(pixels, image_size), channels),
         files=None,
         labels=labels,
         class_names=class_names,
         fingerprint=hashed,
-        summary=_summary(path, {f"{width}x{height}": count}, {"RGB" if channels == 3 else "L": count}),
+        summary=_summary(path, {f"{width}x{height}": count}, {"RGB" if found == 3 else "L": count}),
     )
 
 
@@ -212,12 +233,13 @@ def _check_archive(file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _check_memory(source: str, count: int, image_size: int) -> None:
+def _check_memory(source: str, count: int, image_size: int | tuple[int, int]) -> None:
     """Check that a set of images fits in memory. :raises ValueError: it does not."""
-    gigabytes, available = count * image_size**2 * 3 / 2**30, memory_gb()
+    height, width = height_width(image_size)
+    gigabytes, available = count * height * width * 3 / 2**30, memory_gb()
     if available is not None and gigabytes > available:
         raise ValueError(
-            f"{source}: {count:,} images of {image_size}x{image_size} pixels take {gigabytes:,.0f} GB of "
+            f"{source}: {count:,} images of {width}x{height} pixels take {gigabytes:,.0f} GB of "
             f"memory, and this machine has {available:,.0f}; give a smaller image size"
         )
 
@@ -241,10 +263,10 @@ def _checked_labels(labels: np.ndarray, count: int, path: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _fit_all(pixels: np.ndarray, image_size: int) -> np.ndarray:
+def _fit_all(pixels: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarray:
     """Images uint8 [N, H, W, 3 or 1], scaled and cropped to [N, S, S, 3]."""
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-    if pixels.shape[1:3] == (image_size, image_size):
+    if pixels.shape[1:3] == height_width(image_size):
         return np.ascontiguousarray(pixels)
     return np.stack([fit_image(Image.fromarray(np.ascontiguousarray(image)), image_size) for image in pixels])
 

@@ -79,6 +79,30 @@ def attention_factors(text: str, image_size: int, levels: int) -> tuple[int, ...
     return tuple(image_size // resolution for resolution in resolutions if resolution <= image_size)
 
 
+def check_width(
+    image_width: int, height: int, levels: int, attention: tuple[int, ...], patch_size: int = 1
+) -> None:
+    """Check that a UNet, whose levels are those of its height, can take images of this width.
+
+    :param image_width: in pixels. :param height: in positions, of `patch_size` pixels.
+    :param attention: the downsampling factors with attention.
+    :raises ValueError: it cannot; the message begins with the name of the argument.
+    """
+    divisor = patch_size * 2 ** (levels - 1)
+    if image_width % divisor:
+        raise ValueError(
+            f"image_width {image_width}: the {levels} levels of the model need a multiple of {divisor}; try "
+            f"{image_width // divisor * divisor or divisor}"
+        )
+    width = image_width // patch_size
+    finest = min([factor for factor in attention if factor < 2**levels] + [2 ** (levels - 1)])
+    if (height // finest) * (width // finest) > MAX_ATTENTION_SIDE**2:
+        raise ValueError(
+            f"image_width {image_width}: attention at {width // finest}x{height // finest} pixels needs more memory "
+            f"than there is; at most as much as {MAX_ATTENTION_SIDE}x{MAX_ATTENTION_SIDE}"
+        )
+
+
 def _integers(text: str, name: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))

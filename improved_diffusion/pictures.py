@@ -34,7 +34,7 @@ def save_samples(
     Ctrl-C, SIGTERM and SIGHUP end the drawing; the finished batches are still written. Of several processes, only
     rank 0 writes.
 
-    :param batches: uint8 [n, F, H, W, 3] each: F frames from noise to image, or only the image.
+    :param batches: uint8 [n, F, H, W, 3 or 1] each: F frames from noise to image, or only the image.
     :param labels: the class of each image, [N].
     :param rows: the row of each image in the grid (see `image_grid`).
     :param save_png: also write every image as a PNG file, as soon as it is drawn.
@@ -53,7 +53,7 @@ def save_samples(
             if save_png:
                 for number, image in enumerate(finished, start=sum(map(len, images))):
                     with open_atomic(bf.join(out_dir, f"{number:06d}.png")) as file:
-                        Image.fromarray(image).save(file, format="PNG")
+                        to_picture(image).save(file, format="PNG")
             if save_trajectory:
                 missing = _count_in_animation(batch) - sum(map(len, frames))
                 frames.append(batch[: max(0, missing)])
@@ -74,10 +74,15 @@ def save_samples(
     return stoppable.exit_code
 
 
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """Pixels, uint8 [H, W, 3 or 1], as a picture, in colour or grey."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def image_grid(images: np.ndarray, rows: np.ndarray | None = None, padding: int = 2) -> Image.Image:
     """One picture of all images, enlarged by the largest whole factor that leaves them at 64 pixels or less.
 
-    :param images: uint8 [N, H, W, 3]; only the first `MAX_IN_GRID` are shown.
+    :param images: uint8 [N, H, W, 3 or 1]; only the first `MAX_IN_GRID` are shown.
     :param rows: a number for each image, [N], such as its class. Images with the same number share a row. None: the
         grid is about square.
     :param padding: pixels between images.
@@ -111,7 +116,7 @@ def image_grid(images: np.ndarray, rows: np.ndarray | None = None, padding: int 
 def save_animation(frames: np.ndarray, out_dir: str, rows: np.ndarray | None = None) -> str:
     """Write an animation from noise to images: ``trajectory.webp``, or ``trajectory.gif`` if Pillow has no WebP.
 
-    :param frames: uint8 [N, F, H, W, 3].
+    :param frames: uint8 [N, F, H, W, 3 or 1].
     :param rows: as in `image_grid`.
     :return: the path of the file.
     """

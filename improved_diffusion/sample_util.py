@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, seeding
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.editing import Edit
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.progress import Progress
@@ -74,29 +75,31 @@ DETERMINISTIC_PLAN = Plan("unipc", 20)  # where the image must be a function of 
 class Subject:
     """Which images to draw. Images are numbered from 0.
 
-    :ivar image_size: side in pixels.
+    :ivar image_size: side S in pixels, or (height, width).
     :ivar seed: image i has the random stream of (`seed`, i), which also gives the noise that it starts from.
     :ivar labels: the class of each image, for a class-conditional model.
-    :ivar low_res: the images to enlarge, [N, 3, s, s] in [-1, 1], for a super-resolution model.
-    :ivar latents: [N, 3, image_size, image_size], what the images start from instead of the noise of `seed`.
-    :ivar edit: how to edit M images [M, 3, image_size, image_size]. Image i is made from number i mod M of them.
+    :ivar low_res: the images to enlarge, [N, C, s, s] in [-1, 1], for a super-resolution model.
+    :ivar latents: [N, C, S, S], what the images start from instead of the noise of `seed`.
+    :ivar edit: how to edit M images [M, C, S, S]. Image i is made from number i mod M of them.
+    :ivar channels: C, 1 for grey images and 3 for colours.
     """
 
-    image_size: int
+    image_size: int | tuple[int, int]
     seed: int = 0
     labels: Sequence[int] | None = None
     low_res: th.Tensor | None = None
     latents: th.Tensor | None = None
     edit: Edit | None = None
+    channels: int = 3
 
     def latent(self, numbers: range, randn_like: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
-        """The noise that the n images `numbers` start from, [n, 3, image_size, image_size]."""
+        """The noise that the n images `numbers` start from, [n, C, S, S]."""
         if self.latents is not None:
             return self.latents[numbers.start : numbers.stop]
-        return randn_like(th.empty(len(numbers), 3, self.image_size, self.image_size))
+        return randn_like(th.empty(len(numbers), self.channels, *height_width(self.image_size)))
 
     def model_kwargs(self, numbers: range) -> dict[str, th.Tensor]:
-        """The model's arguments for the n images `numbers`: labels `y` [n] and `low_res` [n, 3, s, s], where given."""
+        """The model's arguments for the n images `numbers`: labels `y` [n] and `low_res` [n, C, s, s], where given."""
         kwargs = {}
         if self.labels is not None:
             kwargs["y"] = th.tensor([self.labels[i] for i in numbers])
@@ -105,7 +108,7 @@ class Subject:
         return kwargs
 
     def edit_of(self, numbers: range) -> Edit | None:
-        """`edit` with the originals of the n images `numbers`, [n, 3, image_size, image_size]; None without an edit."""
+        """`edit` with the originals of the n images `numbers`, [n, C, S, S]; None without an edit."""
         if self.edit is None:
             return None
         images = self.edit.images
@@ -121,7 +124,7 @@ def draw(
 ) -> Iterator[th.Tensor]:
     """Draw the n images `numbers` of `subject`.
 
-    :yield: tensors [n, 3, S, S]: the starting noise, or the images that are edited, then the state after each step. The
+    :yield: tensors [n, C, S, S]: the starting noise, or the images that are edited, then the state after each step. The
         last one holds the results.
     """
     randn_like = per_image_noise(subject.seed, numbers)
@@ -173,7 +176,7 @@ def sample_images(
 
     :param frames: the number of states to return of each image, evenly spread from noise to image; 1: only the image.
     :param progress: the label of a progress display; empty: no display.
-    :yield: uint8 [n, F, S, S, 3]. n is `batch_size` times the number of processes, or less in the last batch. F is
+    :yield: uint8 [n, F, S, S, C]. n is `batch_size` times the number of processes, or less in the last batch. F is
         `frames`, or the number of states if that is smaller. Ranks other than 0 yield only their share.
     """
     steps = plan.count_steps(diffusion, subject.edit)
@@ -313,11 +316,11 @@ def per_image_noise(seed: int, numbers: Sequence[int]) -> Callable[[th.Tensor], 
 
 
 def to_uint8(x: th.Tensor) -> np.ndarray:
-    """Images [N, 3, H, W] in [-1, 1] as uint8 [N, H, W, 3], rounded and clipped."""
+    """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C], rounded and clipped."""
     scaled = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(th.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def from_uint8(pixels: np.ndarray) -> th.Tensor:
-    """Images uint8 [N, H, W, 3] as float32 [N, 3, H, W] in [-1, 1], the range that models are trained in."""
+    """Images uint8 [N, H, W, C] as float32 [N, C, H, W] in [-1, 1], the range that models are trained in."""
     return th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

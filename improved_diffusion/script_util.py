@@ -22,6 +22,7 @@ from improved_diffusion.config import (
     check_classes,
     levels_of,
 )
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.flags import Flags, declared, defaults, errors_about, named, pick, str2bool
 from improved_diffusion.image_datasets import read_images
@@ -121,7 +122,7 @@ def _build(config: ModelFlags | SuperResModelFlags) -> UNetModel:
             raise ValueError(
                 f"--small_size {config.small_size}: must be below --large_size {config.large_size}"
             )
-    arguments = {"in_channels": 3, **_unet_arguments(config)}
+    arguments = {"in_channels": config.colour_channels, **_unet_arguments(config)}
     try:
         with th.device("meta"):  # tensors without memory
             # Without classes: to initialise an embedding on this device, torch would load its compiler.
@@ -241,7 +242,7 @@ def _unet_arguments(config: ModelFlags | SuperResModelFlags) -> dict[str, Any]:
     channel_mult, attention_factors = levels_of(config)
     return {
         "model_channels": config.num_channels,
-        "out_channels": 6 if config.learn_sigma else 3,
+        "out_channels": (2 if config.learn_sigma else 1) * config.colour_channels,
         "num_res_blocks": config.num_res_blocks,
         "attention_resolutions": attention_factors,
         "dropout": config.dropout,
@@ -273,11 +274,11 @@ def check_images_fit(config: Flags, name: str, bytes_per_number: int) -> None:
     :param bytes_per_number: of each of the 3 numbers of a pixel.
     :raises ValueError: all images together take more than `MAX_IMAGES_GB` GB; the message names the flag.
     """
-    side, count = config.output_size, getattr(config, name)
-    gigabytes = count * 3 * side**2 * bytes_per_number / 1e9
+    count, (height, width) = getattr(config, name), height_width(config.output_size)
+    gigabytes = count * config.colour_channels * height * width * bytes_per_number / 1e9
     if gigabytes > MAX_IMAGES_GB:
         raise ValueError(
-            f"--{name} {count}: so many images of {side}x{side} pixels take "
+            f"--{name} {count}: so many images of {width}x{height} pixels take "
             f"{gigabytes:,.0f} GB of memory; {MAX_IMAGES_GB} GB are the limit"
         )
 
@@ -293,21 +294,25 @@ def join_processes(config: Flags) -> None:
     dist_util.check_alike(shared, "start all processes with the same flags")
 
 
-def read_flag(flag_name: str, path: str, image_size: int) -> ImageSet:
+def read_flag(flag_name: str, path: str, image_size: int | tuple[int, int], channels: int = 3) -> ImageSet:
     """The images at `path` (see `read_images`), which are to be measured.
 
     :param flag_name: of the flag that names the path.
     :raises ValueError: they are unusable or too few; the message names the flag.
     """
     with errors_about(flag_name):
-        images = read_images(path, image_size)
+        images = read_images(path, image_size, channels=channels)
         if len(images) < MIN_MEASURED:
             raise ValueError(f"{path}: holds {len(images)} images, too few to measure; give more")
         return images
 
 
 def read_images_alike(
-    place: str, image_size: int, cache_limit_gb: float = 2.0, flag_name: str = "data_dir"
+    place: str,
+    image_size: int | tuple[int, int],
+    cache_limit_gb: float = 2.0,
+    flag_name: str = "data_dir",
+    channels: int = 3,
 ) -> ImageSet:
     """Read the images at `place` (see `read_images`) in all processes of the job.
 
@@ -318,7 +323,11 @@ def read_images_alike(
     """
     with dist_util.rank_0_first(), errors_about(flag_name):
         images = read_images(
-            place, image_size, cache_limit_gb=cache_limit_gb, progress=dist_util.get_rank() == 0
+            place,
+            image_size,
+            channels=channels,
+            cache_limit_gb=cache_limit_gb,
+            progress=dist_util.get_rank() == 0,
         )
     contents = f"{len(images):,} images (fingerprint {images.fingerprint[:12]})"
     dist_util.check_alike({f"--{flag_name}": contents}, "all processes need the same images")

@@ -11,7 +11,6 @@ from improved_diffusion.benchmark.settings import NAMES, Settings, random_images
 from improved_diffusion.benchmark.timing import ratios, seconds_of, spread
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.data.batch_stream import BatchStream
-from improved_diffusion.script_util import read_images_alike
 from improved_diffusion.train_util import TrainLoop
 
 # The parts that operations belong to. The first of these texts that occurs in an operation's name decides.
@@ -41,7 +40,7 @@ BACKWARD = "autograd::engine::evaluate_function: "
 def measure_parts(settings: Settings) -> dict[str, Any]:
     """The parts of a step on the fast path in the precision of `settings`, on one core."""
     precision = settings.compute.precision
-    images = read_images_alike(settings.data_dir, settings.model["image_size"])
+    images = settings.read_images()
     stream = BatchStream(images, settings.batch_size)
     loop = training_loop(settings, precision, workers=1)
     keep_memory()

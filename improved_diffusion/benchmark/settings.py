@@ -7,9 +7,13 @@ import torch as th
 
 from improved_diffusion.benchmark.plain import make_plain
 from improved_diffusion.benchmark.timing import Contender
+from improved_diffusion.config import ImageFlags
 from improved_diffusion.cpu.compute import Compute
+from improved_diffusion.data.decode import height_width
+from improved_diffusion.data.image_set import ImageSet
+from improved_diffusion.flags import pick
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
-from improved_diffusion.script_util import create_model_and_diffusion
+from improved_diffusion.script_util import create_model_and_diffusion, read_images_alike
 from improved_diffusion.train_util import TrainLoop
 from improved_diffusion.unet import UNetModel
 
@@ -31,6 +35,11 @@ class Settings:
     data_dir: str
     compute: Compute
     rounds: int
+
+    def read_images(self) -> ImageSet:
+        """The training images of `data_dir`."""
+        flags = pick(ImageFlags, self.model)
+        return read_images_alike(self.data_dir, flags.output_size, channels=flags.colour_channels)
 
     @property
     def precisions(self) -> list[str]:
@@ -54,9 +63,10 @@ def build(settings: Settings) -> tuple[UNetModel, GaussianDiffusion]:
 
 
 def random_images(settings: Settings, count: int) -> th.Tensor:
-    """`count` images of noise, [count, 3, S, S] in [-1, 1]."""
-    size = settings.model["image_size"]
-    return th.rand(count, 3, size, size, generator=th.Generator().manual_seed(0)) * 2 - 1
+    """`count` images of noise, [count, C, H, W] in [-1, 1]."""
+    shown = pick(ImageFlags, settings.model)
+    shape = (count, shown.colour_channels, *height_width(shown.output_size))
+    return th.rand(shape, generator=th.Generator().manual_seed(0)) * 2 - 1
 
 
 def training_loop(

@@ -25,7 +25,6 @@ from improved_diffusion.benchmark.timing import Contender, interleave, ratios, s
 from improved_diffusion.config import RunFlags
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.data.batch_stream import BatchStream
-from improved_diffusion.script_util import read_images_alike
 from improved_diffusion.train_util import TrainLoop
 
 LOG_INTERVAL = RunFlags().log_interval
@@ -103,7 +102,7 @@ def measure_command(settings: Settings) -> dict[str, Any]:
 
 def _time_command(settings: Settings) -> tuple[list[float], list[float]]:
     """The seconds of bare steps and of those of a training loop that runs in turns with them."""
-    images = read_images_alike(settings.data_dir, settings.model["image_size"])
+    images = settings.read_images()
     timed = WARM_UP + MEASURED_INTERVAL * settings.rounds
     turns = _Turns(BatchStream(images, settings.batch_size))
     loop = training_loop(

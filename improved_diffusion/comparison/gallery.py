@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion.comparison.plan import cell_name
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.progress import Progress
 from improved_diffusion.sample_util import Plan, Subject, draw, to_uint8
@@ -22,7 +23,7 @@ SAVE_SECONDS = 60  # of drawing that a killed process may lose, or one batch
 class Gallery:
     """The images that one model draws, kept in `folder`, which is made if it does not exist.
 
-    A file holds the first images of one plan and seed; later calls append to it. ``arr_0``: uint8 [N, S, S, 3];
+    A file holds the first images of one plan and seed; later calls append to it. ``arr_0``: uint8 [N, S, S, C];
     ``seconds``: the time that drawing them took; ``drawn_with``: JSON.
 
     :param labels: the classes to draw in turn, for a class-conditional model.
@@ -35,7 +36,8 @@ class Gallery:
         model: Callable[..., th.Tensor],
         diffusion: GaussianDiffusion,
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
+        channels: int,
         labels: Sequence[int] | None,
         batch_size: int,
         drawn_with: dict[str, Any],
@@ -45,12 +47,13 @@ class Gallery:
         self._model = model
         self._diffusion = diffusion
         self._image_size = image_size
+        self._channels = channels
         self._labels = labels
         self._batch_size = batch_size
         self._drawn_with = drawn_with
 
     def images(self, plan: Plan, seed: int, count: int) -> tuple[np.ndarray, float]:
-        """The first `count` images of `seed`, uint8 [count, S, S, 3], and the seconds that drawing one took.
+        """The first `count` images of `seed`, uint8 [count, S, S, C], and the seconds that drawing one took.
 
         Missing images are drawn first. The images of a damaged file are drawn again.
 
@@ -63,7 +66,7 @@ class Gallery:
         return images[:count], seconds / len(images)
 
     def _read(self, path: str) -> tuple[np.ndarray, float]:
-        nothing = np.empty((0, self._image_size, self._image_size, 3), np.uint8)
+        nothing = np.empty((0, *height_width(self._image_size), self._channels), np.uint8)
         if not bf.exists(path):
             return nothing, 0.0
         try:
@@ -87,7 +90,7 @@ class Gallery:
         self, path: str, plan: Plan, seed: int, count: int, images: np.ndarray, seconds: float
     ) -> tuple[np.ndarray, float]:
         labels = None if self._labels is None else np.resize(self._labels, count)
-        subject = Subject(self._image_size, seed, labels)
+        subject = Subject(self._image_size, seed, labels, channels=self._channels)
         saved = time.monotonic()
         with Progress(count - len(images), plan.count_steps(self._diffusion), "drawing") as shown:
             while len(images) < count:

@@ -108,7 +108,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     check_images_fit(config, "num_samples", bytes_per_number=1)
     labels = choose_labels(config, opened.class_names)
     extractor = open_extractor(config)
-    reference = read_flag("reference", config.reference, config.image_size)
+    reference = read_flag("reference", config.reference, config.output_size)
     print(f"reference: {describe(reference)}")
     real = reference_statistics(reference, extractor, FEATURE_BATCH)
 
@@ -126,7 +126,8 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
         bf.join(out_dir, "cells"),
         opened.model,
         opened.diffusion,
-        image_size=config.image_size,
+        image_size=config.output_size,
+        channels=config.colour_channels,
         labels=labels,
         batch_size=config.batch_size,
         drawn_with=drawn_with,

@@ -57,8 +57,7 @@ SCHEDULER_OPTIONS = {
 
 # Options that are fixed in this project, with the values that mean the same.
 UNET_ACCEPTED = {
-    "in_channels": [3],
-    "out_channels": [3, 6],
+    "in_channels": [1, 3],
     "center_input_sample": [False],
     "time_embedding_type": ["positional"],
     "mid_block_type": ["UNetMidBlock2D"],
@@ -126,8 +125,11 @@ def unet_config(model: UNetModel, flags: dict[str, Any]) -> dict[str, Any]:
     return {
         **UNET_OPTIONS,
         "_class_name": "UNet2DModel",
-        "sample_size": flags["image_size"],
-        "out_channels": 6 if flags["learn_sigma"] else 3,
+        "sample_size": [flags["image_size"], flags["image_width"]]
+        if flags["image_width"]
+        else flags["image_size"],
+        "in_channels": flags["channels"] or 3,
+        "out_channels": (flags["channels"] or 3) * (2 if flags["learn_sigma"] else 1),
         "block_out_channels": channels,
         "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in with_attention],
         "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(with_attention)],
@@ -197,9 +199,15 @@ def model_flags(config: dict[str, Any]) -> dict[str, Any]:
             f"{_listed(details)}: this project knows {_listed(DETAILS[False])}, and {_listed(DETAILS[True])}, but no "
             "mixture"
         )
-    size = config["sample_size"]
-    if isinstance(size, list) and size[1:] == size[:1]:
-        size = size[0]
+    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"]):
+        raise ValueError(
+            f"out_channels {config['out_channels']}: expected as many as in_channels, or twice as many with a learned "
+            "variance"
+        )
+    size, width = config["sample_size"], 0
+    if isinstance(size, list) and len(size) == 2:
+        size, width = size
+        width = 0 if width == size else _whole_number("sample_size", width)
     size = _whole_number("sample_size", size)
     channels = [_whole_number("block_out_channels", number) for number in _list(config, "block_out_channels")]
     if any(number % channels[0] for number in channels):
@@ -217,13 +225,15 @@ def model_flags(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"dropout {config['dropout']!r}: expected a number")
     return {
         "image_size": size,
+        "image_width": width,
         "num_channels": channels[0],
         "num_res_blocks": _whole_number("layers_per_block", config["layers_per_block"]),
         "num_heads": _heads(config["attention_head_dim"], [*compress(channels, attention), channels[-1]]),
         "attention_resolutions": ",".join(str(size >> level) for level, has in enumerate(attention) if has),
         "channel_mult": ",".join(str(number // channels[0]) for number in channels),
         "dropout": float(config["dropout"]),
-        "learn_sigma": config["out_channels"] == 6,
+        "learn_sigma": config["out_channels"] == 2 * config["in_channels"],
+        "channels": config["in_channels"],
         "class_cond": classes is not None,
         "num_classes": 0 if classes is None else _whole_number("num_class_embeds", classes),
         "use_scale_shift_norm": config["resnet_time_scale_shift"] == "scale_shift",

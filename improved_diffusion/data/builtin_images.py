@@ -93,41 +93,44 @@ SHAPES = {
 CLASS_NAMES = list(SHAPES)
 
 
-def builtin_set(image_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def builtin_set(image_size: int | tuple[int, int] = 32) -> tuple[np.ndarray, np.ndarray]:
     """The standard built-in set: 10,000 images, 1,000 of each class (`draw_builtin` with seed 0)."""
     return draw_builtin(BUILTIN_COUNT, image_size)
 
 
-def draw_builtin(count: int, image_size: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_builtin(
+    count: int, image_size: int | tuple[int, int] = 32, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` images, each of one coloured shape near the centre of a pale background.
 
     Image i depends on `seed`, i and the size only: a smaller count gives the first images of a larger one.
 
-    :param image_size: side S in pixels; shape and position scale with it.
+    :param image_size: side S in pixels, or (height, width); shape and position scale with it.
     :return: images, uint8 [N, S, S, 3] (RGB), and labels, int64 [N]: indices into `CLASS_NAMES`, which take
         turns.
     """
     labels = np.arange(count, dtype=np.int64) % len(CLASS_NAMES)
     words = np.random.Philox(key=seed).random_raw(count * DRAWS_PER_IMAGE)
     uniform = ((words >> 11) * 2.0**-53).reshape(count, DRAWS_PER_IMAGE)  # in [0, 1)
-    images = np.empty((count, image_size, image_size, 3), dtype=np.uint8)
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = np.empty((count, *sides, 3), dtype=np.uint8)
     for label, distance in enumerate(SHAPES.values()):
         members = np.flatnonzero(labels == label)
         for start in range(0, len(members), CHUNK):
             chunk = members[start : start + CHUNK]
-            images[chunk] = _draw(distance, uniform[chunk], image_size)
+            images[chunk] = _draw(distance, uniform[chunk], *sides)
     return images, labels
 
 
-def _draw(distance, uniform: np.ndarray, image_size: int) -> np.ndarray:
-    """Images [n, S, S, 3] of one shape, from the random numbers [n, DRAWS_PER_IMAGE] in [0, 1)."""
+def _draw(distance, uniform: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Images [n, height, width, 3] of one shape, from the random numbers [n, DRAWS_PER_IMAGE] in [0, 1)."""
     columns = uniform.T[:, :, None, None]  # each [n, 1, 1], to broadcast over rows and columns of pixels
-    radius = image_size * (0.31 + 0.09 * columns[0])
-    centre_x = image_size * (0.5 + 0.12 * (columns[1] - 0.5))
-    centre_y = image_size * (0.5 + 0.12 * (columns[2] - 0.5))
-    pixel = np.arange(image_size) + 0.5
-    x = (pixel[None, None, :] - centre_x) / radius
-    y = (centre_y - pixel[None, :, None]) / radius  # pixel rows go down, y goes up
+    radius = min(height, width) * (0.31 + 0.09 * columns[0])
+    centre_x = width * (0.5 + 0.12 * (columns[1] - 0.5))
+    centre_y = height * (0.5 + 0.12 * (columns[2] - 0.5))
+    column, row = np.arange(width) + 0.5, np.arange(height) + 0.5
+    x = (column[None, None, :] - centre_x) / radius
+    y = (centre_y - row[None, :, None]) / radius  # pixel rows go down, y goes up
     coverage = np.clip(0.5 - distance(x, y) * radius, 0.0, 1.0)[..., None]
 
     hue = uniform[:, 3]

@@ -28,7 +28,7 @@ def default_cache_dir() -> str:
     return os.environ.get("IMPROVED_DIFFUSION_CACHE") or user_cache_dir("improved_diffusion", appauthor=False)
 
 
-def cache_path(cache_dir: str, source: str, image_size: int, streamed: bool) -> str:
+def cache_path(cache_dir: str, source: str, image_size: int | tuple[int, int], streamed: bool) -> str:
     """The file in `cache_dir` for the folder with absolute path `source` read in this way."""
     key = json.dumps([VERSION, source, image_size, streamed])
     return os.path.join(cache_dir, hashlib.sha256(key.encode()).hexdigest()[:24] + ".images")

@@ -53,12 +53,13 @@ class _Budget:
 _in_flight = _Budget(MAX_PIXELS_IN_FLIGHT)
 
 
-def read_image(path: str, image_size: int) -> tuple[np.ndarray, tuple[int, int], str]:
+def read_image(path: str, image_size: int | tuple[int, int]) -> tuple[np.ndarray, tuple[int, int], str]:
     """Decode the image at `path`, a local path or a blobfile URL, and fit it into a square.
 
     EXIF orientation is applied, transparency becomes white, 16 bits are scaled to 8, and an animation gives its
     first frame. A picture that already has the right size is not resampled.
 
+    :param image_size: S, or (height, width) for a rectangle.
     :return: pixels, uint8 [S, S, 3]; (width, height) of the file; its Pillow mode, such as "RGB" or "P".
     :raises UnusableImage: with the reason.
     """
@@ -77,20 +78,39 @@ def inspect_image(path: str) -> tuple[tuple[int, int], str]:
         return image.size, image.mode
 
 
-def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
-    """Scale the shorter side of an RGB image to `image_size` and cut out the centre: uint8 [S, S, 3].
+def height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """The sides of images of this size: a number for squares, or height and width."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def is_grey(mode: str) -> bool:
+    """Whether images of a Pillow mode have shades of grey only."""
+    return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
+
+
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """RGB pixels, uint8 [..., 3], as their luma [..., 1] (ITU-R BT.601, as Pillow computes it); grey stays as it is."""
+    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)[..., None]
+
+
+def fit_image(image: Image.Image, image_size: int | tuple[int, int]) -> np.ndarray:
+    """Scale an RGB image until it just covers `image_size`, and cut out the centre: uint8 [S, S, 3].
 
     A large image is first halved by box filtering as often as possible, then scaled bicubically. Halving uses every
     pixel of a large photograph at a fraction of the cost.
+
+    :param image_size: S, or (height, width).
     """
-    while min(image.size) >= 2 * image_size:
+    height, width = height_width(image_size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != image_size:
-        scale = image_size / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return np.asarray(image)[top : top + image_size, left : left + image_size]
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image)[top : top + height, left : left + width]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,14 @@ from improved_diffusion.data.cache import (
     read_cache,
     write_cache,
 )
-from improved_diffusion.data.decode import EXTENSIONS, UNREADABLE, UnusableImage, inspect_image, read_image
+from improved_diffusion.data.decode import (
+    EXTENSIONS,
+    UNREADABLE,
+    UnusableImage,
+    height_width,
+    inspect_image,
+    read_image,
+)
 from improved_diffusion.storage import is_remote
 
 CHUNK = 64  # files per task of the decoding threads
@@ -64,7 +71,7 @@ class Folder:
 
 def read_folder(
     root: str,
-    image_size: int,
+    image_size: int | tuple[int, int],
     *,
     cache_limit_gb: float,
     cache_dir: str | None,
@@ -79,7 +86,8 @@ def read_folder(
     :raises OSError: the folder itself cannot be read.
     """
     files, others = list_files(root)
-    streamed = len(files) * image_size**2 * 3 > cache_limit_gb * 1e9
+    height, width = height_width(image_size)
+    streamed = len(files) * height * width * 3 > cache_limit_gb * 1e9
     cache = cache_path(cache_dir or default_cache_dir(), root, image_size, streamed)
     listing = _hash_lines(f"{file.name}\0{file.size}\0{file.modified}" for file in files)
     try:
@@ -191,14 +199,16 @@ def _scan(folder: str) -> Iterator[tuple[str, ImageFile]]:
             yield kind, ImageFile(entry.name, entry.path, size, modified)
 
 
-def _read_files(files: list[ImageFile], image_size: int | None, progress: bool) -> tuple[dict, np.ndarray]:
+def _read_files(
+    files: list[ImageFile], image_size: int | tuple[int, int] | None, progress: bool
+) -> tuple[dict, np.ndarray]:
     """Decode `files` on all processors, or, where `image_size` is None, read their headers only.
 
     :return: JSON-able sizes, modes and skipped as in `Folder`, and the pixels of the usable files (of none
         where `image_size` is None).
     """
-    side = image_size or 0
-    images = np.empty((len(files) if image_size else 0, side, side, 3), dtype=np.uint8)
+    sides = height_width(image_size or 0)
+    images = np.empty((len(files) if image_size else 0, *sides, 3), dtype=np.uint8)
 
     def read(start: int) -> list[tuple[str, str] | str]:
         """(size, mode) of each file of a chunk, or the reason why it is unusable."""

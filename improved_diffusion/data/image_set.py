@@ -5,14 +5,15 @@ import warnings
 
 import numpy as np
 
-from improved_diffusion.data.decode import UnusableImage, read_image
+from improved_diffusion.data.decode import UnusableImage, read_image, to_grey
 from improved_diffusion.data.folder import ImageFile
 
 
 class ImageSet:
     """N images of one size S, as uint8, either held in memory or decoded when they are asked for.
 
-    :ivar image_size: S.
+    :ivar image_size: S, or (height, width) where the images are not square.
+    :ivar channels: C: 1 for grey images, 3 for colours (RGB).
     :ivar in_memory: whether `get` only has to look them up.
     :ivar labels: the class of each image, int64 [N], or None if there are no classes.
     :ivar class_names: the name of each class.
@@ -26,16 +27,18 @@ class ImageSet:
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
         images: np.ndarray | None,
         files: list[ImageFile] | None,
         labels: np.ndarray | None,
         class_names: list[str],
         fingerprint: str,
         summary: dict,
+        channels: int = 3,
     ):
         assert (images is None) != (files is None)
         self.image_size = image_size
+        self.channels = channels
         self.in_memory = images is not None
         self.labels = labels
         self.class_names = class_names
@@ -60,6 +63,7 @@ class ImageSet:
         """The images `indices`, an integer array, as a set with the same classes, fingerprint and source."""
         return ImageSet(
             image_size=self.image_size,
+            channels=self.channels,
             images=None if self._images is None else self._images[indices],
             files=None if self._files is None else [self._files[index] for index in indices],
             labels=None if self.labels is None else self.labels[indices],
@@ -69,7 +73,7 @@ class ImageSet:
         )
 
     def get(self, indices: np.ndarray) -> np.ndarray:
-        """The images `indices`, an integer array [B], as a new array: uint8 [B, S, S, 3]."""
+        """The images `indices`, an integer array [B], as a new array: uint8 [B, S, S, C]."""
         if self._images is not None:
             return self._images[indices]
         return np.stack([self._decode(int(index)) for index in indices])
@@ -90,5 +94,5 @@ class ImageSet:
                 continue
             if candidate != index:
                 warnings.warn(f"{self._files[index].path} is {reason}: used the next image", stacklevel=2)
-            return pixels
+            return to_grey(pixels) if self.channels == 1 else pixels
         raise ValueError(f"cannot read an image any more: {self._files[index].path}: {reason}")

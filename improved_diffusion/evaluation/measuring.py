@@ -27,7 +27,7 @@ def reference_statistics(reference: ImageSet, extractor: Extractor, batch_size: 
 def measure(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> dict[str, float]:
     """All metrics of `images`, uint8 [N, S, S, 3], against those with the statistics `real` (see `metrics.compare`)."""
     drawn = ImageSet(
-        image_size=images.shape[1],
+        image_size=images.shape[1:3],
         images=images,
         files=None,
         labels=None,

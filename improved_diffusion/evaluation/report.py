@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.evaluation.metrics import Statistics
 from improved_diffusion.storage import absolute, write_json
 
@@ -41,11 +42,12 @@ def warnings(samples: Statistics, reference: Statistics) -> list[str]:
 def table(record: dict[str, Any]) -> str:
     """The metrics, numbers of images and warnings of a record, in a few lines."""
     metrics = record["metrics"]
+    size = "{1}x{0}".format(*height_width(record["image_size"]))
     shown = [name for name in metrics if not name.partition("[")[0].endswith("_std")]
     width = max(map(len, shown))
     lines = [
         f"{record['images']:,} samples against {record['reference_images']:,} reference images of "
-        f"{record['image_size']}x{record['image_size']} pixels (precision and recall: "
+        f"{size} pixels (precision and recall: "
         f"{record['compared_images']:,} of each)",
         f"{record['features_length']:,} features from {record['features']}, "
         f"{record['images_per_minute']:,.0f} images per minute",

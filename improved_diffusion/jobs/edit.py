@@ -6,7 +6,14 @@ import torch as th
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import SampleConfig
-from improved_diffusion.data.decode import EXTENSIONS, UnusableImage, inspect_image, read_image
+from improved_diffusion.data.decode import (
+    EXTENSIONS,
+    UnusableImage,
+    height_width,
+    inspect_image,
+    read_image,
+    to_grey,
+)
 from improved_diffusion.editing import Edit
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.pictures import image_grid
@@ -28,19 +35,19 @@ def read_edit(config: SampleConfig, given: set[str], plan: Plan) -> Edit:
                 f"above 0, not {plan.sampler}"
                 + (" with --eta 0" if plan.sampler in ("ddim", "sde_dpmpp_2m") else "")
             )
-        mask = read_mask(config.mask, config.image_size)
+        mask = read_mask(config.mask, config.output_size)
     # By default, the part that is drawn anew does not depend on its old content.
     strength = 1.0 if config.mask and "strength" not in given else config.strength
     pixels = _read_images(config, at_most=config.num_samples if "num_samples" in given else None)
     return Edit(from_uint8(pixels), strength, mask, config.mask_rounds)
 
 
-def read_mask(path: str, image_size: int) -> th.Tensor:
+def read_mask(path: str, image_size: int | tuple[int, int]) -> th.Tensor:
     """The mask in an image file: bool [S, S], True for white. Grey counts as white if it is lighter than half.
 
     :raises ValueError: it is unusable, of another size than the images, or of one colour.
     """
-    wanted = (image_size, image_size)
+    wanted = height_width(image_size)[::-1]
     try:
         size, _ = inspect_image(path)
         if size != wanted:
@@ -70,13 +77,14 @@ def save_originals(edit: Edit, out_dir: str) -> None:
 
 
 def _read_images(config: SampleConfig, at_most: int | None) -> np.ndarray:
-    """The images of --init_image, uint8 [N, S, S, 3]."""
-    place = config.init_image
+    """The images of --init_image, uint8 [N, S, S, C]."""
+    place, channels = config.init_image, config.colour_channels
     if place.lower().endswith(tuple(EXTENSIONS)):
         try:
-            return np.stack([read_image(place, config.image_size)[0]])
+            pixels = read_image(place, config.output_size)[0]
         except UnusableImage as error:
             raise ValueError(f"--init_image {place}: {error}") from None
-    images = read_images_alike(place, config.image_size, flag_name="init_image")
+        return np.stack([to_grey(pixels) if channels == 1 else pixels])
+    images = read_images_alike(place, config.output_size, flag_name="init_image", channels=channels)
     print(describe(images))
     return images.get(np.arange(min(len(images), at_most or len(images))))

@@ -31,9 +31,11 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     labels = choose_labels(config, opened.class_names)
     small_size, batch_size = config.small_size, config.batch_size
     if config.base_samples:
-        images = read_images_alike(config.base_samples, small_size, flag_name="base_samples")
+        images = read_images_alike(
+            config.base_samples, small_size, flag_name="base_samples", channels=config.colour_channels
+        )
     else:
-        images = read_images_alike(config.data_dir, config.large_size)
+        images = read_images_alike(config.data_dir, config.large_size, channels=config.colour_channels)
     print(describe(images))
     config = replace(config, num_samples=min(config.num_samples, len(images)))
     count = config.num_samples
@@ -56,7 +58,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
         with open_atomic(picture) as file:
             image_grid(to_uint8(low_res)).save(file, format="PNG")
     print(f"the images to enlarge: {picture}")
-    subject = Subject(config.large_size, config.seed, labels, low_res)
+    subject = Subject(config.large_size, config.seed, labels, low_res, channels=config.colour_channels)
     return draw_into(
         out_dir,
         opened.model,

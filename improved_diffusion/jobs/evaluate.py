@@ -130,5 +130,9 @@ def read_samples(path: str) -> ImageSet:
         raise ValueError(f"--samples {path}: give the .npz file in this folder, {inside[-1]}")
     usual = ImageFlags().image_size
     images = read_flag("samples", path, usual)
-    size = min(map(int, images.summary["sizes"]["most_common"].split("x")))
+    sizes = images.summary["sizes"]
+    width, height = map(int, sizes["most_common"].split("x"))
+    size = min(width, height)
+    if size < max(width, height) and sizes["min"] == sizes["max"]:
+        size = (height, width)  # of a model whose images are not square
     return images if size == usual else read_flag("samples", path, size)

@@ -44,7 +44,9 @@ def needed_flags(shapes: Mapping[str, tuple[int, ...]], config: UNetFlags) -> li
     :raises KeyError, IndexError, ZeroDivisionError: the weights are not those of such a UNet.
     """
     channels, inputs = shapes["input_blocks.0.0.weight"][:2]
-    patch_size = math.isqrt(inputs // (6 if is_super_resolution(config) else 3))
+    inputs //= 2 if is_super_resolution(config) else 1
+    colours = 1 if math.isqrt(inputs) ** 2 == inputs else 3  # times the square of the patch size
+    patch_size = math.isqrt(inputs // colours)
     levels: list[list[int]] = [[]]  # the numbers of the blocks of each level
     number = 1
     while any(name.startswith(f"input_blocks.{number}.") for name in shapes):
@@ -64,16 +66,18 @@ def needed_flags(shapes: Mapping[str, tuple[int, ...]], config: UNetFlags) -> li
         "num_channels": channels,
         "num_res_blocks": len(levels[0]),
         "patch_size": patch_size,
-        "learn_sigma": shapes["out.2.weight"][0] == 6 * patch_size**2,
+        "learn_sigma": shapes["out.2.weight"][0] == 2 * inputs,
         "use_scale_shift_norm": scaled,
         "class_cond": CLASSES in shapes,
     }
     needed = [f"--{name} {value}" for name, value in found.items() if value != getattr(config, name)]
+    if colours != config.colour_channels:
+        needed.append(f"--channels {colours}")
     our_multipliers, factors = levels_of(config)
     if multipliers != our_multipliers:
         needed.append(f"--channel_mult {','.join(map(str, multipliers))}")
     if attended != {factor for factor in factors if factor < 2 ** len(our_multipliers)}:
-        side = config.output_size // patch_size
+        side = config.output_height // patch_size
         needed.append(
             f"--attention_resolutions {','.join(str(side // f) for f in sorted(attended) if f <= side)}"
         )

@@ -65,7 +65,7 @@ def prepare_measuring(opened: Trained) -> tuple[NllConfig, Iterator[dict[str, th
     """
     config = opened.config
     check_images_fit(config, "batch_size", bytes_per_number=4)
-    images = read_images_alike(config.data_dir, config.image_size)
+    images = read_images_alike(config.data_dir, config.output_size, channels=config.colour_channels)
     print(describe(images))
     config = replace(config, num_samples=min(config.num_samples, len(images)))
     labels = None

@@ -59,7 +59,8 @@ def _stored_arguments(source: Checkpoint, config: Flags) -> dict[str, Any]:
             raise ValueError(
                 f"{source.path('state')}: damaged (its --{name} {value!r} should be a {kind.__name__})"
             )
-    return stored
+    # Older versions knew colours only, and did not say so.
+    return {**stored, "channels": stored.get("channels") or 3} if stored else stored
 
 
 def _check_same_kind(where: str, stored: dict[str, Any], config: Flags) -> None:
@@ -145,7 +146,9 @@ def find_unfinished(
     if same["data_dir"] not in ("", BUILTIN):
         same["data_dir"] = absolute(same["data_dir"])
     # A run replaces some values, and records the new ones.
-    replaced = {name for name, value in (("data_dir", ""), ("num_classes", 0)) if same[name] == value}
+    replaced = {
+        name for name, value in (("data_dir", ""), ("num_classes", 0), ("channels", 0)) if same[name] == value
+    }
     if config.init_from:
         of_the_model = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"}
         replaced |= of_the_model - (given or set())
@@ -543,9 +546,18 @@ def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tens
     """
     own = {"precision": config.precision, "num_workers": config.num_workers}
     other = load_trained(path, type(config)(**own), set(), flag_name=flag_name)
-    same = [*names_of(type(config), Role.PROCESS), "image_size", "learn_sigma", "class_cond", "num_classes"]
-    for name in [*same, "class_dropout"]:
+    same = [
+        *names_of(type(config), Role.PROCESS),
+        "image_size",
+        "image_width",
+        "learn_sigma",
+        "class_cond",
+        "num_classes",
+    ]
+    for name in [*same, "class_dropout", "channels"]:
         ours, theirs = getattr(config, name), getattr(other.config, name)
+        if name == "channels":
+            ours, theirs = config.colour_channels, other.config.colour_channels
         if ours != theirs and not (name == "class_dropout" and bool(ours) == bool(theirs)):
             raise ValueError(
                 f"--{flag_name} {path}: has --{name} {theirs}, but the model has {ours}; they must agree"

@@ -9,6 +9,7 @@ import torch as th
 
 from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags, interval
 from improved_diffusion.data.class_labels import parse_class_labels
+from improved_diffusion.data.decode import height_width
 from improved_diffusion.flags import Flags, errors_about
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.jobs.edit import read_edit, save_originals
@@ -142,7 +143,7 @@ def describe_images(
 ) -> tuple[Subject, np.ndarray | None]:
     """Independent images of the classes in turn. Each class has its own row in the grid."""
     labels = None if labels is None else np.resize(labels, config.num_samples)
-    return Subject(config.image_size, config.seed, labels), labels
+    return Subject(config.output_size, config.seed, labels, channels=config.colour_channels), labels
 
 
 def describe_interpolation(
@@ -157,12 +158,13 @@ def describe_interpolation(
             f"--interpolate True: needs a sampler that adds no noise, not {plan.sampler}"
             + (f" with --eta {plan.eta}" if plan.eta else "")
         )
-    points, size = config.num_samples, config.image_size
-    ends = per_image_noise(config.seed, range(2))(th.empty(2, 3, size, size))
+    points, size = config.num_samples, config.output_size
+    ends = per_image_noise(config.seed, range(2))(th.empty(2, config.colour_channels, *height_width(size)))
     classes = labels[:MAX_ROWS] if labels else [0]
     rows = np.repeat(classes, points)
     latents = interpolate(*ends, points).repeat(len(classes), 1, 1, 1)
-    return Subject(size, config.seed, rows if labels else None, latents=latents), rows
+    subject = Subject(size, config.seed, rows if labels else None, latents=latents)
+    return replace(subject, channels=config.colour_channels), rows
 
 
 def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffusion) -> Plan:

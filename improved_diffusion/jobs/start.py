@@ -15,7 +15,15 @@ from improved_diffusion.unet import UNetModel
 Config = TypeVar("Config", bound=TrainingFlags)
 
 # Flags in which the two models may differ. The sizes only affect the resolutions of the levels.
-MAY_DIFFER = ("image_size", "large_size", "small_size", "class_cond", "num_classes", "class_dropout")
+MAY_DIFFER = (
+    "image_size",
+    "image_width",
+    "large_size",
+    "small_size",
+    "class_cond",
+    "num_classes",
+    "class_dropout",
+)
 
 
 def merge_for_start(config: Config, given: set[str], source: Weights) -> Config:
@@ -35,8 +43,8 @@ def merge_for_start(config: Config, given: set[str], source: Weights) -> Config:
         taken["class_dropout"] = 0.0
     elif not theirs.class_cond:
         del taken["class_dropout"]
-    size = with_defaults(config, given, taken).output_size
-    if size != theirs.output_size:
+    size = with_defaults(config, given, taken).output_height
+    if size != theirs.output_height:
         multipliers, factors = levels_of(theirs)
         side = size // theirs.patch_size
         sides = [side // factor for factor in factors if factor < 2 ** len(multipliers)]

@@ -99,6 +99,8 @@ def run_training(
             config = merge_for_resume(config, given, source)
         own = {"data_dir"} & given  # each machine may have the data in another place
         config = with_defaults(config, own, dist_util.broadcast(config.to_dict()))
+        if dist_util.broadcast(source is not None or start is not None):
+            config = replace(config, channels=config.colour_channels)  # whatever the data: the model is there
         config.check(given)
         compute = _choose_compute(config, source)
         # Before the data are read, because this reports impossible models at once.
@@ -109,7 +111,10 @@ def run_training(
         check_images_fit(config, "batch_size", bytes_per_number=4)
         with dist_util.rank_0_first():
             config = replace(config, data_dir=find_data(config.data_dir, os.path.join(project, "datasets")))
-        images = read_images_alike(config.data_dir, config.output_size, config.cache_limit_gb)
+        images = read_images_alike(
+            config.data_dir, config.output_size, config.cache_limit_gb, channels=config.channels
+        )
+        config = replace(config, channels=images.channels)
         if source is not None:
             check_same_data(config, source, images.fingerprint)
         return _train(
@@ -294,7 +299,7 @@ def _heldout(
             raise ValueError(f"--{name} {getattr(config, name)}: is for image_train.py only; leave it out")
         return None
     if others is None:
-        others = read_flag("heldout_dir", path, config.output_size)
+        others = read_flag("heldout_dir", path, config.output_size, config.channels)
     if config.class_cond and others.class_names != images.class_names:
         raise ValueError(f"--heldout_dir {path}: its classes differ from those of the training images")
     chosen = choose_images(len(others))
@@ -335,4 +340,5 @@ def _preview(
         labels = images.labels[shown] if config.class_cond else None
     elif config.class_cond:
         labels = preview_labels(config.num_classes)
-    return create_preview(diffusion, Subject(config.output_size, config.seed, labels, low_res), folder)
+    subject = Subject(config.output_size, config.seed, labels, low_res, channels=config.channels)
+    return create_preview(diffusion, subject, folder)

@@ -172,10 +172,13 @@ def _data(run: Run) -> list[Fact]:
             f"{name} {count:,}" if isinstance(count, int) else name for name, count in classes.items()
         )
         classes = f"{len(classes)}: {_shortened(names)}" if classes else "none"
+    image_size, width = run.arguments.get("image_size"), run.arguments.get("image_width")
+    if width:
+        image_size = f"{width}x{image_size}"
     return [
         ("Source", run.data.get("source"), GENERAL),
         ("Images", run.data.get("images"), COUNT),
-        ("Image size", run.arguments.get("image_size"), GENERAL),
+        ("Image size", image_size, GENERAL),
         ("Classes", classes, GENERAL),
     ]
 

@@ -81,7 +81,8 @@ def theirs_from(source):
 
 def outputs(ours, theirs, size, classes=None):
     """What both models make of the same noise, at timesteps from both ends."""
-    x = th.randn(3, 3, size, size, generator=th.Generator().manual_seed(5))
+    channels = theirs.config.in_channels
+    x = th.randn(3, channels, size, size, generator=th.Generator().manual_seed(5))
     t = th.tensor([0, 437, 999])
     y = None if classes is None else th.arange(3) % classes
     with th.no_grad():
@@ -172,6 +173,7 @@ THEIRS = {
     },
     "several heads": {**GOOGLE, "attention_head_dim": 16},
     "classes and variance": {**GOOGLE, "num_class_embeds": 7, "out_channels": 6},
+    "grey": {**GOOGLE, "in_channels": 1, "out_channels": 1},
     "scale and shift": {**GOOGLE, "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
 }
 
@@ -222,11 +224,12 @@ UNET_REFUSALS = {
     "down_block_types.*7": {"down_block_types": [[7], None, {}]},
     "downsample_type 'resnet'": {"downsample_type": "resnet"},
     "dropout 'a lot'": {"dropout": "a lot"},
-    "in_channels 1": {"in_channels": 1},
+    "in_channels 2": {"in_channels": 2},
+    "out_channels 3: .*as in_channels": {"in_channels": 1},
     "layers_per_block -1": {"layers_per_block": -1},
     "mid_block_type None": {"mid_block_type": None},
     "num_res_blocks": {"layers_per_block": 10**9},
-    "sample_size .*16, 32": {"sample_size": [16, 32]},
+    "sample_size .*16, 32, 48": {"sample_size": [16, 32, 48]},
     "time_embedding_dim 64": {"time_embedding_dim": 64},
     "time_embedding_type 'fourier'": {"time_embedding_type": "fourier"},
     "up_block_types": {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]},
