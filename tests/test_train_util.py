@@ -474,13 +474,13 @@ def test_a_signal_ends_the_held_out_loss(tmp_path):
 def test_a_signal_ends_an_export_that_takes_long(tmp_path, monkeypatch, capsys):
     exports = []
 
-    def endless(folder):
+    def endless(folder, check_folder):
         exports.append(folder)
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(1000):
             time.sleep(0.01)
 
-    monkeypatch.setattr(train_util, "export", endless)
+    monkeypatch.setattr(train_util, "export_all", endless)
     monkeypatch.setattr(train_util, "EXPORT_SECONDS", 0.0)
     started = time.monotonic()
     assert make_loop(tmp_path, total_steps=5, save_interval=2).run_loop() == "SIGTERM"

@@ -589,7 +589,7 @@ def test_absurd_numbers_are_refused_by_name(tmp_path, name, monkeypatch):
         ({"channel_mult": "1,1000000000"}, "--channel_mult"),
         (
             {"channel_mult": ",".join(["1"] * 100_000), "image_size": 1024},
-            "--channel_mult: at most 10 levels",
+            "--channel_mult: use at most 10 levels",
         ),
         ({"channel_mult": "9" * 5000}, "--channel_mult"),
         (
