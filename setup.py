@@ -77,7 +77,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=7",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3",
             "hypothesis>=6",
             "mpich>=4; platform_system != 'Windows'",
             "lmdb>=1.4",
