@@ -13,9 +13,8 @@ from improved_diffusion.cpu.optimizer import blocks_of
 from improved_diffusion.cpu.workers import ModelCopies, Workers
 from improved_diffusion.kernels import update
 
-SIDE_BY_SIDE = (
-    4  # passes at a time; more would wait for the Python interpreter, which runs one thread at a time
-)
+# Passes at a time; more would wait for the Python interpreter, which runs one thread at a time.
+SIDE_BY_SIDE = 4
 
 
 class Gradients:
@@ -50,9 +49,8 @@ class Gradients:
         """Drop the gradient, which also frees its memory for activations."""
         self.values: list[th.Tensor] = []
         self.more: list[th.Tensor] = []
-        self._waiting: dict[
-            int, Sequence[th.Tensor]
-        ] = {}  # gradients of passes that wait for an earlier pass
+        # Gradients of passes that wait for an earlier pass, by number.
+        self._waiting: dict[int, Sequence[th.Tensor]] = {}
         self._added = 0
 
     @contextmanager

@@ -52,7 +52,7 @@ class Optimizer:
     ):
         self.params = list(params)
         self.matrices = sorted(matrices, key=lambda i: -self.params[i].numel())
-        self.others = [i for i in range(len(self.params)) if i not in set(matrices)]
+        self.others = [i for i in range(len(self.params)) if i not in self.matrices]
         self.lr = lr
         self.weight_decay = weight_decay
         self.run = run
@@ -131,15 +131,11 @@ class Optimizer:
         more: Sequence[th.Tensor],
     ) -> None:
         """`step` for the parameter `index`, which Muon updates."""
-        param, copy = self.params[index], copies[index]
         value = gradient[index].float() * factor
         if more:
             value += more[index].float() * factor
-        muon(param, value, self.moments["exp_avg"][index], self.lr, self.weight_decay)
-        for tensors, decay in averages:
-            update_ema([tensors[index]], [param], decay)
-        if copy is not None:
-            copy.copy_(param)
+        muon(self.params[index], value, self.moments["exp_avg"][index], self.lr, self.weight_decay)
+        self._follow([index], averages, copies)
 
     @th.no_grad()
     def _step_block(
@@ -171,6 +167,16 @@ class Optimizer:
             amsgrad=False,
             maximize=False,
         )
+        self._follow(block, averages, copies)
+
+    def _follow(
+        self,
+        block: Sequence[int],
+        averages: Sequence[tuple[Sequence[th.Tensor], float]],
+        copies: Sequence[th.Tensor | None],
+    ) -> None:
+        """Update the averages and copies of the parameters whose indices are in `block`."""
+        params = [self.params[i] for i in block]
         for tensors, decay in averages:
             update_ema([tensors[i] for i in block], params, decay)
         for i in block:
