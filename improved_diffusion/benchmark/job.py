@@ -5,6 +5,7 @@ from typing import Any
 
 import torch as th
 
+from improved_diffusion import kernels
 from improved_diffusion.benchmark.ablation import measure_ablation
 from improved_diffusion.benchmark.busy import measure_busy
 from improved_diffusion.benchmark.cost import measure_cost, measure_memory
@@ -46,7 +47,7 @@ def run_benchmark(config: BenchmarkConfig) -> None:
     settings = read_settings(config)
     th.set_num_threads(settings.compute.workers)  # of the plain path; the fast one has its own
 
-    machine = describe_machine()
+    machine = {**describe_machine(), "kernels": kernels.generation()}
     results: dict[str, Any] = {
         "machine": machine,
         "flags": config.to_dict(),

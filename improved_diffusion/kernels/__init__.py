@@ -1,8 +1,8 @@
 """Fast forms of operations that are slow in PyTorch on CPUs, compiled from the C files in this folder.
 
-`pip install` compiles them on x86-64 Linux if it finds GCC. Without them, PyTorch's operations do the same, only
-slower. The environment variable IMPROVED_DIFFUSION_KERNELS can be 0 (do not use them) or avx2 (use the versions for
-processors without AVX-512).
+`pip install` compiles them on x86-64 Linux if it finds GCC, for several generations of processors. Without them,
+PyTorch's operations do the same, only slower. The environment variable IMPROVED_DIFFUSION_KERNELS can be 0 (do not use
+them) or the name of a generation (use none that is newer).
 """
 
 import contextlib
@@ -18,7 +18,11 @@ import numpy as np
 import torch as th
 
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
-GENERATIONS = ("avx2", "avx512")  # of processors, the older first
+# Of processors, by their instructions, the older first.
+GENERATIONS = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
+EMULATED = (
+    "amx_emulated"  # amx without its matrix unit, slow, for tests: used only if the environment asks for it
+)
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
@@ -32,7 +36,7 @@ def generation() -> str | None:
 @functools.cache
 def has(name: str, dtype: th.dtype) -> bool:
     """Whether there is a compiled function of this name for numbers of type `dtype`."""
-    return generation() is not None and hasattr(_library()[0], _full_name(name, dtype))
+    return _full_name(name, dtype) is not None
 
 
 @functools.cache
@@ -44,7 +48,9 @@ def function(
     :param arguments, result: the ctypes of its arguments and result.
     :param dtype: the type of its numbers, for a function that exists for several.
     """
-    found = getattr(_library()[0], _full_name(name, dtype))
+    full_name = _full_name(name, dtype)
+    assert full_name is not None
+    found = getattr(_library()[0], full_name)
     found.argtypes, found.restype = arguments, result
     return found
 
@@ -142,27 +148,38 @@ def _forget() -> None:
         cached.cache_clear()
 
 
-def _full_name(name: str, dtype: th.dtype | None) -> str:
-    return "_".join([name, *([] if dtype is None else [TYPES.get(dtype, "none")]), generation()])
+def _full_name(name: str, dtype: th.dtype | None) -> str | None:
+    """The name of the function in the library, or None. A generation takes what it has not from the older ones."""
+    library, newest = _library() or (None, None)
+    for generation in reversed(_up_to(newest)):
+        full_name = "_".join([name, *([] if dtype is None else [TYPES.get(dtype, "none")]), generation])
+        if hasattr(library, full_name):
+            return full_name
+    return None
+
+
+def _up_to(newest: str | None) -> tuple[str, ...]:
+    """The generations up to `newest`, the older first."""
+    return GENERATIONS[: 1 + GENERATIONS.index(newest)] if newest in GENERATIONS else ()
 
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, str] | None:
     """The compiled library and the newest generation of its functions that this processor can run; None: unusable."""
-    wanted = os.environ.get(SWITCH, GENERATIONS[-1])
+    allowed = _up_to(os.environ.get(SWITCH, GENERATIONS[-1]))
     here = Path(__file__).parent
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"compiled{suffix}").exists()]
-    if wanted not in GENERATIONS or not paths:
+    if not allowed or not paths:
         return None
     try:
         library = ctypes.CDLL(str(paths[0]))
         library.sources.restype = ctypes.c_char_p
-        compiled_from, level = library.sources().decode(), library.processor_level()
+        compiled_from = library.sources().decode()
+        usable = [g for g in allowed if (g != EMULATED or g == allowed[-1]) and library.usable(g.encode())]
     except (OSError, AttributeError):  # compiled for another system, or damaged
         return None
     sources = sorted(path for path in here.iterdir() if path.suffix in (".c", ".h"))
     present = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     if sources and present != compiled_from:  # an installed package has no sources
         return None
-    level = min(level, 1 + GENERATIONS.index(wanted))  # from 1 on; 0: this processor can run none
-    return (library, GENERATIONS[level - 1]) if level else None
+    return (library, usable[-1]) if usable else None

@@ -4,9 +4,39 @@
 //
 // qkv: [images, positions, heads * 3 * width], for each head queries, keys, values. positions and width are multiples
 // of 16. A matrix product a * b works on units of 4 bytes, which hold UNIT numbers: 1 float, or 2 bfloat16 numbers,
-// which the processor multiplies in pairs. Units of a are broadcast; b is packed by units: [depth in units, columns].
+// which the processor multiplies in pairs. b is packed by units: [depth in units, columns]. Vectors multiply broadcast
+// units of a by units of b; tiles (see tiles.h) multiply 16 rows of a by 16 columns of b.
 
-// c[ROWS, COLUMNS vectors] = a[ROWS, units] * b, b packed. The steps are the distances between rows.
+// c[ROWS, columns] = a[ROWS, depth] * b, b packed. The steps are the distances between rows.
+#ifdef TILE_MULTIPLY
+static inline void TYPED(multiply)(
+    const STORED *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int columns, int depth
+) {
+    __asm__ volatile("" ::: "memory");  // GCC does not know that the tiles are loaded from memory
+    for (int column = 0; column < columns; column += 32) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (int k = 0; k < depth; k += 32) {
+            const uint32_t *of_b = b + k / 2 * b_step + column;
+            TILE_LOAD(4, a + k, a_step * sizeof *a);
+            TILE_LOAD(5, a + 16 * a_step + k, a_step * sizeof *a);
+            TILE_LOAD(6, of_b, b_step * sizeof *b);
+            TILE_LOAD(7, of_b + 16, b_step * sizeof *b);
+            TILE_MULTIPLY(0, 4, 6);
+            TILE_MULTIPLY(1, 4, 7);
+            TILE_MULTIPLY(2, 5, 6);
+            TILE_MULTIPLY(3, 5, 7);
+        }
+        float *of_c = c + column;
+        TILE_STORE(0, of_c, c_step * sizeof *c);
+        TILE_STORE(1, of_c + 16, c_step * sizeof *c);
+        TILE_STORE(2, of_c + 16 * c_step, c_step * sizeof *c);
+        TILE_STORE(3, of_c + 16 * c_step + 16, c_step * sizeof *c);
+    }
+}
+#else
 #define MULTIPLY_COLUMNS(COLUMNS)                                                                                      \
     static inline void TYPED(multiply_##COLUMNS)(                                                                      \
         const STORED *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int units           \
@@ -39,6 +69,7 @@ static inline void TYPED(multiply)(
         TYPED(multiply_2)(a, a_step, b + column, b_step, c + column, c_step, units);
     if (column < columns) TYPED(multiply_1)(a, a_step, b + column, b_step, c + column, c_step, units);
 }
+#endif
 
 // Transpose [rows, width] and pack it: a unit holds neighbours in a row. to: [width in units, rows].
 static inline void TYPED(pack_columns)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
@@ -79,10 +110,19 @@ void TYPED(attention_forward)(
     const STORED *qkv, STORED *out, float *logsums, uint32_t *room, int images, int positions, int heads, int width,
     int threads
 ) {
+#ifdef TILE_MULTIPLY
+    if (OTHER_SIZES(positions, width)) {
+        OTHER(attention_forward)(qkv, out, logsums, room, images, positions, heads, width, threads);
+        return;
+    }
+#endif
     size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, size = (size_t)positions * width / UNIT;
     float scale = 1 / sqrtf((float)width);
 #pragma omp parallel num_threads(threads)
     {
+#ifdef TILE_MULTIPLY
+        TILE_CONFIGURE(&whole_tiles);
+#endif
         uint32_t *keys = room + omp_get_thread_num() * TYPED(forward_room)(positions, width), *values = keys + size;
         float *scores = (float *)(values + size), *result = scores + ROWS * positions;
         STORED *weights = (STORED *)(result + ROWS * width);
@@ -117,6 +157,9 @@ void TYPED(attention_forward)(
                             STORE(o + (first + row) * out_step + i, get(result + row * width + i) * inverse[row]);
                 }
             }
+#ifdef TILE_MULTIPLY
+        TILE_RELEASE();
+#endif
     }
 }
 
@@ -125,10 +168,19 @@ void TYPED(attention_backward)(
     const STORED *dout, const STORED *qkv, const STORED *out, const float *logsums, STORED *dqkv, uint32_t *room,
     int images, int positions, int heads, int width, int threads
 ) {
+#ifdef TILE_MULTIPLY
+    if (OTHER_SIZES(positions, width)) {
+        OTHER(attention_backward)(dout, qkv, out, logsums, dqkv, room, images, positions, heads, width, threads);
+        return;
+    }
+#endif
     size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, size = (size_t)positions * width / UNIT;
     float scale = 1 / sqrtf((float)width);
 #pragma omp parallel num_threads(threads)
     {
+#ifdef TILE_MULTIPLY
+        TILE_CONFIGURE(&whole_tiles);
+#endif
         uint32_t *q_columns = room + omp_get_thread_num() * TYPED(backward_room)(positions, width);
         uint32_t *d_columns = q_columns + size, *q_rows = d_columns + size, *d_rows = q_rows + size;
         STORED *k_turned = (STORED *)(d_rows + size);     // the transposed keys, [width, positions]
@@ -186,5 +238,8 @@ void TYPED(attention_backward)(
                             dq[t * step + first + i] = FROM_FLOAT(scores[i * positions + t] * scale);
                 }
             }
+#ifdef TILE_MULTIPLY
+        TILE_RELEASE();
+#endif
     }
 }

@@ -1,6 +1,6 @@
-// Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for two generations of processors: AVX2,
-// and AVX-512 with bfloat16 conversions. norm.py, attention.py and update.py call them. Without this library,
-// PyTorch's operations do the same.
+// Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for several generations of processors:
+// AVX2, AVX-512 without bfloat16, AVX-512 with bfloat16, and AMX. norm.py, attention.py and update.py call them. Without
+// this library, PyTorch's operations do the same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !defined(__x86_64__)
 #error "written for GCC on x86-64"
@@ -11,7 +11,10 @@
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define MAX_GROUPS 1024
 #define PIECE 4096  // numbers whose squares are summed in float32; the sums of the pieces are added in double
@@ -38,6 +41,13 @@ static inline uint16_t float_to_bf16(float value) {
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#define LEVEL(name) name##_avx512bf16
+#include "level.h"
+#undef LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define LEVEL(name) name##_avx512
 #include "level.h"
 #undef LEVEL
@@ -53,10 +63,20 @@ static inline uint16_t float_to_bf16(float value) {
 // The hash of the sources that this library was compiled from (see setup.py).
 const char *sources(void) { return SOURCES; }
 
-// The newest generation of functions that this processor can run: 2 for AVX-512, 1 for AVX2, 0 for none.
-__attribute__((target("arch=x86-64"))) int processor_level(void) {
+// Whether this processor can run the functions of a generation, given by the end of their names.
+__attribute__((target("arch=x86-64"))) int usable(const char *generation) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") ? 2 : 1;
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(generation, "avx2")) return avx2;
+    if (!strcmp(generation, "avx512")) return avx512;
+    int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(generation, "avx512bf16")) return bf16;
+#if __GNUC__ >= 11
+    if (!strcmp(generation, "amx_emulated")) return bf16;
+    if (!strcmp(generation, "amx"))
+        return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && tiles_work();
+#endif
+    return 0;
 }

@@ -24,12 +24,17 @@ static inline vec LEVEL(load_bf16)(const uint16_t *from) {
     return (vec)VECTOR(slli_epi32)(VECTOR(cvtepu16_epi32)(bits), 16);
 }
 static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
     HALF bits = (HALF)_mm512_cvtneps_pbh(v);
+#elif defined(__AVX512F__)
+    __m512i wide = (__m512i)v, last = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(wide, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
+    // Rounding could overflow a NaN to zero.
+    __m512i nan = _mm512_or_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(0x40));
+    HALF bits = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan));
 #else
     __m256i wide = (__m256i)v, last = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
-    // Rounding could overflow a NaN to zero.
     __m256i nan = _mm256_or_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(0x40));
     wide = _mm256_blendv_epi8(rounded, nan, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     HALF bits = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));

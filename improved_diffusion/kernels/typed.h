@@ -5,6 +5,9 @@
 #ifdef UNIT
 #include "attention.h"
 #endif
+#if defined(__AVX512BF16__) && __GNUC__ >= 11 && UNIT == 2
+#include "tiles.h"
+#endif
 
 #undef STORED
 #undef TYPED

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from ctypes import c_int64
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from improved_diffusion.unet import UNetModel
 
 PACKAGE = Path(improved_diffusion.__file__).parent
 CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensors
+WITHOUT_BF16 = ("avx2", "avx512")  # generations whose processors have no products of bfloat16 numbers
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=[name for name in kernels.GENERATIONS if name != kernels.EMULATED])
 def generation(request):
     """Every generation of kernels that this processor can run, in turn."""
     with kernels.switched(request.param):
@@ -57,6 +59,29 @@ def test_they_are_compiled_where_they_can_be():
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() in kernels.GENERATIONS
+
+
+def can_run(generation):
+    with kernels.switched(generation):
+        return kernels.generation() == generation
+
+
+def test_the_newest_is_used_and_no_newer_than_asked_for():
+    usable = [name for name in kernels.GENERATIONS if can_run(name)]
+    if not usable:
+        pytest.skip("no kernels here")
+    for i, name in enumerate(kernels.GENERATIONS):
+        older = [
+            g for g in kernels.GENERATIONS[: i + 1] if g in usable and (g == name or g != kernels.EMULATED)
+        ]
+        with kernels.switched(name):
+            assert kernels.generation() == (older[-1] if older else None)
+    script = "from improved_diffusion import kernels; print(kernels.generation())"
+    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == [name for name in usable if name != kernels.EMULATED][-1]
 
 
 @pytest.mark.parametrize("setting", ["0", "none", ""])
@@ -108,7 +133,7 @@ for dtype in (th.float32, th.bfloat16):
             y, same = norm_act(norm, x.requires_grad_(), modulation, activate=modulated)
             leaves = [x, norm.weight, norm.bias, *([modulation] if modulated else [])]
             th.autograd.grad((y + same).sum(), leaves)
-    for n, positions, heads, width in [(1, 16, 1, 16), (2, 48, 2, 32)]:
+    for n, positions, heads, width in [(1, 16, 1, 16), (2, 48, 2, 32), (1, 64, 1, 32)]:
         qkv = th.randn(n, positions, 3 * heads * width).to(dtype).requires_grad_()
         if attention.suits(qkv, heads):
             for value in (0.0, nan):
@@ -145,8 +170,7 @@ def test_under_sanitizers(tmp_path):
     command = ["gcc", "-O0", "-g", "-std=gnu11", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC", *sanitizers]
     command += [f'-DSOURCES="{checksum}"', str(folder / "kernels.c"), "-lm"]
     subprocess.run([*command, "-o", str(folder / f"compiled{EXTENSION_SUFFIXES[0]}")], check=True)
-    here = kernels.generation()
-    for generation in kernels.GENERATIONS[: 1 + kernels.GENERATIONS.index(here)]:
+    for generation in filter(can_run, kernels.GENERATIONS):
         environment = {
             **os.environ,
             kernels.SWITCH: generation,
@@ -312,16 +336,24 @@ def test_the_default_type_does_not_matter(generation, default):
 # -- attention -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(
     ("n", "positions", "heads", "width", "threads"),
-    [(4, 64, 4, 32, 2), (1, 256, 1, 64, 3), (3, 16, 2, 16, 2), (2, 48, 3, 48, 1), (2, 80, 1, 128, 2)],
+    [
+        (4, 64, 4, 32, 2),
+        (1, 96, 2, 96, 2),
+        (1, 256, 1, 64, 3),
+        (3, 16, 2, 16, 2),
+        (2, 48, 3, 48, 1),
+        (2, 80, 1, 128, 2),
+    ],
 )
 def test_attention(generation, dtype, n, positions, heads, width, threads):
     qkv = (1.5 * th.randn(n, positions, heads * 3 * width)).to(dtype).requires_grad_()
     dout = th.randn(n, positions, heads * width).to(dtype)
     if not attention.suits(qkv, heads):
-        assert dtype == th.bfloat16 and generation != "avx512"
+        assert dtype == th.bfloat16 and generation in WITHOUT_BF16
         return
     before = th.get_num_threads()
     th.set_num_threads(threads)
@@ -340,6 +372,44 @@ def test_attention(generation, dtype, n, positions, heads, width, threads):
     assert error(gradient, reference) < 2 * CLOSE[dtype]
 
 
+@pytest.mark.parametrize("generation", [kernels.EMULATED], indirect=True)
+@pytest.mark.parametrize(
+    ("positions", "width", "by_tiles"), [(64, 32, True), (96, 64, True), (48, 32, False)]
+)
+def test_attention_by_tiles(generation, positions, width, by_tiles):
+    """Every product of matrices is made of products of tiles, 16 x 32 by 32 x 16, if the sizes fit two tiles."""
+    products = kernels.function("tile_products", (), result=c_int64)
+    qkv = th.randn(2, positions, 3 * width).bfloat16().requires_grad_()
+    before = th.get_num_threads()
+    th.set_num_threads(1)  # each thread counts its own
+    try:
+        counts = [products()]
+        out = attention.attention(qkv, 1)
+        counts.append(products())
+        th.autograd.grad(out.sum(), qkv)
+        counts.append(products())
+    finally:
+        th.set_num_threads(before)
+    each = 2 * (positions // 16) ** 2 * (width // 32) * by_tiles  # scores of both images
+    values = 2 * (positions // 16) * (positions // 32) * (width // 16) * by_tiles
+    assert counts[1] - counts[0] == each + values
+    assert counts[2] - counts[1] == 2 * each + 3 * values
+
+
+def test_the_permission_to_use_tiles_is_asked_for_first():
+    """Where there are no tiles, or the system refuses them, the question ends well, and older kernels are used."""
+    if not can_run(kernels.EMULATED):
+        pytest.skip("no kernels with bfloat16 here")
+    tiles_work = kernels._library()[0].tiles_work
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    if "amx_bf16" in flags and can_run("amx"):
+        assert tiles_work() == 1
+    else:
+        assert tiles_work() == 0
+        with kernels.switched("amx"):
+            assert kernels.generation() == "avx512bf16"
+
+
 def test_scores_that_differ_widely(generation):
     qkv = th.randn(1, 32, 48)
     qkv[..., :32] *= 100
@@ -353,15 +423,16 @@ def test_attention_leaves_other_sizes_to_pytorch(shape):
     assert not attention.suits(th.zeros(shape), 1)
 
 
+@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(("part", "rows"), [(0, [5]), (1, range(32)), (2, range(32))])
 def test_attention_keeps_what_is_not_a_number(generation, dtype, part, rows):
     """A NaN in a query is in that position's result, one in a key or value in the results of all positions."""
-    qkv = th.randn(1, 32, 48).to(dtype)
-    qkv[0, 5, 16 * part + 3] = float("nan")
+    qkv = th.randn(1, 32, 96).to(dtype)
+    qkv[0, 5, 32 * part + 3] = float("nan")
     qkv.requires_grad_()
     if not attention.suits(qkv, 1):
-        assert dtype == th.bfloat16 and generation != "avx512"
+        assert dtype == th.bfloat16 and generation in WITHOUT_BF16
         return
     out = attention.attention(qkv, 1)
     assert out[0, list(rows)].isnan().any(dim=1).all()
