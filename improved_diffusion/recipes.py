@@ -10,7 +10,7 @@ _SMALL = {
     "batch_size": 32,
     "microbatch": 16,
     "optimizer": "muon",
-    "lr": 8e-4,
+    "lr": 1.6e-3,
     "lr_warmup_steps": 150,
     "lr_decay": "linear",
     "grad_clip": 1.0,

@@ -38,7 +38,7 @@ def test_a_run_keeps_the_recipe_that_it_was_started_with(tmp_path, call_script, 
     run += ["--lr_warmup_steps", 1, "--batch_size", 2, "--microbatch", 2]
     call_script("image_train.py", *run, "--recipe", "small", "--total_steps", 2, check=0)
     stored = read_json(tmp_path / "run" / "args.json")
-    assert (stored["recipe"], stored["prediction"], stored["lr"]) == ("small", "v", 8e-4)
+    assert (stored["recipe"], stored["prediction"], stored["lr"]) == ("small", "v", 1.6e-3)
     # Another version of the recipe does not change the run.
     monkeypatch.setitem(RECIPES, "small", {**RECIPES["small"], "lr": 1e-2, "prediction": "edm"})
     call_script("image_train.py", *run, "--recipe", "small", "--total_steps", 3, check=0)

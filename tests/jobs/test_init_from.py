@@ -286,7 +286,7 @@ def test_another_diffusion_is_allowed_and_said():
 def test_the_model_decides_what_a_recipe_would_set():
     flags = {"recipe": "cifar10"}
     config = TrainConfig(**flags).completed(set(flags))
-    assert (config.prediction, config.class_cond, config.lr) == ("v", True, 8e-4)
+    assert (config.prediction, config.class_cond, config.lr) == ("v", True, 1.6e-3)
     merged = merge_for_start(config, set(flags), weights()[1])
     assert (merged.prediction, merged.class_cond, merged.class_dropout) == ("epsilon", False, 0.0)
     assert (merged.lr, merged.batch_size) == (config.lr, config.batch_size)
