@@ -28,6 +28,7 @@ compiled = Extension(
     extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],
     extra_link_args=["-fopenmp"],
     libraries=["m"],
+    py_limited_api=True,  # nothing in it depends on the version of Python, so one wheel serves all
     optional=True,  # without a compiler, everything works, only slower
 )
 
@@ -61,6 +62,7 @@ setup(
     package_data={"improved_diffusion": ["py.typed"]},
     cmdclass={"build_py": BuildWithRest},
     ext_modules=[compiled] if for_kernels else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         # The cap is the range that was tested. On Linux, the package index's own wheels of every version bring
         # gigabytes of GPU libraries; README.md has the line that installs PyTorch's CPU build first.

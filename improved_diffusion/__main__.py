@@ -10,7 +10,7 @@ import textwrap
 
 import improved_diffusion
 from improved_diffusion.jobs.script import MODULE, run_script
-from improved_diffusion.shipped import shipped
+from improved_diffusion.shipped import compiled_kernels, shipped, why_not_compiled
 
 FIRST = ("train", "sample", "eval", "nll", "export")
 SHORT = {"export_results": "export", "convert_checkpoint": "convert", "publish_model": "publish"}
@@ -45,6 +45,8 @@ def overview() -> str:
         f"{' '.join(MODULE)} COMMAND --help explains every flag of a command. Runs, images and data",
     ]
     lines += ["sets go to folders of the present one: runs/, samples/, nll/, datasets/."]
+    if not compiled_kernels():
+        lines += ["", f"note: without compiled kernels, training takes a fifth longer ({why_not_compiled()})"]
     return "\n".join(lines)
 
 

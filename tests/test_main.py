@@ -1,6 +1,7 @@
 """`python -m improved_diffusion`: every script is a command, from any folder; an installed package has all it needs."""
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from improved_diffusion.jobs.script import command
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """What `pip install .` puts into site-packages, but for the compiled kernels."""
-    folder = tmp_path_factory.mktemp("installed")
-    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    """What `pip install .` puts into site-packages where there is no compiler."""
+    folder, rest = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("build")
+    build = [sys.executable, "setup.py", "-q", "build", "--build-lib", folder, "--build-base", rest]
+    environment = {**os.environ, "CC": "no-such-compiler"}
+    subprocess.run(build, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     return folder
 
 
@@ -71,6 +73,21 @@ def test_an_installed_package_brings_the_model_and_writes_where_one_is(installed
     assert str(installed / "improved_diffusion" / "models" / "cifar10") in done.stdout
     (drawn,) = (tmp_path / "samples").iterdir()
     assert (drawn / "grid.png").exists()
+    _assert_kernels_are_missed(done.stdout)
+
+
+def test_the_overview_says_that_there_was_no_compiler(installed, tmp_path):
+    _assert_kernels_are_missed(run(cwd=tmp_path, package=installed).stdout)
+
+
+def _assert_kernels_are_missed(text):
+    """A single line says what is lost without compiled kernels, and what helps."""
+    (line,) = (line for line in text.splitlines() if "without compiled kernels" in line)
+    assert "training takes a fifth longer" in line
+    if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        assert "no compiler was found at the installation: install GCC and repeat it" in line
+    else:
+        assert "there are none for" in line
 
 
 def test_an_installed_package_trains_where_one_is(installed, tmp_path):
@@ -79,6 +96,7 @@ def test_an_installed_package_trains_where_one_is(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert f"To draw images: python -m improved_diffusion sample --model_path {run_dir}" in done.stdout
+    _assert_kernels_are_missed(done.stdout)
     recorded = shlex.split(read_json(run_dir / "run.json")["command"])
     assert recorded[:4] == ["python", "-m", "improved_diffusion", "train"] and "--total_steps" in recorded
     exported = run("export", run_dir, "--output", tmp_path / "book.xlsx", cwd=tmp_path, package=installed)

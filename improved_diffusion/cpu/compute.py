@@ -35,7 +35,7 @@ class Compute:
         compiled = (
             f"with kernels compiled for {generation}"
             if generation
-            else "without compiled kernels (README: Troubleshooting, Slow)"
+            else f"without compiled kernels, so training takes a fifth longer ({kernels.why_none()})"
         )
         return f"{bits}, on {cores}, {compiled}"
 

@@ -11,11 +11,12 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 import torch as th
+
+from improved_diffusion.shipped import compiled_kernels, why_not_compiled
 
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
 # Of processors, by their instructions, the older first.
@@ -29,8 +30,14 @@ TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
 def generation() -> str | None:
     """The generation of processors whose kernels are used, one of `GENERATIONS`; None: no kernels are used."""
-    library = _library()
-    return library and library[1]
+    library, found = _library()
+    return found if library else None
+
+
+def why_none() -> str:
+    """Why no kernels are used, and what helps."""
+    assert generation() is None
+    return _library()[1]
 
 
 @functools.cache
@@ -150,8 +157,8 @@ def _forget() -> None:
 
 def _full_name(name: str, dtype: th.dtype | None) -> str | None:
     """The name of the function in the library, or None. A generation takes what it has not from the older ones."""
-    library, newest = _library() or (None, None)
-    for generation in reversed(_up_to(newest)):
+    library, newest = _library()
+    for generation in reversed(_up_to(newest) if library else ()):
         full_name = "_".join([name, *([] if dtype is None else [TYPES.get(dtype, "none")]), generation])
         if hasattr(library, full_name):
             return full_name
@@ -164,22 +171,32 @@ def _up_to(newest: str | None) -> tuple[str, ...]:
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL, str] | None:
-    """The compiled library and the newest generation of its functions that this processor can run; None: unusable."""
-    allowed = _up_to(os.environ.get(SWITCH, GENERATIONS[-1]))
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library and the newest generation of its functions that this processor can run.
+
+    If it cannot be used: None, and the reason.
+    """
+    wanted = os.environ.get(SWITCH, GENERATIONS[-1])
+    allowed = _up_to(wanted)
+    if not allowed:
+        return None, f"{SWITCH} is {wanted or 'empty'}"
+    paths = compiled_kernels()
+    if not paths:
+        return None, why_not_compiled()
     here = Path(__file__).parent
-    paths = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"compiled{suffix}").exists()]
-    if not allowed or not paths:
-        return None
-    try:
-        library = ctypes.CDLL(str(paths[0]))
-        library.sources.restype = ctypes.c_char_p
-        compiled_from = library.sources().decode()
-        usable = [g for g in allowed if (g != EMULATED or g == allowed[-1]) and library.usable(g.encode())]
-    except (OSError, AttributeError):  # compiled for another system, or damaged
-        return None
     sources = sorted(path for path in here.iterdir() if path.suffix in (".c", ".h"))
     present = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    if sources and present != compiled_from:  # an installed package has no sources
-        return None
-    return (library, usable[-1]) if usable else None
+    for path in paths:
+        try:
+            library = ctypes.CDLL(path)
+            library.sources.restype = ctypes.c_char_p
+            compiled_from = library.sources().decode()
+            usable = [
+                g for g in allowed if (g != EMULATED or g == allowed[-1]) and library.usable(g.encode())
+            ]
+        except (OSError, AttributeError):  # compiled for another system, or damaged
+            continue
+        if sources and present != compiled_from:  # an installed package has no sources
+            continue
+        return (library, usable[-1]) if usable else (None, "this processor is too old for them")
+    return None, "they belong to other code or another system: repeat the installation"

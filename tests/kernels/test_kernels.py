@@ -87,7 +87,7 @@ def test_the_newest_is_used_and_no_newer_than_asked_for():
 @pytest.mark.parametrize("setting", ["0", "none", ""])
 def test_do_without(setting):
     with kernels.switched(setting):
-        assert kernels.generation() is None
+        assert kernels.generation() is None and kernels.SWITCH in kernels.why_none()
         x = images(1, 32, 4, 4, th.float32)
         assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
         assert not attention.suits(th.zeros(1, 16, 48), 1)
@@ -103,11 +103,25 @@ def test_a_library_that_does_not_belong_to_the_sources_is_left_alone(tmp_path, c
     else:
         for path in folder.glob("compiled*"):
             path.write_bytes(b"not a library")
+    script = "from improved_diffusion import kernels as k; print(k.__file__, k.generation(), k.why_none())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    says = "they belong to other code or another system: repeat the installation"
+    assert done.stdout.strip() == f"{folder / '__init__.py'} None {says}"
+
+
+def test_a_library_of_older_code_does_not_hide_the_new_one(tmp_path):
+    if kernels.generation() is None:
+        pytest.skip("no kernels here")
+    shutil.copytree(PACKAGE, tmp_path / "improved_diffusion")
+    folder = tmp_path / "improved_diffusion" / "kernels"
+    (folder / f"compiled{EXTENSION_SUFFIXES[0]}").write_bytes(b"the first that is looked for")
     script = "from improved_diffusion import kernels; print(kernels.__file__, kernels.generation())"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(folder / "__init__.py"), "None"]
+    assert done.stdout.split() == [str(folder / "__init__.py"), kernels.generation()]
 
 
 ALL_KERNELS = """
