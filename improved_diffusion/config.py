@@ -496,7 +496,8 @@ class RunFlags(Flags):
     )
     keep_last: int = flag(
         0,
-        "delete all but this many of the newest checkpoints; their --ema_lengths averages stay; 0: keep all",
+        "delete all but this many of the newest checkpoints; the --ema_lengths averages of up to 24 deleted ones stay; "
+        "0: keep all",
         low=0,
         high=MOST_STEPS,
     )

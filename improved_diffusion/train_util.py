@@ -607,8 +607,10 @@ class TrainLoop:
             raise
         self.checkpoint_table.add(saved, seconds=time.monotonic() - before)
         if self.keep_last:
-            self.check_folder()  # another run may be there now, whose checkpoints must not be deleted
-            checkpoint.rotate(logger.get_dir(), self.keep_last, self.keep_every, log=logger.log)
+            # Another run may be in the folder now, whose checkpoints must not be deleted.
+            checkpoint.rotate(
+                logger.get_dir(), self.keep_last, self.keep_every, logger.log, self.check_folder
+            )
         self._export()
         if self.publish is not None:
             self.publish()

@@ -231,7 +231,9 @@ def _train(
         resume_checkpoint=source or "",
         publish=publish,
         check_folder=check_folder,
-        preview=_preview(config, diffusion, images, folder) if first and config.sample_interval else None,
+        preview=_preview(config, diffusion, images, folder, check_folder)
+        if first and config.sample_interval
+        else None,
         heldout=heldout,
         on_plan=lambda steps: record_arguments(folder, replace(config, total_steps=steps)),
         precision=compute.precision,
@@ -327,7 +329,11 @@ def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:
 
 
 def _preview(
-    config: TrainConfig | SuperResTrainConfig, diffusion: SpacedDiffusion, images: ImageSet, folder: str
+    config: TrainConfig | SuperResTrainConfig,
+    diffusion: SpacedDiffusion,
+    images: ImageSet,
+    folder: str,
+    check_folder: Callable[[], None],
 ) -> Callable[[Callable[..., th.Tensor], int], None]:
     """The function that draws the pictures of --sample_interval (see `TrainLoop`).
 
@@ -341,4 +347,4 @@ def _preview(
     elif config.class_cond:
         labels = preview_labels(config.num_classes)
     subject = Subject(config.output_size, config.seed, labels, low_res, channels=config.channels)
-    return create_preview(diffusion, subject, folder)
+    return create_preview(diffusion, subject, folder, check_folder)

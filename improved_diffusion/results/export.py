@@ -3,10 +3,13 @@
 import math
 import os
 from collections.abc import Callable
+from io import BytesIO
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from openpyxl import Workbook
+from openpyxl.drawing.spreadsheet_drawing import SpreadsheetDrawing
 from openpyxl.utils import get_column_letter
+from openpyxl.worksheet._writer import WorksheetWriter
 from openpyxl.worksheet.worksheet import Worksheet
 from openpyxl.writer.excel import ExcelWriter
 
@@ -129,10 +132,30 @@ def write_workbook(run: Run, output: str, check_folder: Callable[[], object] = l
     if "Smoothed" in book.sheetnames:  # last, because it is the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
     link_sheets(overview, book.sheetnames[1:])
-    check_folder()
+    content = BytesIO()
     # Not `book.save`: if a signal interrupts that, it leaves the archive open, which fails later.
-    with open_atomic(output) as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
-        ExcelWriter(book, archive).save()
+    with ZipFile(content, "w", ZIP_DEFLATED) as archive:
+        _MemoryWriter(book, archive).save()
+    check_folder()
+    with open_atomic(output) as file:
+        file.write(content.getbuffer())
+
+
+class _MemoryWriter(ExcelWriter):
+    """Writes every sheet in memory.
+
+    openpyxl writes them to temporary files. If the disk is full, these stay until the process ends, and an XML writer
+    that is left open prints its error as a traceback.
+    """
+
+    def write_worksheet(self, ws: Worksheet) -> None:
+        ws._drawing = SpreadsheetDrawing()
+        ws._drawing.charts, ws._drawing.images = ws._charts, ws._images
+        writer = WorksheetWriter(ws, BytesIO())
+        writer.write()
+        ws._rels = writer._rels
+        self._archive.writestr(ws.path[1:], writer.read())
+        self.manifest.append(ws)
 
 
 def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:

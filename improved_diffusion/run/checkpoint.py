@@ -5,8 +5,8 @@ A checkpoint of step N consists of ``modelN.pt``, ``ema_<rate>_N.pt``, ``power_<
 file holds everything else, the sizes and checksums of the other files, and a checksum of itself. It is written
 last: without it, the checkpoint does not exist.
 
-`rotate` deletes old checkpoints, but keeps their power-function averages, because those of later lengths are made of
-them. The state file of such a checkpoint is renamed to ``averagesN.json``.
+`rotate` deletes old checkpoints, but keeps the power-function averages of some, because averages of other lengths are
+made of them. The state file of such a checkpoint is renamed to ``averagesN.json``.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from improved_diffusion.run.tensor_file import RefusedContent, parse_tensors
 from improved_diffusion.storage import absolute, is_remote, open_atomic, open_input
 
 FORMAT = 2  # 1 had no checksum of the state file
+MOST_AVERAGES = 24  # deleted checkpoints whose averages stay; see `rotate`
 POWER_LENGTH = re.compile(r"0\.[0-9]{1,8}")
 _MEMBER = re.compile(
     r"(?P<kind>model|opt|state|ema_(?P<rate>[^_/\\]+)_|power_(?P<length>" + POWER_LENGTH.pattern + ")_)"
@@ -143,21 +144,34 @@ def save(
     return Checkpoint(folder, step, state)
 
 
-def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str], object] = print) -> None:
+def rotate(
+    folder: str,
+    keep_last: int,
+    keep_every: int = 0,
+    log: Callable[[str], object] = print,
+    check_folder: Callable[[], object] = lambda: None,
+) -> None:
     """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
 
-    Of a deleted checkpoint, the power-function averages stay, for `averages.with_averages`. Only files that a state
-    file lists are deleted. The state file goes first, so an interrupted deletion never leaves half a checkpoint
-    that looks complete. Nothing is deleted unless one of the checkpoints that stay is intact.
+    Of deleted checkpoints, the power-function averages stay, for `averages.with_averages`, but of at most
+    `MOST_AVERAGES` of them. More are thinned out to about equal steps, which costs little: averages of the lengths
+    0.04 to 0.2, made of those of 0.05 and 0.1, stay within 2% of the wanted profile (see `averages.combine`).
+
+    Only files that a state file lists are deleted. The state file goes first, so an interrupted deletion never leaves
+    half a checkpoint that looks complete. Nothing is deleted unless one of the checkpoints that stay is intact.
 
     :param log: gets a line about each checkpoint that could not be deleted. No error is raised then.
+    :param check_folder: called before the first deletion and before each of these lines. Raises an OSError, which ends
+        the rotation, if `folder` was moved, deleted or replaced.
     """
     assert keep_last >= 1
     complete = steps(folder)
     old = [step for step in complete[:-keep_last] if not (keep_every and step % keep_every == 0)]
     if not old:
         return
+    check_folder()
     if not any(_is_intact(folder, step) for step in reversed(complete) if step not in old):
+        check_folder()
         log(f"WARNING: {folder}: all checkpoints are kept, because none of the newest is intact")
         return
     for step in old:
@@ -172,7 +186,33 @@ def rotate(folder: str, keep_last: int, keep_every: int = 0, log: Callable[[str]
                 if name not in kept:
                     bf.remove(bf.join(folder, name))
         except (DamagedCheckpoint, OSError) as error:
+            check_folder()
             log(f"WARNING: checkpoint {step} is not deleted: {error}")
+    for step in _superfluous_averages(folder):
+        try:
+            checkpoint = read_averages(folder, step)
+            bf.remove(_averages_path(folder, step))
+            for name in checkpoint.state["files"]:
+                bf.remove(bf.join(folder, name))
+        except (DamagedCheckpoint, OSError) as error:
+            check_folder()
+            log(f"WARNING: the averages of checkpoint {step} are not deleted: {error}")
+
+
+def _superfluous_averages(folder: str) -> list[int]:
+    """The deleted checkpoints whose averages can go, so that `MOST_AVERAGES` are left in about equal steps.
+
+    One by one, that between the two nearest neighbours goes. Complete checkpoints are neighbours too.
+    """
+    complete = steps(folder)
+    kept = [step for step in averages_steps(folder) if step not in complete]
+    superfluous: list[int] = []
+    while len(kept) > MOST_AVERAGES:
+        places = sorted({0, *kept, *complete})
+        gaps = {step: after - before for before, step, after in zip(places, places[1:], places[2:])}
+        superfluous.append(min(gaps.keys() & set(kept), key=lambda step: (gaps[step], step)))
+        kept.remove(superfluous[-1])
+    return superfluous
 
 
 def _is_intact(folder: str, step: int) -> bool:

@@ -92,6 +92,16 @@ def test_a_picture_that_fails_is_reported(tmp_path, diffusion, capsys):
     assert "WARNING" in capsys.readouterr().out
 
 
+def test_a_picture_in_a_directory_that_was_moved_ends_the_training(tmp_path, diffusion, capsys):
+    def was_moved():
+        raise OSError("was moved")
+
+    preview = create_preview(diffusion, Subject(8), str(tmp_path / "gone"), was_moved)
+    with pytest.raises(OSError, match="was moved"):
+        preview(model, 7)
+    assert capsys.readouterr().out == "" and not (tmp_path / "gone").exists()
+
+
 FLAGS = ["--save_interval", "3", "--log_interval", "1", "--diffusion_steps", "20", "--dropout", "0.1"]
 
 

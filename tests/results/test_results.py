@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -589,3 +590,26 @@ def test_hostile_texts_become_harmless_titles(run_dir):
     assert not [cell for sheet in book for row in sheet for cell in row if cell.data_type == "f"]
     (chart,) = book["Evaluation"]._charts
     assert chart.series[0].tx.v == "=1+1?<?" and book.properties.title == "Training run =1+1? run"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_full_disk_costs_the_workbook_and_leaves_nothing(run_dir, tmp_path, monkeypatch):
+    """Neither the sheets of openpyxl, nor its archive, nor the XML writer fail once more when they are closed."""
+    import resource
+
+    write_rows(run_dir, [COLUMNS, *numbers(300)])
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    before = sorted(run_dir.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export(str(run_dir))
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not unraisable
+    assert sorted(run_dir.rglob("*")) == before and not os.listdir(tmp_path / "temporary")

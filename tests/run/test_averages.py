@@ -44,8 +44,8 @@ def random_walk(steps, size=300):
     return walk + 30 * np.sqrt(np.arange(steps + 1))[:, None]
 
 
-def save_run(folder, walk, lengths, every):
-    """A run directory that holds the averages of `lengths` every so many steps."""
+def save_run(folder, walk, lengths, every, keep_last=0):
+    """A run directory that holds the averages of `lengths` every so many steps. :param keep_last: see `rotate`."""
     kept = {length: th.zeros(walk.shape[1]) for length in lengths}
     for step in range(1, len(walk)):
         for length, mean in kept.items():
@@ -54,6 +54,8 @@ def save_run(folder, walk, lengths, every):
             tensors = {"model": {"w": th.from_numpy(walk[step]).float()}, "opt": {}}
             tensors |= {power_kind(length): {"w": mean.clone()} for length, mean in kept.items()}
             checkpoint.save(str(folder), step, tensors, {})
+            if keep_last:
+                checkpoint.rotate(str(folder), keep_last, log=pytest.fail)
 
 
 def exact(walk, sigma_rel, step):
@@ -80,6 +82,33 @@ def test_reconstructed_is_the_average_of_the_recorded_weights(run, sigma_rel, to
     scale = np.linalg.norm(exact(walk, 0.05, step) - exact(walk, 0.1, step))
     assert np.linalg.norm(found["w"].numpy() - expected) < tolerance * scale
     assert distance < tolerance
+
+
+def test_what_rotation_has_left_makes_the_usual_lengths_within_two_percent(tmp_path):
+    walk = random_walk(640)
+    save_run(tmp_path, walk, ["0.05", "0.1"], 16, keep_last=1)  # 40 checkpoints
+    left = averages.with_averages(str(tmp_path))
+    assert len(left) == checkpoint.MOST_AVERAGES + 1
+    scale = np.linalg.norm(exact(walk, 0.05, 640) - exact(walk, 0.1, 640))
+    for sigma_rel in (0.04, 0.05, 0.07, 0.1, 0.15, 0.2):
+        found, distance = reconstruct(left, sigma_rel)
+        assert distance < 0.02, sigma_rel
+        assert np.linalg.norm(found["w"].numpy() - exact(walk, sigma_rel, 640)) < 0.05 * scale, sigma_rel
+
+
+def test_that_holds_after_any_number_of_checkpoints(monkeypatch):
+    """The thinning alone, without files, and the error in closed form."""
+    kept, newest = [], []
+    monkeypatch.setattr(checkpoint, "averages_steps", lambda folder: kept)
+    monkeypatch.setattr(checkpoint, "steps", lambda folder: newest)
+    errors = []
+    for step in range(1, 301):
+        kept, newest = kept + newest, [step]
+        kept = sorted(set(kept) - set(checkpoint._superfluous_averages("")))
+        if step > checkpoint.MOST_AVERAGES and step % 9 == 0:
+            left = [(length, one) for one in kept + newest for length in (0.05, 0.1)]
+            errors += [averages.combine(left, sigma_rel, step)[1] for sigma_rel in (0.04, 0.07, 0.13, 0.2)]
+    assert len(errors) > 100 and max(errors) < 0.02
 
 
 def test_between_checkpoints_and_beyond_what_the_averages_can_give(run):

@@ -102,6 +102,28 @@ def test_the_state_file_goes_first(tmp_path, monkeypatch):
     assert steps(tmp_path) == [4] and "in use" in messages[0]
 
 
+@pytest.mark.parametrize("owner, name", [(checkpoint, "verify"), (checkpoint.bf, "remove")])
+def test_a_folder_that_is_moved_meanwhile_ends_it_with_one_error(tmp_path, monkeypatch, owner, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    save(run, 2, 4, 6)
+    original = getattr(owner, name)
+
+    def move(argument):
+        if run.exists():
+            run.rename(tmp_path / "elsewhere")
+        original(argument)
+
+    def check_folder():
+        if not run.exists():
+            raise OSError("was moved")
+
+    monkeypatch.setattr(owner, name, move)
+    with pytest.raises(OSError, match="was moved"):
+        checkpoint.rotate(str(run), 1, log=pytest.fail, check_folder=check_folder)
+    assert steps(tmp_path / "elsewhere") == [2, 4, 6]
+
+
 LENGTHS = ("0.05", "0.1")
 
 
@@ -144,6 +166,20 @@ def test_damaged_averages_of_a_deleted_checkpoint_are_named(tmp_path, name):
     damage(tmp_path / name)
     with pytest.raises(DamagedCheckpoint, match=name):
         averages.reconstruct(averages.with_averages(str(tmp_path)), 0.08)
+
+
+def test_averages_are_thinned_out_to_about_equal_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_AVERAGES", 5)
+    for step in range(1, 25):
+        save(tmp_path, step, lengths=LENGTHS)
+        checkpoint.rotate(str(tmp_path), 1, keep_every=10, log=pytest.fail)
+        kept = checkpoint.averages_steps(str(tmp_path))
+        assert len(kept) == min(5, step - len(steps(tmp_path)))
+    assert steps(tmp_path) == [10, 20, 24]
+    places = sorted({0, *kept, *steps(tmp_path)})
+    assert max(after - before for before, after in zip(places, places[1:])) <= 5
+    weights = {member_name(power_kind(length), step) for length in LENGTHS for step in places[1:]}
+    assert weights == {path.name for path in tmp_path.glob("power_*.pt")}
 
 
 FLAGS = ["--save_interval", 2, "--batch_size", 2, "--ema_rate", 0.9]
