@@ -588,6 +588,12 @@ def check_classes(config: ClassFlags) -> None:
         raise ValueError(f"--class_dropout {config.class_dropout}: needs --class_cond True")
 
 
+def check_guidance(config: "TrainConfig") -> None:
+    """:raises ValueError: --guidance_scale is given for a training without class dropout."""
+    if config.guidance_scale != 1 and not config.class_dropout:
+        raise ValueError(f"--guidance_scale {config.guidance_scale}: needs --class_dropout, such as 0.1")
+
+
 def levels_of(config: UNetFlags) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The channel multipliers of all levels, and the downsampling factors of the levels with attention.
 
@@ -622,13 +628,26 @@ class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
         choices=("", *RECIPES),
         role=Role.TRAINING,
     )
+    guidance_scale: float = flag(
+        1.0,
+        "strength of the class in the pictures of the progress, for runs with --class_dropout, and the default "
+        "--guidance_scale of image_sample.py for this model; 1: as trained",
+    )
 
     def completed(self, given: set[str]) -> "TrainConfig":
         """See `Flags.completed`."""
         recipe = RECIPES.get(self.recipe, {})
         if "class_cond" in given and not self.class_cond:
             recipe = {**recipe, "class_dropout": 0.0}
+        if not with_defaults(self, given, recipe).class_dropout:
+            recipe = {**recipe, "guidance_scale": 1.0}
         return with_defaults(self, given, recipe)
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if not self.init_from:
+            check_guidance(self)
 
 
 @dataclass(frozen=True)
@@ -690,7 +709,7 @@ class GuidanceFlags(Flags):
     guidance_scale: float = flag(
         1.0,
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
-        "--class_dropout; 1: as trained; if not given, the value that the model was published with",
+        "--class_dropout; 1: as trained; if not given, the value stored with the model",
     )
     guidance_interval: str = flag(
         "",
@@ -1018,8 +1037,8 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
     )
     guidance_scale: float = flag(
         1.0,
-        "strengthen the influence of the class in runs with --class_dropout; 1: as trained; where not given, what a "
-        "model was published with",
+        "strengthen the influence of the class in runs with --class_dropout; 1: as trained; where not given, the "
+        "value stored with a model",
     )
     guidance_interval: str = flag(
         "",
@@ -1100,7 +1119,10 @@ class PublishConfig(Flags):
         "checkpoints of a run with --ema_lengths",
         check=_check_length,
     )
-    guidance_scale: float = flag(1.0, "default --guidance_scale of image_sample.py for the published model")
+    guidance_scale: float = flag(
+        1.0,
+        "default --guidance_scale of image_sample.py for the published model; 1: that of the run",
+    )
     guidance_interval: str = flag(
         "",
         "default --guidance_interval for the published model; if not given, guidance everywhere",

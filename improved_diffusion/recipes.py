@@ -18,7 +18,13 @@ _SMALL = {
 }
 # What each value of --recipe sets.
 RECIPES: dict[str, dict[str, Any]] = {
-    "cifar10": {**_SMALL, "class_cond": True, "class_dropout": 0.1, "random_flip": True},
+    "cifar10": {
+        **_SMALL,
+        "class_cond": True,
+        "class_dropout": 0.1,
+        "guidance_scale": 2.0,
+        "random_flip": True,
+    },
     "small": _SMALL,
 }
 

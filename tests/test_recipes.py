@@ -24,7 +24,36 @@ def test_a_recipe_sets_what_is_not_given(name):
 
 def test_without_classes_none_are_withheld():
     config = parse("--recipe cifar10 --class_cond False")
-    assert (config.class_cond, config.class_dropout) == (False, 0)
+    assert (config.class_cond, config.class_dropout, config.guidance_scale) == (False, 0, 1)
+    assert parse("--recipe cifar10 --class_dropout 0").guidance_scale == 1
+
+
+def test_guidance_needs_class_dropout(capsys):
+    with pytest.raises(SystemExit):
+        parse("--guidance_scale 2")
+    assert "--guidance_scale 2.0: needs --class_dropout" in capsys.readouterr().err
+    assert parse("--guidance_scale 2 --class_cond True --class_dropout 0.1").guidance_scale == 2
+
+
+def test_a_model_is_drawn_with_the_guidance_of_its_training(tmp_path, call_script):
+    """In the pictures of the progress as by image_sample.py."""
+    run = ["--data_dir", "builtin", *TINY_FLAGS, "--class_cond", "True", "--class_dropout", 0.1]
+    run += ["--total_steps", 8, "--lr", 0.03]
+    for scale in (1, 5):
+        flags = ["--guidance_scale", scale, "--log_dir", tmp_path / str(scale)]
+        call_script("image_train.py", *run, *flags, check=0)
+    plain, guided = ((tmp_path / scale / "samples" / "step_000008.png").read_bytes() for scale in "15")
+    assert plain != guided
+
+    def draw(scale, *flags):
+        out = tmp_path / "-".join(["drawn", scale, *flags])
+        flags = ["--model_path", tmp_path / scale, "--num_samples", 2, *flags, "--log_dir", out]
+        said = call_script("image_sample.py", *flags, check=0).stdout
+        return (out / "grid.png").read_bytes(), "steps each, guidance 5, into" in said
+
+    guided, said = draw("5")
+    assert said and draw("5", "--guidance_scale", "1")[0] == draw("1")[0] != guided
+    assert draw("1", "--guidance_scale", "5")[0] == guided
 
 
 def test_help_says_what_a_recipe_sets():

@@ -83,7 +83,7 @@ def merge_stored_flags(config: Config, given: set[str], stored: dict[str, Any]) 
     known = (
         sr_model_and_diffusion_defaults() if is_super_resolution(config) else model_and_diffusion_defaults()
     )
-    # A published model may have its own defaults for the guidance.
+    # A model may have its own defaults for the guidance, from its training or from publish_model.py.
     guidance = () if "guidance_scale" in given else ("guidance_scale", "guidance_interval")
     stored = {name: stored[name] for name in (*known, *guidance) if name in stored}
     for name in names_of(type(config), Role.ARCHITECTURE, Role.PROCESS):

@@ -265,7 +265,9 @@ def draw_into(
     :return: the exit code.
     """
     steps = plan.count_steps(diffusion, subject.edit)
-    print(f"{doing} {count} images with {plan.sampler} in {steps} steps each, into {out_dir}")
+    scale = getattr(config, "guidance_scale", 1)
+    guidance = "" if scale == 1 else f", guidance {scale:g}"
+    print(f"{doing} {count} images with {plan.sampler} in {steps} steps each{guidance}, into {out_dir}")
     batches = sample_images(
         model,
         diffusion,

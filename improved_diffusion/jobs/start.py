@@ -43,6 +43,8 @@ def merge_for_start(config: Config, given: set[str], source: Weights) -> Config:
         taken["class_dropout"] = 0.0
     elif not theirs.class_cond:
         del taken["class_dropout"]
+    if not with_defaults(config, given, taken).class_dropout:
+        taken["guidance_scale"] = 1.0
     size = with_defaults(config, given, taken).output_height
     if size != theirs.output_height:
         multipliers, factors = levels_of(theirs)

@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, kernels, logger
-from improved_diffusion.config import SuperResTrainConfig, TrainConfig
+from improved_diffusion.config import SuperResTrainConfig, TrainConfig, check_guidance
 from improved_diffusion.cpu.compute import Compute, bf16_pays, choose
 from improved_diffusion.cpu.machine import describe_machine, keep_memory
 from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss, withhold
@@ -47,7 +47,7 @@ from improved_diffusion.run.checkpoint import Checkpoint
 from improved_diffusion.run.interrupts import exit_code
 from improved_diffusion.run.lock import run_lock
 from improved_diffusion.run.remote import PICTURES, working_folder
-from improved_diffusion.sample_util import Subject, from_uint8
+from improved_diffusion.sample_util import Subject, from_uint8, guide
 from improved_diffusion.script_util import (
     check_images_fit,
     create_from_flags,
@@ -347,4 +347,8 @@ def _preview(
     elif config.class_cond:
         labels = preview_labels(config.num_classes)
     subject = Subject(config.output_size, config.seed, labels, low_res, channels=config.channels)
-    return create_preview(diffusion, subject, folder, check_folder)
+    preview = create_preview(diffusion, subject, folder, check_folder)
+    if is_super_resolution(config) or config.guidance_scale == 1:
+        return preview
+    check_guidance(config)  # again, because --init_from may have changed the classes
+    return lambda model, step: preview(guide(model, config.guidance_scale, config.num_classes), step)

@@ -289,6 +289,7 @@ def test_the_model_decides_what_a_recipe_would_set():
     assert (config.prediction, config.class_cond, config.lr) == ("v", True, 1.6e-3)
     merged = merge_for_start(config, set(flags), weights()[1])
     assert (merged.prediction, merged.class_cond, merged.class_dropout) == ("epsilon", False, 0.0)
+    assert merged.guidance_scale == 1
     assert (merged.lr, merged.batch_size) == (config.lr, config.batch_size)
     merged = merge_for_start(config, {*flags, "class_cond"}, weights()[1])
     assert merged.class_cond and merged.class_dropout == config.class_dropout > 0
