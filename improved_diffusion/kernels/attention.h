@@ -73,9 +73,7 @@ static inline void TYPED(multiply)(
 
 // Transpose [rows, width] and pack it: a unit holds neighbours in a row. to: [width in units, rows].
 static inline void TYPED(pack_columns)(const STORED *from, size_t step, uint32_t *to, int rows, int width) {
-    for (int row = 0; row < rows; row++)
-        for (int unit = 0; unit < width / UNIT; unit++)
-            memcpy(to + (size_t)unit * rows + row, from + row * step + UNIT * unit, sizeof *to);
+    LEVEL(turn)(from, step / UNIT, to, rows, rows, width / UNIT);
 }
 
 // Pack [rows, width] without transposing: a unit holds neighbours in a column. to: [rows in units, width].
@@ -143,7 +141,7 @@ void TYPED(attention_forward)(
                         for (int i = WIDTH; i < positions; i += WIDTH) most = VECTOR(max_ps)(most, get(of_row + i));
                         float top = LEVEL(largest)(most) * scale;
                         for (int i = 0; i < positions; i += WIDTH) {
-                            vec weight = LEVEL(exponential)(get(of_row + i) * scale - top);
+                            vec weight = EXPONENTIAL(get(of_row + i) * scale - top);
                             sum += weight;
                             STORE(weights + row * positions + i, weight);
                         }
@@ -162,6 +160,8 @@ void TYPED(attention_forward)(
 #endif
     }
 }
+
+#define CHANNELS (ROWS > WIDTH ? ROWS : WIDTH)  // of the gradients of queries that are transposed together
 
 // Compute the gradient of qkv, dqkv, from that of out, dout.
 void TYPED(attention_backward)(
@@ -186,6 +186,7 @@ void TYPED(attention_backward)(
         STORED *k_turned = (STORED *)(d_rows + size);     // the transposed keys, [width, positions]
         uint32_t *all_ds = (uint32_t *)k_turned + size;   // the gradients of all scores, packed: [keys in units, queries]
         float *scores = (float *)(all_ds + (size_t)positions * positions / UNIT), *dweights = scores + ROWS * positions;
+        _Static_assert(CHANNELS <= 2 * ROWS, "the scores and dweights of ROWS rows must hold those of CHANNELS rows");
         float *inner = dweights + ROWS * positions, *result = inner + positions;
         STORED *weights = (STORED *)(result + ROWS * width), *ds = weights + ROWS * positions;
 #pragma omp for collapse(2) schedule(static)
@@ -200,12 +201,13 @@ void TYPED(attention_backward)(
                 TYPED(pack_columns)(q, step, q_columns, positions, width);
                 TYPED(pack_columns)(d, out_step, d_columns, positions, width);
                 TYPED(pack_rows)(q, step, q_rows, positions, width);
+                TYPED(pack_rows)(k, step, d_rows, positions, width);
+                LEVEL(turn)(d_rows, width, k_turned, positions / UNIT, positions / UNIT, width);
                 TYPED(pack_rows)(d, out_step, d_rows, positions, width);
                 for (int t = 0; t < positions; t++) {
                     vec sum = zero();
                     for (int i = 0; i < width; i += WIDTH) sum += LOAD(d + t * out_step + i) * LOAD(o + t * out_step + i);
                     inner[t] = LEVEL(total)(sum);
-                    for (int i = 0; i < width; i++) k_turned[(size_t)i * positions + t] = k[t * step + i];
                 }
                 for (int first = 0; first < positions; first += ROWS) {
                     // The scores of ROWS keys, as rows, with all queries, as columns.
@@ -216,7 +218,7 @@ void TYPED(attention_backward)(
                             vec gradients[UNIT];
                             for (int k = 0; k < UNIT; k++) {
                                 size_t at = (size_t)(row + k) * positions + i;
-                                vec weight = LEVEL(exponential)(get(scores + at) * scale - get(logsum + i));
+                                vec weight = EXPONENTIAL(get(scores + at) * scale - get(logsum + i));
                                 gradients[k] = weight * (get(dweights + at) - get(inner + i));
                                 STORE(weights + at, weight);
                                 STORE(ds + at, gradients[k]);
@@ -229,13 +231,19 @@ void TYPED(attention_backward)(
                     TYPED(multiply)(ds, positions, q_rows, width, result, width, width, positions);
                     TYPED(store_rows)(result, dk + first * step, step, width, scale);
                 }
-                for (int first = 0; first < width; first += ROWS) {
-                    // The gradients of ROWS channels, as rows, of all queries, as columns.
-                    const STORED *rows = k_turned + (size_t)first * positions;
-                    TYPED(multiply)(rows, positions, all_ds, positions, scores, positions, positions, positions);
-                    for (int t = 0; t < positions; t++)
-                        for (int i = 0; i < ROWS; i++)
-                            dq[t * step + first + i] = FROM_FLOAT(scores[i * positions + t] * scale);
+                for (int first = 0; first < width; first += CHANNELS) {
+                    // The gradients of CHANNELS channels, as rows, of all queries, as columns.
+                    for (int i = 0; i < CHANNELS; i += ROWS) {
+                        const STORED *rows = k_turned + (size_t)(first + i) * positions;
+                        float *to = scores + i * positions;
+                        TYPED(multiply)(rows, positions, all_ds, positions, to, positions, positions, positions);
+                    }
+                    for (int t = 0; t < positions; t += WIDTH) {
+                        float turned[WIDTH * CHANNELS];
+                        LEVEL(turn)(scores + t, positions, turned, CHANNELS, CHANNELS, WIDTH);
+                        for (int i = 0; i < WIDTH * CHANNELS; i += WIDTH)
+                            STORE(dq + (t + i / CHANNELS) * step + first + i % CHANNELS, get(turned + i) * scale);
+                    }
                 }
             }
 #ifdef TILE_MULTIPLY
@@ -243,3 +251,5 @@ void TYPED(attention_backward)(
 #endif
     }
 }
+
+#undef CHANNELS

@@ -59,20 +59,22 @@ class _NormAct(th.autograd.Function):
             modulation = modulation.contiguous()
         weight, bias = weight.contiguous(), bias.contiguous()
         n, channels, height, width = x.shape
+        # Only what comes from outside is checked. Python takes a noticeable part of the time of small images.
+        given = [
+            kernels.address(x, x.dtype, x.shape, th.channels_last),
+            kernels.address(weight, x.dtype, (channels,)),
+            kernels.address(bias, x.dtype, (channels,)),
+            kernels.address(modulation, x.dtype, (n, 2 * channels)),
+        ]
         y = th.empty_like(x)
-        # means, then 1 / sqrt(variance + epsilon)
-        statistics = th.empty(2, n, groups, dtype=th.float32, device="cpu")
-        sums = th.empty(n, 2 * channels, dtype=th.float32, device="cpu")
+        # means, 1 / sqrt(variance + epsilon), and working memory
+        floats = th.empty(2 * n * (groups + channels), dtype=th.float32, device="cpu")
         kernel = kernels.function("norm_forward", FORWARD, x.dtype)
         kernel(
-            kernels.address(x, x.dtype, x.shape, th.channels_last),
-            *_addresses_of(x, weight, bias, modulation),
-            kernels.address(y, x.dtype, x.shape, th.channels_last),
-            *(kernels.address(part, th.float32, (n, groups)) for part in statistics),
-            kernels.address(sums, th.float32, (n, 2 * channels)),
+            *(*given, y.data_ptr(), *_parts(floats, n, groups)),
             *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
         )
-        ctx.save_for_backward(x, weight, bias, modulation, statistics)
+        ctx.save_for_backward(x, weight, bias, modulation, floats)
         ctx.groups, ctx.activate = groups, activate
         return y, x
 
@@ -81,33 +83,30 @@ class _NormAct(th.autograd.Function):
     def backward(ctx, dy, more):
         if dy is None:
             return more, None, None, None, None, None, None
-        x, weight, bias, modulation, statistics = ctx.saved_tensors
+        x, weight, bias, modulation, floats = ctx.saved_tensors
         n, channels, height, width = x.shape
         dy = dy.contiguous(memory_format=th.channels_last)
         if more is not None:
             more = more.contiguous(memory_format=th.channels_last)
-        sums = th.empty(n, 2 * channels, dtype=th.float32, device="cpu")
+        given = (kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more))
         dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
         dmodulation = None if modulation is None else th.empty_like(modulation)
+        means, deviations, sums = _parts(floats, n, ctx.groups)
         kernel = kernels.function("norm_backward", BACKWARD, x.dtype)
         kernel(
-            *(kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more, x)),
-            *_addresses_of(x, weight, bias, modulation),
-            *(kernels.address(part, th.float32, (n, ctx.groups)) for part in statistics),
-            kernels.address(dx, x.dtype, x.shape, th.channels_last),
-            *_addresses_of(x, dweight, dbias, dmodulation),
-            kernels.address(sums, th.float32, (n, 2 * channels)),
+            *(*given, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(modulation)),
+            *(means, deviations, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()),
+            *(_pointer(dmodulation), sums),
             *(n, height * width, channels, ctx.groups, ctx.activate, th.get_num_threads()),
         )
         return dx, dweight, dbias, dmodulation, None, None, None
 
 
-def _addresses_of(
-    x: th.Tensor, weight: th.Tensor, bias: th.Tensor, modulation: th.Tensor | None
-) -> list[int | None]:
-    n, channels = x.shape[:2]
-    return [
-        kernels.address(weight, x.dtype, (channels,)),
-        kernels.address(bias, x.dtype, (channels,)),
-        kernels.address(modulation, x.dtype, (n, 2 * channels)),
-    ]
+def _parts(floats: th.Tensor, n: int, groups: int) -> tuple[int, int, int]:
+    """The addresses of the means, of 1 / sqrt(variance + epsilon), and of the working memory in `floats`."""
+    start = floats.data_ptr()
+    return start, start + 4 * n * groups, start + 8 * n * groups
+
+
+def _pointer(tensor: th.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

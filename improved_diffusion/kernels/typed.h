@@ -14,6 +14,7 @@
 #undef LOAD
 #undef STORE
 #undef SIGMOID
+#undef EXPONENTIAL
 #undef TO_FLOAT
 #undef FROM_FLOAT
 #undef UNIT
