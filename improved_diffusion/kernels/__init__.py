@@ -21,9 +21,8 @@ from improved_diffusion.shipped import compiled_kernels, why_not_compiled
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
 # Of processors, by their instructions, the older first.
 GENERATIONS = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
-EMULATED = (
-    "amx_emulated"  # amx without its matrix unit, slow, for tests: used only if the environment asks for it
-)
+# amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
+EMULATED = "amx_emulated"
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
