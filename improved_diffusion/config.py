@@ -450,8 +450,8 @@ class LearningFlags(Flags):
     )
     optimizer: str = flag(
         "adamw",
-        "what updates the weights: adamw, or for all convolutions and attention layers but the first and the last muon "
-        "(Jordan et al. 2024), with updates as large as those of AdamW",
+        "what updates the weights: adamw, or muon (Jordan et al. 2024) for all convolutions and attention layers but "
+        "the first and the last, with updates as large as those of AdamW",
         choices=OPTIMIZERS,
         role=Role.TRAINING,
     )
@@ -1031,7 +1031,7 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
     num_samples: int = flag(
         10, "images that each run draws, from the same noise; 0: draw nothing", low=0, high=100
     )
-    seed: int = flag(0, "of the noise", **SEED_RANGE)
+    seed: int = flag(0, "seed of the noise", **SEED_RANGE)
     class_label: str = flag(
         "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )

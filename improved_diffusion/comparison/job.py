@@ -42,7 +42,7 @@ def compare(
 
     A cell holds the images and measurements of one sampler, number of steps and seed.
 
-    :param measured: the metrics of images, uint8 [N, S, S, 3], by the names of `metrics.compare`.
+    :param measured: the metrics of images, uint8 [N, H, W, C], by the names of `metrics.compare`.
     :param facts: further entries of the record (see `report.write`). Cells that were measured in the same
         "setting" are not measured again.
     :return: the record.

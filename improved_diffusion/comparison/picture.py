@@ -45,9 +45,13 @@ def comparison_picture(record: dict[str, Any], images: dict[str, np.ndarray]) ->
 
 
 def side_by_side(images: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Images, uint8 [N, S, S, 3], in a row, uint8 [height, width, 3]; small ones are enlarged up to `side` pixels."""
+    """Images in a row, uint8 [height, width, 3]; small ones are enlarged up to `side` pixels.
+
+    :param images: uint8 [N, H, W, C]; with one channel, they are shown in grey.
+    """
     factor = max(1, side // images.shape[1])
-    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    coloured = np.broadcast_to(images, (*images.shape[:3], 3))
+    large = coloured.repeat(factor, axis=1).repeat(factor, axis=2)
     seamed = np.pad(large, [(0, 0), (0, 0), (0, SEAM), (0, 0)], constant_values=255)
     return np.concatenate(list(seamed), axis=1)[:, :-SEAM]
 

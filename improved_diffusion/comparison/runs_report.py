@@ -34,6 +34,7 @@ from improved_diffusion.results.style import (
     table_titles,
 )
 from improved_diffusion.results.tables import PRINTED_ROWS, as_cell, place_charts, put_rows
+from improved_diffusion.results.workbook import save_workbook
 from improved_diffusion.storage import open_atomic
 
 WORKBOOK, PICTURE = "runs.xlsx", "runs.png"
@@ -84,8 +85,7 @@ def write_workbook(path: str, compared: Sequence[Compared], notes: Sequence[str]
     _fill(book, "Evaluations", "Evaluations", measured, distances, nothing)
     _fill_samples(book.create_sheet("Samples"), compared)
     _fill_flags(book.create_sheet("Flags"), compare.differing_flags(compared))
-    with open_atomic(path) as file:
-        book.save(file)
+    save_workbook(book, path)
 
 
 def write_picture(path: str, compared: Sequence[Compared]) -> None:

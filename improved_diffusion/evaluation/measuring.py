@@ -25,10 +25,13 @@ def reference_statistics(reference: ImageSet, extractor: Extractor, batch_size: 
 
 
 def measure(real: Statistics, images: np.ndarray, extractor: Extractor, batch_size: int) -> dict[str, float]:
-    """All metrics of `images`, uint8 [N, S, S, 3], against those with the statistics `real` (see `metrics.compare`)."""
+    """All metrics of `images`, uint8 [N, H, W, 3 or 1], against those with the statistics `real`.
+
+    :return: see `metrics.compare`.
+    """
     drawn = ImageSet(
         image_size=images.shape[1:3],
-        images=images,
+        images=np.broadcast_to(images, (*images.shape[:3], 3)),
         files=None,
         labels=None,
         class_names=[],

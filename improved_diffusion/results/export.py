@@ -3,15 +3,10 @@
 import math
 import os
 from collections.abc import Callable
-from io import BytesIO
-from zipfile import ZIP_DEFLATED, ZipFile
 
 from openpyxl import Workbook
-from openpyxl.drawing.spreadsheet_drawing import SpreadsheetDrawing
 from openpyxl.utils import get_column_letter
-from openpyxl.worksheet._writer import WorksheetWriter
 from openpyxl.worksheet.worksheet import Worksheet
-from openpyxl.writer.excel import ExcelWriter
 
 from improved_diffusion.results.charts import (
     FITTED,
@@ -64,7 +59,8 @@ from improved_diffusion.results.tables import (
     print_last_rows,
     put_rows,
 )
-from improved_diffusion.storage import absolute, open_atomic
+from improved_diffusion.results.workbook import save_workbook
+from improved_diffusion.storage import absolute
 
 WORKBOOK, PAGE = "results.xlsx", "index.html"
 HALF_CHART = (376, 376)  # size in pixels of the picture and the small chart on the first sheet
@@ -132,30 +128,7 @@ def write_workbook(run: Run, output: str, check_folder: Callable[[], object] = l
     if "Smoothed" in book.sheetnames:  # last, because it is the least interesting
         book.move_sheet("Smoothed", len(book.sheetnames))
     link_sheets(overview, book.sheetnames[1:])
-    content = BytesIO()
-    # Not `book.save`: if a signal interrupts that, it leaves the archive open, which fails later.
-    with ZipFile(content, "w", ZIP_DEFLATED) as archive:
-        _MemoryWriter(book, archive).save()
-    check_folder()
-    with open_atomic(output) as file:
-        file.write(content.getbuffer())
-
-
-class _MemoryWriter(ExcelWriter):
-    """Writes every sheet in memory.
-
-    openpyxl writes them to temporary files. If the disk is full, these stay until the process ends, and an XML writer
-    that is left open prints its error as a traceback.
-    """
-
-    def write_worksheet(self, ws: Worksheet) -> None:
-        ws._drawing = SpreadsheetDrawing()
-        ws._drawing.charts, ws._drawing.images = ws._charts, ws._images
-        writer = WorksheetWriter(ws, BytesIO())
-        writer.write()
-        ws._rels = writer._rels
-        self._archive.writestr(ws.path[1:], writer.read())
-        self.manifest.append(ws)
+    save_workbook(book, output, check_folder)
 
 
 def _fill_metrics(sheet: Worksheet, metrics: Table) -> None:

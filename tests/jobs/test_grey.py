@@ -159,6 +159,23 @@ def test_wrong_numbers_of_channels(call_script):
     assert "--channels 2: use 1, 3, or 0 for those of the data" in done.stderr
 
 
+def test_comparisons_of_grey_models(call_script, grey, tmp_path):
+    runs = [save_trained(tmp_path / name, channels=1) for name in ("a", "b")]
+    fast = ["--precision", "fp32", "--num_workers", "1", "--num_samples", "4"]
+    solvers = ["--samplers", "ddim", "--steps", "2", "--baseline", "False", "--features", "pixel"]
+    solvers += ["--model_path", runs[0], "--log_dir", tmp_path / "samplers", "--reference", grey]
+    call_script("compare_samplers.py", *solvers, *fast, check=0)
+    for run in runs:
+        (run / "progress.csv").write_text("step,loss\n4,0.5\n")
+    runs = [*runs, "--sample_steps", "2", "--log_dir", tmp_path / "runs"]
+    call_script("compare_runs.py", *runs, *fast, check=0)
+    for picture in (tmp_path / "samplers" / "comparison.png", tmp_path / "runs" / "runs.png"):
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened).astype(int)
+        # What a model of one channel has drawn is neither white nor coloured.
+        assert opened.mode == "RGB" and ((pixels.max(2) == pixels.min(2)) & (pixels.max(2) < 250)).sum() > 999
+
+
 def test_super_resolution_of_grey_images(call_script, grey, tmp_path):
     flags = ["--large_size", "8", "--small_size", "4", *TINY_FLAGS[2:], "--diffusion_steps", "10"]
     training = ["--data_dir", grey, "--log_dir", tmp_path / "run", "--batch_size", "4", "--num_workers", "1"]

@@ -1,5 +1,6 @@
 """Starting from the weights of another model: what is taken, what begins anew, and what does not fit."""
 
+import html
 import json
 import re
 import shutil
@@ -99,6 +100,8 @@ def test_a_run_starts_from_the_weights_of_another_model(tmp_path, start, kind):
         cell for row in load_workbook(tmp_path / "new" / "results.xlsx")["Run"].values for cell in row
     ]
     assert origin["path"] in overview and origin["anew"] in overview
+    page = html.unescape((tmp_path / "new" / "index.html").read_text())
+    assert f"<dt>Starts from</dt><dd>{origin['path']}</dd>" in page and f"<dd>{origin['anew']}</dd>" in page
 
 
 def test_the_model_that_comes_with_the_code_has_a_name(tmp_path, start, monkeypatch):
