@@ -48,7 +48,7 @@ class BuildWithRest(build_py):
                 shutil.copyfile(path, package / folder / path.name)
 
 
-for_kernels = platform.system() == "Linux" and platform.machine() == "x86_64"
+for_kernels = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
 
 setup(
     name="improved_diffusion",

@@ -22,6 +22,6 @@ def compiled_kernels() -> list[str]:
 def why_not_compiled() -> str:
     """Why `compiled_kernels` finds nothing, and what helps."""
     system, processor = platform.system(), platform.machine()
-    if (system, processor) != ("Linux", "x86_64"):
+    if system != "Linux" or processor not in ("x86_64", "aarch64"):
         return f"there are none for {system} on {processor}"
     return "no compiler was found at the installation: install GCC and repeat it"

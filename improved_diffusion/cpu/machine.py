@@ -75,20 +75,47 @@ def _quota_of(folder: str) -> float:
     return float(limit[0]) / float(limit[1])
 
 
-def processor_name() -> str:
-    """The name of the processor's model, or of its architecture if the system does not give the model."""
-    try:
+def processor_name(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The name of the processor's model, or of its architecture if the system does not give the model.
+
+    :param cpuinfo: the file in which Linux describes the processor.
+    """
+    name = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         if platform.system() == "Linux":
-            with open("/proc/cpuinfo", encoding="utf-8") as file:
-                for line in file:
-                    if line.startswith("model name"):
-                        return line.split(":", 1)[1].strip()
+            with open(cpuinfo, encoding="utf-8") as file:
+                name = _value_of("model name", file.read())
+            # On ARM64, that file has numbers instead of names. lscpu knows the names.
+            name = name or _value_of("Model name", _output_of("lscpu")).strip("-")
         if platform.system() == "Darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
+            name = _output_of("sysctl", "-n", "machdep.cpu.brand_string").strip()
+    return name or platform.processor() or platform.machine()
+
+
+def _value_of(key: str, text: str) -> str:
+    """The value in the first line "key : value" of `text`, or an empty string."""
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return next((value.strip() for name, value in pairs if name.strip() == key), "")
+
+
+def _output_of(*command: str) -> str:
+    untranslated = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=untranslated).stdout
+
+
+# getauxval(3) of Linux on ARM64.
+AT_HWCAP2, HWCAP2_BF16 = 26, 1 << 14
+
+
+def has_bf16() -> bool:
+    """Whether this processor may have instructions for bfloat16, as far as PyTorch or Linux tell."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        return th.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    libc = _c_library()
+    if not hasattr(libc, "getauxval"):  # another system
+        return False
+    libc.getauxval.argtypes, libc.getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return bool(libc.getauxval(AT_HWCAP2) & HWCAP2_BF16)
 
 
 def memory_gb() -> float | None:

@@ -1,8 +1,8 @@
 """Fast forms of operations that are slow in PyTorch on CPUs, compiled from the C files in this folder.
 
-`pip install` compiles them on x86-64 Linux if it finds GCC, for several generations of processors. Without them,
-PyTorch's operations do the same, only slower. The environment variable IMPROVED_DIFFUSION_KERNELS can be 0 (do not use
-them) or the name of a generation (use none that is newer).
+`pip install` compiles them on Linux on x86-64 and ARM64 if it finds GCC, for several generations of processors.
+Without them, PyTorch's operations do the same, only slower. The environment variable IMPROVED_DIFFUSION_KERNELS can be
+0 (do not use them) or the name of a generation (use none that is newer).
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from improved_diffusion.shipped import compiled_kernels, why_not_compiled
 
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
 # Of processors, by their instructions, the older first.
-GENERATIONS = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
+OF_ARM64 = ("neon", "neonbf16")
+OF_X86_64 = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
+GENERATIONS = OF_ARM64 if platform.machine() == "aarch64" else OF_X86_64
 # amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
 EMULATED = "amx_emulated"
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers

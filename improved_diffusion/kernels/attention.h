@@ -51,7 +51,7 @@ static inline void TYPED(multiply)(
                 int32_t bits;                                                                                          \
                 memcpy(&bits, a + i * a_step + UNIT * unit, sizeof bits);                                              \
                 for (int j = 0; j < COLUMNS; j++)                                                                      \
-                    sums[i][j] = ADD_PRODUCTS(sums[i][j], packed[j], (vec)VECTOR(set1_epi32)(bits));                   \
+                    sums[i][j] = ADD_PRODUCTS(sums[i][j], packed[j], bits);                                            \
             }                                                                                                          \
         }                                                                                                              \
         for (int i = 0; i < ROWS; i++)                                                                                 \
@@ -138,7 +138,7 @@ void TYPED(attention_forward)(
                     for (int row = 0; row < ROWS; row++) {
                         const float *of_row = scores + row * positions;
                         vec most = get(of_row), sum = zero();
-                        for (int i = WIDTH; i < positions; i += WIDTH) most = VECTOR(max_ps)(most, get(of_row + i));
+                        for (int i = WIDTH; i < positions; i += WIDTH) most = maximum(most, get(of_row + i));
                         float top = LEVEL(largest)(most) * scale;
                         for (int i = 0; i < positions; i += WIDTH) {
                             vec weight = EXPONENTIAL(get(of_row + i) * scale - top);

@@ -1,20 +1,25 @@
 // Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for several generations of processors:
-// AVX2, AVX-512 without bfloat16, AVX-512 with bfloat16, and AMX. norm.py, attention.py and update.py call them. Without
-// this library, PyTorch's operations do the same.
+// of x86-64, AVX2, AVX-512 without bfloat16, AVX-512 with bfloat16, and AMX; of ARM64, NEON without and with bfloat16.
+// norm.py, attention.py and update.py call them. Without this library, PyTorch's operations do the same.
 
-#if !defined(__GNUC__) || defined(__clang__) || !defined(__x86_64__)
-#error "written for GCC on x86-64"
+#if !defined(__GNUC__) || defined(__clang__) || !(defined(__x86_64__) || defined(__aarch64__))
+#error "written for GCC on x86-64 or ARM64"
 #endif
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#else
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <math.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define MAX_GROUPS 1024
 #define PIECE 4096  // numbers whose squares are summed in float32; the sums of the pieces are added in double
@@ -39,6 +44,31 @@ static inline uint16_t float_to_bf16(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The hash of the sources that this library was compiled from (see setup.py).
+const char *sources(void) { return SOURCES; }
+
+#ifdef __aarch64__
+
+#define LEVEL(name) name##_neon
+#include "level.h"
+#undef LEVEL
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+bf16")
+#define LEVEL(name) name##_neonbf16
+#include "level.h"
+#undef LEVEL
+#pragma GCC pop_options
+
+// Whether this processor can run the functions of a generation, given by the end of their names.
+int usable(const char *generation) {
+    enum { HAS_BF16 = 1 << 14 };  // HWCAP2_BF16 of Linux
+    if (!strcmp(generation, "neon")) return 1;
+    return !strcmp(generation, "neonbf16") && getauxval(AT_HWCAP2) & HAS_BF16;
+}
+
+#else
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #define LEVEL(name) name##_avx512bf16
@@ -60,9 +90,6 @@ static inline uint16_t float_to_bf16(float value) {
 #undef LEVEL
 #pragma GCC pop_options
 
-// The hash of the sources that this library was compiled from (see setup.py).
-const char *sources(void) { return SOURCES; }
-
 // Whether this processor can run the functions of a generation, given by the end of their names.
 __attribute__((target("arch=x86-64"))) int usable(const char *generation) {
     __builtin_cpu_init();
@@ -80,3 +107,5 @@ __attribute__((target("arch=x86-64"))) int usable(const char *generation) {
 #endif
     return 0;
 }
+
+#endif

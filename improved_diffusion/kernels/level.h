@@ -1,46 +1,10 @@
 // All kernels for one generation of processors. Their names are LEVEL(name); see kernels.c.
 
-#ifdef __AVX512F__
-#define WIDTH 16
-#define VECTOR(operation) _mm512_##operation
-#define VECTOR_TYPE(suffix) __m512##suffix
-#define HALF __m256i
-#define ROWS 8  // rows of a matrix product that are computed together; more would not fit in the registers
+#ifdef __aarch64__
+#include "neon.h"
 #else
-#define WIDTH 8
-#define VECTOR(operation) _mm256_##operation
-#define VECTOR_TYPE(suffix) __m256##suffix
-#define HALF __m128i
-#define ROWS 4
+#include "x86.h"
 #endif
-#define vec VECTOR_TYPE()
-#define get VECTOR(loadu_ps)
-#define put VECTOR(storeu_ps)
-#define zero VECTOR(setzero_ps)
-
-static inline vec LEVEL(load_bf16)(const uint16_t *from) {
-    HALF bits;
-    memcpy(&bits, from, sizeof bits);
-    return (vec)VECTOR(slli_epi32)(VECTOR(cvtepu16_epi32)(bits), 16);
-}
-static inline void LEVEL(store_bf16)(uint16_t *to, vec v) {
-#if defined(__AVX512BF16__)
-    HALF bits = (HALF)_mm512_cvtneps_pbh(v);
-#elif defined(__AVX512F__)
-    __m512i wide = (__m512i)v, last = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(wide, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff))), 16);
-    // Rounding could overflow a NaN to zero.
-    __m512i nan = _mm512_or_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(0x40));
-    HALF bits = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan));
-#else
-    __m256i wide = (__m256i)v, last = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(wide, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
-    __m256i nan = _mm256_or_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(0x40));
-    wide = _mm256_blendv_epi8(rounded, nan, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    HALF bits = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-#endif
-    memcpy(to, &bits, sizeof bits);
-}
 
 #ifdef __AVX512F__
 // exp(x) = 2^t = 2^whole 2^f, with t = x log2(e), whole <= t < whole + 1, and a polynomial for 2^f. t is at least -126,
@@ -67,17 +31,15 @@ static inline vec LEVEL(rough_sigmoid)(vec x) { return _mm512_rcp14_ps(1 + LEVEL
 // in [-1/2, 1/2].
 static inline vec LEVEL(exponential)(vec x) {
     const float most = 126;
-    // If an operand is NaN, these instructions return the second one, so a NaN in x remains NaN.
-    x = VECTOR(min_ps)(VECTOR(set1_ps)(most), VECTOR(max_ps)(VECTOR(set1_ps)(-most), x * 1.44269504f));
-    vec whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec f = x - whole;
+    // If an operand is NaN, these return the second one or NaN, so a NaN in x remains NaN.
+    x = minimum(zero() + most, maximum(zero() - most, x * 1.44269504f));
+    vec whole = LEVEL(nearest)(x), f = x - whole;
     vec p = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f + f *
             (0.00133335581f + f * 0.000154035304f)))));
-    VECTOR_TYPE(i) shifted = VECTOR(slli_epi32)(VECTOR(cvtps_epi32)(whole), 23);
-    return (vec)VECTOR(add_epi32)((VECTOR_TYPE(i))p, shifted);
+    return LEVEL(scale)(p, whole);
 }
 static inline vec LEVEL(rough_exponential)(vec x) { return LEVEL(exponential)(x); }
-static inline vec LEVEL(rough_sigmoid)(vec x) { return 1 / (1 + LEVEL(exponential)(-x)); }
+static inline vec LEVEL(rough_sigmoid)(vec x) { return LEVEL(rough_reciprocal)(1 + LEVEL(exponential)(-x)); }
 #endif
 static inline vec LEVEL(sigmoid)(vec x) { return 1 / (1 + LEVEL(exponential)(-x)); }
 
@@ -94,16 +56,6 @@ static inline float LEVEL(largest)(vec v) {
     for (int k = 1; k < WIDTH; k++) most = parts[k] > most ? parts[k] : most;
     return most;
 }
-#ifdef __AVX512BF16__
-// Convert two vectors to bfloat16 and pack them as pairs, with the numbers of the first in the lower halves.
-static inline vec LEVEL(pack_pairs)(vec first, vec second) {
-    typedef short numbers __attribute__((vector_size(64)));
-    numbers both = (numbers)_mm512_cvtne2ps_pbh(second, first);
-    return (vec)__builtin_shuffle(both, (numbers){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-}
-#endif
-
 // Transpose a matrix of units of 4 bytes, [rows, columns]. The steps are the distances between rows, in units.
 static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t to_step, int rows, int columns) {
     typedef int indices __attribute__((vector_size(4 * WIDTH)));
@@ -139,9 +91,9 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #define EXPONENTIAL LEVEL(rough_exponential)
 #define TO_FLOAT bf16_to_float
 #define FROM_FLOAT float_to_bf16
-#ifdef __AVX512BF16__
+#ifdef add_pair_products
 #define UNIT 2
-#define ADD_PRODUCTS(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+#define ADD_PRODUCTS add_pair_products
 #define PACK LEVEL(pack_pairs)
 #endif
 #include "typed.h"
@@ -155,7 +107,7 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #define TO_FLOAT(x) (x)
 #define FROM_FLOAT(x) (x)
 #define UNIT 1
-#define ADD_PRODUCTS(sum, a, b) VECTOR(fmadd_ps)(a, b, sum)
+#define ADD_PRODUCTS add_products
 #define PACK(first, second) (first)
 #include "typed.h"
 
@@ -165,6 +117,12 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #undef VECTOR
 #undef VECTOR_TYPE
 #undef HALF
+#undef minimum
+#undef maximum
+#undef square_root
+#undef add_products
+#undef add_pair_products
+#undef broadcast
 #undef zero
 #undef ROWS
 #undef vec

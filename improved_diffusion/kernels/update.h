@@ -55,7 +55,7 @@ static inline LEVEL(adam_result) LEVEL(adam)(vec p, vec g, vec m, vec v, const s
     g *= s->factor;
     r.m = m + s->rest1 * (g - m);
     r.v = v * s->beta2 + s->rest2 * (g * g);
-    r.p = p * (1 - s->lr * s->weight_decay) - (s->lr / c1) * (r.m / (VECTOR(sqrt_ps)(r.v) / c2 + s->epsilon));
+    r.p = p * (1 - s->lr * s->weight_decay) - (s->lr / c1) * (r.m / (square_root(r.v) / c2 + s->epsilon));
     return r;
 }
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch as th
+import torch.nn.functional as F
 from conftest import TINY_FLAGS
 
 from improved_diffusion.cpu import compute
@@ -49,7 +50,7 @@ def test_unknown_precision():
 def test_the_measurement_is_made_once(monkeypatch):
     calls = []
     monkeypatch.setattr(compute, "_time_both", lambda: calls.append(1) or 2.0)
-    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(compute, "has_bf16", lambda: True)
     compute.bf16_speedup.cache_clear()
     try:
         assert compute.bf16_speedup() == compute.bf16_speedup() == 2.0
@@ -62,6 +63,26 @@ def test_the_measurement_touches_no_random_state():
     before = th.get_rng_state()
     assert compute._time_both() > 0
     assert th.equal(th.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "fp32, bf16, rounds", [(0.001, 0.4, 1), (0.1, 0.4, 7), (0.001, 0.04, 7), (0.002, 0.001, 7)]
+)
+def test_far_too_slow_is_measured_once(monkeypatch, fp32, bf16, rounds):
+    """On ARM64, PyTorch may compute in bfloat16 without instructions for it, a thousand times as slowly."""
+    now, counts = [0.0], {th.float32: 0, th.bfloat16: 0}
+    conv2d = F.conv2d
+
+    def slow(images, weight, padding):
+        now[0] += {th.float32: fp32, th.bfloat16: bf16}[images.dtype]
+        counts[images.dtype] += 1
+        return conv2d(images[:1, :, :2, :2], weight, padding=padding)
+
+    monkeypatch.setattr(compute.F, "conv2d", slow)
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(compute.time, clock, lambda: now[0])
+    assert compute._time_both() == pytest.approx(fp32 / bf16)
+    assert set(counts.values()) == {rounds}
 
 
 OLDER_PROCESSORS = {

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -18,6 +20,48 @@ def test_machine_is_described():
     assert machine["cores"] == usable_cores() >= 1
     assert len(machine["processor"]) > 2
     assert machine["memory_gb"] is None or machine["memory_gb"] > 0.2
+
+
+ARM64 = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n"
+X86_64 = "processor\t: 0\nmodel name\t: Some Processor: 2 GHz\nmodel\t: 1\n"
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, lscpu, name",
+    [
+        (X86_64, "Model name: another", "Some Processor: 2 GHz"),
+        (ARM64, "Architecture:  aarch64\nModel name:    Cortex-A76\n", "Cortex-A76"),
+        (ARM64, "Model name:    -\n", "aarch64"),
+        (ARM64, None, "aarch64"),
+    ],
+)
+def test_the_name_of_the_processor(tmp_path, monkeypatch, cpuinfo, lscpu, name):
+    def run(command, **options):
+        assert command == ("lscpu",) and options["env"]["LC_ALL"] == "C"
+        if lscpu is None:
+            raise FileNotFoundError("lscpu")
+        return subprocess.CompletedProcess(command, 0, stdout=lscpu)
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    for question, answer in [("system", "Linux"), ("processor", ""), ("machine", "aarch64")]:
+        monkeypatch.setattr(platform, question, lambda answer=answer: answer)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert machine.processor_name(str(tmp_path / "cpuinfo")) == name
+
+
+@pytest.mark.parametrize("bits, expected", [(1 << 14, True), (0xFFFF ^ 1 << 14, False)])
+def test_linux_tells_whether_an_arm64_processor_has_bf16(monkeypatch, bits, expected):
+    def getauxval(kind):
+        return {26: bits}[kind]
+
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(machine, "_c_library", lambda: types.SimpleNamespace(getauxval=getauxval))
+    assert machine.has_bf16() is expected
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")  # as macOS says
+    monkeypatch.setattr(machine, "_c_library", lambda: types.SimpleNamespace())
+    assert machine.has_bf16() is False
+    monkeypatch.setattr(machine, "_c_library", lambda: None)  # as on Windows
+    assert machine.has_bf16() is False
 
 
 SECOND = "31 23 0:28 / {top} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"

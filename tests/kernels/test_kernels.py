@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from improved_diffusion import kernels
 from improved_diffusion.kernels import attention, update
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import pointwise_channels_last
+from improved_diffusion.shipped import why_not_compiled
 from improved_diffusion.unet import UNetModel
 
 PACKAGE = Path(improved_diffusion.__file__).parent
 CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensors
-WITHOUT_BF16 = ("avx2", "avx512")  # generations whose processors have no products of bfloat16 numbers
+WITHOUT_BF16 = ("avx2", "avx512", "neon")  # generations whose processors have no products of bfloat16 numbers
 
 
 @pytest.fixture(params=[name for name in kernels.GENERATIONS if name != kernels.EMULATED])
@@ -51,8 +51,8 @@ def images(n, channels, height, width, dtype):
 
 
 def test_they_are_compiled_where_they_can_be():
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or shutil.which("gcc") is None:
-        pytest.skip("needs GCC, on Linux and x86-64")
+    if why_not_compiled().startswith("there are none") or shutil.which("gcc") is None:
+        pytest.skip("needs GCC, on Linux, on x86-64 or ARM64")
     script = "from improved_diffusion import kernels; print(kernels.generation())"
     environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
     done = subprocess.run(
