@@ -10,7 +10,6 @@ from pathlib import Path
 
 import improved_diffusion as idf
 from improved_diffusion import kernels
-from improved_diffusion.cpu.compute import choose
 from improved_diffusion.cpu.machine import describe_machine, has_bf16
 
 MODEL = {
@@ -51,7 +50,7 @@ def losses(precision: str, generation: str) -> list[float]:
 
 
 def main() -> None:
-    print(describe_machine(), "- auto takes", choose())
+    print(describe_machine(), "bf16:", has_bf16())
     usable = []
     for generation in kernels.GENERATIONS:
         with kernels.switched(generation):
