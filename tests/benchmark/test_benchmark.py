@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from conftest import TINY, TINY_FLAGS, read_json
 
+from improved_diffusion import kernels
 from improved_diffusion.benchmark import ablation as benchmark_ablation
 from improved_diffusion.benchmark import cost as benchmark_cost
 from improved_diffusion.benchmark.parts import PARTS
@@ -42,6 +43,7 @@ def test_measures_everything(run_script, tmp_path):
     results = read_json(output)
     assert list(results)[3:] == BY_DEFAULT
     assert results["machine"]["torch"] == th.__version__ and results["flags"]["batch_size"] == 4
+    assert results["machine"]["kernels"] == kernels.generation()
     for name in BY_DEFAULT:
         assert results[name]["title"] in done.stdout
         rows = results[name]["rows"]
