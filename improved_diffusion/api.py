@@ -223,7 +223,7 @@ def nll(model: Model | Path, data: Path | np.ndarray, n: int = 1000, **flags: An
     """Measure how many bits per dimension the model needs, at most, for images (Ho et al. 2020, eq. 5).
 
     :param data: as `samples` of `evaluate`.
-    :param n: measure at most so many of them.
+    :param n: measure at most this many of them.
     :param flags: of image_nll.py: `timestep_respacing`, `precision` ("fp32" by default), `batch_size`, ...
     :return: what image_nll.py writes into ``nll.json``: "bits_per_dim", "standard_error", "images", ...; and
         "per_image", the bound of each image, float64 [images].

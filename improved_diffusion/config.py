@@ -697,7 +697,7 @@ class DrawingFlags(Flags):
     class_label: str = flag(
         "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )
-    save_png: bool = flag(False, "also write every image as a PNG file of its own")
+    save_png: bool = flag(False, "also write every image as a separate PNG file")
     save_trajectory: bool = flag(False, "also write trajectory.webp, an animation from noise to image")
 
 

@@ -50,7 +50,7 @@ class Edit:
                 yield i, left > 0
 
     def steps(self, levels: int) -> int:
-        """How many steps are taken on a path of so many `levels`."""
+        """The number of steps on a path of this many `levels`."""
         return sum(1 for _ in self.departures(levels)) + 1
 
     def noised(self, alpha: float, sigma: float, noise: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ def check_images_fit(config: Flags, name: str, bytes_per_number: int) -> None:
     gigabytes = count * config.colour_channels * height * width * bytes_per_number / 1e9
     if gigabytes > MAX_IMAGES_GB:
         raise ValueError(
-            f"--{name} {count}: so many images of {width}x{height} pixels take "
+            f"--{name} {count}: this many images of {width}x{height} pixels take "
             f"{gigabytes:,.0f} GB of memory; {MAX_IMAGES_GB} GB are the limit"
         )
 

@@ -31,7 +31,7 @@ PATIENCE = 120  # seconds until a process that does not end or do what is waited
 _METHODS = multiprocessing.get_all_start_methods()
 _context = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 if "forkserver" in _METHODS:
-    _context.set_forkserver_preload(["improved_diffusion.jobs.train"])
+    _context.set_forkserver_preload(["improved_diffusion.jobs.train", "pytest"])  # `_main` needs both
 _numbers = itertools.count()
 
 

@@ -241,13 +241,13 @@ def _how_to_continue(run: Run) -> list[str]:
         parts.append(f"<p>The last session was started by:</p><pre>{_text(run.command)}</pre>")
     files = os.listdir(run.dir)
     if not any(name.startswith("opt") and name.endswith(".pt") for name in files):
-        parts.append("<p>There is no checkpoint here that a training could go on from.</p>")
+        parts.append("<p>There is no checkpoint here to continue from.</p>")
     elif isinstance(total, int) and done >= total:
         hours = run.arguments.get("hours")
         resume += ["--hours", f"{2 * hours:g}"] if hours else ["--total_steps", str(2 * total)]
         parts.append(f"<p>The run has done all its {total:,} steps. To make it longer:</p>{_command(resume)}")
     else:
-        parts.append(f"<p>If it no longer runs, this goes on where it was:</p>{_command(resume)}")
+        parts.append(f"<p>If it no longer runs, this continues it:</p>{_command(resume)}")
     if any(name.endswith(".pt") for name in files):
         parts.append(f"<p>To draw with its newest averaged weights, also while it runs:</p>{_command(draw)}")
     return [*parts, "</section>"]

@@ -160,8 +160,8 @@ def sample(run, model_path, out, *flags, check=0):
     return run("image_sample.py", "--model_path", model_path, *options, *flags, check=check)
 
 
-def test_sampling_from_a_run(trained, tmp_path, run_script):
-    done = sample(run_script, trained[0], tmp_path, "--save_png", "True")
+def test_sampling_from_a_run(trained, tmp_path, call_script):
+    done = sample(call_script, trained[0], tmp_path, "--save_png", "True")
     assert "ema_0.999_000012.pt" in done.stdout  # the EMA of the largest rate, and it says so
     with np.load(tmp_path / "samples_5x8x8x3.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]

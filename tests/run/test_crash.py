@@ -10,7 +10,7 @@ from training_process import Training, assert_same_run, rows, run_training, temp
 from improved_diffusion.run import checkpoint
 from improved_diffusion.storage import TEMPORARY_PREFIX, open_atomic, remove_temporaries
 
-KILLS = 30
+KILLS = 20
 SAVE_INTERVAL = 2
 TOTAL_STEPS = 24
 FLAGS = [

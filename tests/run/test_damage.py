@@ -114,12 +114,12 @@ def test_training_does_not_begin_anew_when_all_are_damaged(run):
     assert (run / "progress.csv").read_bytes() == before
 
 
-def test_sampling_from_damaged_weights_is_an_error(run, run_script):
+def test_sampling_from_damaged_weights_is_an_error(run, call_script):
     path = run / "ema_0.9_000006.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # within a weight, which the file format itself does not notice
     path.write_bytes(content)
-    done = run_script("image_sample.py", "--model_path", path, "--log_dir", run / "drawn", check=2)
+    done = call_script("image_sample.py", "--model_path", path, "--log_dir", run / "drawn", check=2)
     assert str(path) in done.stderr and "damaged" in done.stderr and done.stderr.count("\n") == 1
     assert not (run / "drawn").exists()
 

@@ -156,16 +156,16 @@ def test_resuming_from_a_hostile_run(tmp_path, exploit, kind, monkeypatch):
     assert path in message and "could execute code" in message
 
 
-def test_a_hostile_file_as_a_user_meets_it(tmp_path, run_script):
+def test_a_hostile_file_as_a_user_meets_it(tmp_path, call_script):
     """Through the real scripts: exit code 2, one line, and nothing is executed."""
     run, marker = tmp_path / "run", tmp_path / "executed"
     run.mkdir()
     saved = save_run(run)
     path = replace_member(saved, "0.9", torch_file({"x": Exploit(marker)}))
-    done = run_script("image_sample.py", "--model_path", run, check=2)
+    done = call_script("image_sample.py", "--model_path", run, check=2)
     assert path in done.stderr and done.stderr.count("\n") == 1
     path = replace_member(saved, "model", torch_file({"x": Exploit(marker)}))
-    done = run_script("image_train.py", "--resume_checkpoint", run, "--data_dir", "builtin", check=2)
+    done = call_script("image_train.py", "--resume_checkpoint", run, "--data_dir", "builtin", check=2)
     assert path in done.stderr and done.stderr.count("\n") == 1
     assert not marker.exists()
 
@@ -618,7 +618,7 @@ def test_images_that_do_not_fit_together(tmp_path, script, name, monkeypatch):
     count = declared(TrainConfig if script == "image_train" else SampleConfig)[name].high
     monkeypatch.setattr("improved_diffusion.script_util.MAX_IMAGES_GB", 0.1)
     message = refusal(monkeypatch, script, *flags[script], f"--{name}", count, "--log_dir", tmp_path / "run")
-    assert f"--{name} {count}: so many images" in message
+    assert f"--{name} {count}: this many images" in message
 
 
 def test_looking_before_building_leaves_the_random_numbers_alone():
