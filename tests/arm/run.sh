@@ -39,7 +39,7 @@ fi
 # A copy of the code, with the kernels for ARM64.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r "$root"/{improved_diffusion,scripts,datasets,models,tests,pyproject.toml} "$work"
+cp -r "$root"/{improved_diffusion,scripts,tests,pyproject.toml} "$work"
 rm -f "$work"/improved_diffusion/kernels/compiled*
 kernels=$work/improved_diffusion/kernels
 sources=$(cd "$kernels" && cat $(ls *.c *.h | LC_ALL=C sort) | sha256sum | cut -d ' ' -f 1)
@@ -56,8 +56,9 @@ END
 done
 
 cd "$work"
-export PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
-for processor in max,sve=off cortex-a76; do # with instructions for bfloat16, as of Graviton3, and without, as a Raspberry Pi 5
+export OMP_NUM_THREADS=1
+# With instructions for bfloat16, as of Graviton3, and without, as a Raspberry Pi 5.
+for processor in max,sve=off cortex-a76; do
     for program in tests/arm/{kernel_tests,train}.py; do
         echo "== $program on $processor"
         "./$processor" "$program" "$work/$processor"
