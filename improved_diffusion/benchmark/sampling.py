@@ -24,7 +24,9 @@ def measure_sampling(settings: Settings) -> dict[str, Any]:
     plain = th.no_grad()(make_plain(copy.deepcopy(model)))
     contenders = {
         # Freed memory is kept, as in any program that only samples: malloc adapts to that after a while.
-        ("plain", "fp32", settings.compute.workers): Contender(partial(plain, images, timesteps))
+        ("plain", "fp32", settings.compute.workers): Contender(
+            partial(plain, images, timesteps), threads=settings.compute.workers
+        )
     }
     for precision in settings.precisions:
         for cores in settings.cores:

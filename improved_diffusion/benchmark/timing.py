@@ -5,15 +5,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch as th
+
 from improved_diffusion.cpu.machine import keep_memory
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A function to time, `run`, and one that prepares the process before its turn."""
+    """A function to time, `run`, and one that prepares the process before its turn.
+
+    :ivar threads: PyTorch's threads in this thread for its turn; 0: as the turn before has left them. A training step
+        sets them to 1.
+    """
 
     run: Callable[[], object]
     prepare: Callable[[], object] = keep_memory
+    threads: int = 0
 
 
 def seconds_of(run: Callable[[], object]) -> float:
@@ -35,6 +42,8 @@ def interleave(contenders: dict[str, Contender], rounds: int) -> dict[str, list[
     for _ in range(1 + rounds):
         for name, contender in contenders.items():
             contender.prepare()
+            if contender.threads:
+                th.set_num_threads(contender.threads)
             contender.run()
             seconds[name].append(seconds_of(contender.run))
     return {name: values[1:] for name, values in seconds.items()}

@@ -37,7 +37,7 @@ def measure_training(settings: Settings) -> dict[str, Any]:
     workers = settings.compute.workers
     plain = PlainTraining(*build(settings), settings.microbatch)
     batch = random_images(settings, settings.batch_size)
-    contenders = {"plain": Contender(lambda: plain.step(batch), prepare=usual_memory)}
+    contenders = {"plain": Contender(lambda: plain.step(batch), usual_memory, workers)}
     for precision in settings.precisions:
         contenders[precision] = stepping(settings, training_loop(settings, precision))
     seconds = interleave(contenders, settings.rounds)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,11 @@ from conftest import SCRIPTS, TINY, TINY_FLAGS, read_json
 from improved_diffusion import kernels
 from improved_diffusion.benchmark import ablation as benchmark_ablation
 from improved_diffusion.benchmark import cost as benchmark_cost
+from improved_diffusion.benchmark import training as benchmark_training
 from improved_diffusion.benchmark.parts import PARTS
-from improved_diffusion.benchmark.plain import PLAIN, PlainTraining, make_plain
+from improved_diffusion.benchmark.plain import PLAIN, PlainTraining, PlainUNet, make_plain
 from improved_diffusion.benchmark.report import section
+from improved_diffusion.benchmark.sampling import measure_sampling
 from improved_diffusion.benchmark.settings import Settings, build, random_images
 from improved_diffusion.benchmark.timing import Contender, interleave, ratios, seconds_of, spread
 from improved_diffusion.benchmark.training import measure_command
@@ -149,6 +152,23 @@ def test_contenders_take_turns():
     seconds = interleave(contenders, rounds=2)
     assert calls == ["prepare", "a", "a", "prepare", "b", "b"] * 3
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_the_plain_path_has_all_cores_whatever_ran_before(monkeypatch):
+    """A training step sets the threads of the thread that calls it to 1."""
+    settings, seen = replace(SETTINGS, rounds=1), {"training": set(), "sampling": set()}
+    monkeypatch.setattr(
+        PlainTraining, "step", lambda *args: seen["training"].add(th.get_num_threads()) or time.sleep(1e-3)
+    )
+    monkeypatch.setattr(benchmark_training, "matrix_rates", lambda *args: {("fp32", 2): [1.0]})
+    benchmark_training.measure_training(settings)
+    assert th.get_num_threads() == 1
+    forward = PlainUNet.forward
+    monkeypatch.setattr(
+        PlainUNet, "forward", lambda *args: seen["sampling"].add(th.get_num_threads()) or forward(*args)
+    )
+    measure_sampling(settings)
+    assert seen == {"training": {2}, "sampling": {2}}
 
 
 def test_spread_and_ratios():
