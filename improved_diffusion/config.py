@@ -16,6 +16,7 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment", "log-normal")
 OPTIMIZERS = ("adamw", "muon")
 LOSS_WEIGHTINGS = ("none", "min_snr", "edm")
 PRECISIONS = ("auto", "fp32", "bf16")
+EXCHANGES = ("float32", "bfloat16")
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_3m", "sde_dpmpp_2m", "unipc", "deis", "ipndm")
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 AUTO = "auto"
@@ -529,6 +530,33 @@ class RunFlags(Flags):
 
 
 @dataclass(frozen=True)
+class ExchangeFlags(Flags):
+    """Several processes, and what they exchange."""
+
+    TITLE: ClassVar[str] = "several processes"
+    processes: int = flag(
+        1,
+        "processes to start on this machine, each with --batch_size images per step and a share of the cores",
+        low=1,
+        high=1024,
+        role=Role.SESSION,
+    )
+    sync_interval: int = flag(
+        1,
+        "steps between exchanges: 1 exchanges gradients in every step; with more, for slow networks, each process "
+        "takes these steps on its own, and then all continue from common weights (DiLoCo, Douillard et al. 2023)",
+        low=1,
+        high=MOST_STEPS,
+        role=Role.TRAINING,
+    )
+    gradient_exchange: str = flag(
+        EXCHANGES[0],
+        "number format of what is exchanged; bfloat16 halves the traffic, and sums are in float32",
+        choices=EXCHANGES,
+    )
+
+
+@dataclass(frozen=True)
 class HalfPrecisionFlags(Flags):
     """The 16 bits of improved-diffusion."""
 
@@ -546,6 +574,7 @@ class TrainingFlags(
     LearningFlags,
     RunFlags,
     ComputeFlags,
+    ExchangeFlags,
     UNetFlags,
     DiffusionFlags,
     HalfPrecisionFlags,

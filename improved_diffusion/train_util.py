@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from signal import Signals
 from typing import Any, NamedTuple
@@ -19,11 +19,12 @@ from improved_diffusion.cpu.gradients import Gradients, plan_passes
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.cpu.machine import release_memory
 from improved_diffusion.cpu.optimizer import Optimizer
+from improved_diffusion.cpu.outer import Outer
 from improved_diffusion.cpu.workers import Workers
 from improved_diffusion.evaluation.heldout import columns as heldout_columns
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.learning_rate import check_lr_schedule, learning_rate
-from improved_diffusion.nn import Dropout, dropout_seeds
+from improved_diffusion.nn import Dropout, dropout_seeds, update_ema
 from improved_diffusion.resample import LossSecondMomentResampler, UniformSampler
 from improved_diffusion.results.export import export_all
 from improved_diffusion.run import averages, checkpoint
@@ -68,6 +69,21 @@ class Draws(NamedTuple):
     all_weights: th.Tensor
 
 
+class LocalStep(NamedTuple):
+    """What rank 0 needs to know of a step that a process took on its own.
+
+    :ivar problem: why the step was skipped; empty: it was not.
+    :ivar losses: the loss terms of this process, by name, each [B].
+    """
+
+    problem: str
+    all_t: th.Tensor
+    all_weights: th.Tensor
+    losses: dict[str, th.Tensor]
+    grad_norm: float
+    lr: float
+
+
 class TrainLoop:
     """Train `model` for `total_steps` updates, and write the run into the directory of `logger`.
 
@@ -75,8 +91,8 @@ class TrainLoop:
     the data. So a resumed run ends with the same result as a run that was never stopped.
 
     Several processes (see `dist_util`) each create a loop with the same arguments, except for their own part of the
-    data. R processes with B images each compute the same as one process with R * B images. Only rank 0 reads
-    checkpoints, writes files and keeps the moving averages.
+    data. R processes with B images each compute the same as one process with R * B images, unless `sync_interval` is
+    above 1. Only rank 0 reads checkpoints, writes files and keeps the moving averages.
 
     :param data: yields (images [B, C, H, W] float32 in [-1, 1], dict of model arguments), where B is `batch_size`. Of
         several processes, rank r gets part r of the global batch. If `data` has a method ``seek(samples)``, a resumed
@@ -112,6 +128,10 @@ class TrainLoop:
         `heldout.columns`, go to checkpoints.csv.
     :param precision: "fp32" or "bf16", the precision of forward and backward passes (see `Gradients`).
     :param num_workers: cores to compute on (see `plan_passes`).
+    :param sync_interval: 1: the processes exchange their gradients in every step. K: they take K steps each on its own,
+        and then exchange the change of their weights (see `run_round`). Rows, pictures and checkpoints that are due
+        within these steps follow at their end, as do stops.
+    :param gradient_exchange: "float32" or "bfloat16", the number format of what they exchange. Sums are in float32.
     :param publish: called by rank 0 after each checkpoint, when all files of the directory belong to the same step.
     :param check_folder: called by rank 0 before it writes. Raises an OSError, which ends the run, if the directory is
         no longer this run's (see `run_lock`).
@@ -158,6 +178,8 @@ class TrainLoop:
         heldout: Callable[[Callable[..., th.Tensor]], dict[str, float]] | None = None,
         precision: str = "fp32",
         num_workers: int = 1,
+        sync_interval: int = 1,
+        gradient_exchange: str = "float32",
         publish: Callable[[], object] | None = None,
         check_folder: Callable[[], object] | None = None,
     ):
@@ -196,6 +218,11 @@ class TrainLoop:
         self.preview = preview
         self.heldout = heldout
         self.precision = precision
+        self.sync_interval = sync_interval
+        self.alone = sync_interval > 1  # whether each process takes its steps on its own
+        self.add_up = (
+            dist_util.all_reduce if gradient_exchange == "float32" else dist_util.all_reduce_in_16_bits
+        )
         self.publish = publish
         self.check_folder = check_folder or (lambda: None)
 
@@ -228,6 +255,7 @@ class TrainLoop:
             length: [p.detach().clone() for p in self.params]
             for length in averages.parse_lengths(ema_lengths)
         }
+        self.outer = Outer(self.params) if self.alone else None
         if not self.is_first:
             self.ema_params, self.power_params = {}, {}
         elif resume_checkpoint:
@@ -287,24 +315,27 @@ class TrainLoop:
             self._draw_preview()  # again, if the last session was stopped while it drew
             stopped_by, save = self._requests()
             while self.step < self.total_steps and stopped_by is None:
+                before = self.step
                 try:
                     with self.log.stopwatch:
-                        batch, cond = next(self.data)
-                        self.run_step(batch, cond)
+                        if self.alone:
+                            self.run_round()
+                        else:
+                            self.run_step(*next(self.data))
                 except NonFiniteError as error:
                     failure = error
                     break
                 self.check_folder()
-                if self.total_steps == NO_END and self._is_pace_known():
+                if self.total_steps == NO_END and self._is_pace_known(self.step - before):
                     self._plan()
                 self.log.show_step(self.step, self._known_total())
-                if self.step % self.log_interval == 0 and self.logged_step < self.step:
+                if self._is_due(self.log_interval) and self.logged_step < self.step:
                     self._write_row()
                     self.logged_step = self.step
                 self._draw_preview()
                 stopped_by, requested = self._requests()
                 save = save or requested
-                due = save or self.step % self.save_interval == 0
+                due = save or self._is_due(self.save_interval)
                 if due and self.saved_step != self.step and self.step < self.total_steps:
                     save = False
                     self.save()
@@ -329,6 +360,11 @@ class TrainLoop:
             raise NonFiniteError(f"{failure}; {kept}")
         return stopped_by
 
+    def _is_due(self, interval: int) -> bool:
+        """Whether a multiple of `interval` is among the steps of the round that ends at this step."""
+        before = (self.step - 1) // self.sync_interval * self.sync_interval
+        return self.step // interval > before // interval
+
     def _is_finite(self) -> bool:
         """Whether all weights and moments are finite: an update with a very large --lr may overflow."""
         tensors = [*self.params, *self.opt.state_tensors()]
@@ -351,9 +387,9 @@ class TrainLoop:
     def _known_total(self) -> int | None:
         return None if self.total_steps == NO_END else self.total_steps
 
-    def _is_pace_known(self) -> bool:
-        """Whether rank 0 has measured the speed."""
-        known = self.pace.is_known()
+    def _is_pace_known(self, steps: int) -> bool:
+        """Whether rank 0 has measured the speed. :param steps: taken since the last call."""
+        known = self.pace.is_known(steps)
         return dist_util.broadcast(known) if dist_util.get_world_size() > 1 else known
 
     def _plan(self) -> None:
@@ -391,20 +427,45 @@ class TrainLoop:
         :param batch: images [B, C, H, W] float32 in [-1, 1]. :param cond: arguments of the model.
         :raises NonFiniteError: the gradient is not finite, and no more steps may be skipped.
         """
+        drawn, losses, grad_norm, problem = self._learn(batch, cond)
+        if problem:
+            self.skipped += 1
+            if self.skipped > self.skip_nonfinite:
+                raise NonFiniteError(problem)
+            logger.log(self._skip_warning(problem))
+            return
+        self.skipped = 0
+        if isinstance(self.schedule_sampler, LossSecondMomentResampler):
+            self.schedule_sampler.update_with_all_losses(drawn.all_t, losses["loss"])
+        self._update(grad_norm, self._averages([self.step + 1]))
+        if self.is_first:
+            self.log.add_step(drawn.all_t, drawn.all_weights, losses, grad_norm, self.opt.lr)
+
+    def _learn(
+        self, batch: th.Tensor, cond: dict[str, th.Tensor]
+    ) -> tuple["Draws", dict[str, th.Tensor], float, str]:
+        """Compute the gradient of a step.
+
+        :return: what was drawn, the loss terms (see `compute_gradient`), the norm of the gradient, and a text that
+            says what is not finite; empty: everything is.
+        """
         # This thread has little to compute: with more cores it would wait for each of them at every operation.
         if th.get_num_threads() != 1:  # setting them takes time even when nothing changes
             th.set_num_threads(1)
         drawn = self.draw(batch, cond)
         losses = self.compute_gradient(drawn)
-        t, weights = drawn.all_t, drawn.all_weights
         grad_norm = self.gradients.norm()
-        self.samples += len(t)
+        self.samples += len(drawn.all_t)
+        problem = ""
         if not (math.isfinite(grad_norm) and th.isfinite(losses["loss"]).all()):
-            self._on_nonfinite(t, losses["loss"], grad_norm)
-            return
-        self.skipped = 0
-        if isinstance(self.schedule_sampler, LossSecondMomentResampler):
-            self.schedule_sampler.update_with_all_losses(t, losses["loss"])
+            t = drawn.t if self.alone else drawn.all_t
+            bad = t[~th.isfinite(losses["loss"])].tolist()
+            where = f"the loss at timesteps {bad}" if bad else f"the gradient (timesteps {t.tolist()})"
+            problem = f"step {self.step + 1}: {where} is not finite (gradient norm {grad_norm})"
+        return drawn, losses, grad_norm, problem
+
+    def _update(self, grad_norm: float, means: list[tuple[list[th.Tensor], float]]) -> None:
+        """Update the weights by the gradient, and then the moving averages `means`, each with its decay."""
         factor = min(1.0, self.grad_clip / (grad_norm + 1e-6)) if self.grad_clip > 0 else 1.0
         self.opt.lr = learning_rate(
             self.step,
@@ -416,15 +477,117 @@ class TrainLoop:
             self.total_steps,
         )
         self.step += 1
-        means = [(mean, ema_decay(float(rate), self.step)) for rate, mean in self.ema_params.items()]
-        means += [
-            (mean, averages.decay(float(length), self.step)) for length, mean in self.power_params.items()
-        ]
         gradients = self.gradients
         self.opt.step(gradients.values, means, gradients.copies.in_16_bits, factor, gradients.more)
         self.gradients.clear()
-        if self.is_first:
-            self.log.add_step(t, weights, losses, grad_norm, self.opt.lr)
+
+    def _averages(self, steps: Sequence[int]) -> list[tuple[list[th.Tensor], float]]:
+        """The moving averages, each with its decay in all of `steps`, during which the weights stay the same."""
+        means = [
+            (mean, math.prod(ema_decay(float(rate), step) for step in steps))
+            for rate, mean in self.ema_params.items()
+        ]
+        means += [
+            (mean, math.prod(averages.decay(float(length), step) for step in steps))
+            for length, mean in self.power_params.items()
+        ]
+        return means
+
+    # -- a round of steps that each process takes on its own ---------------------------------------------
+
+    def run_round(self) -> None:
+        """Take the steps up to the next multiple of `sync_interval`, each process on its own, and then meet.
+
+        At the end, all processes continue from the same weights (see `Outer`) and from the mean of their optimizer's
+        moments, as local Adam does (Cheng & Glasgow 2024, arXiv 2409.13155). So a checkpoint needs the state of only
+        one process, and a resumed run may have another number of them. The moving averages follow the weights at the
+        ends of rounds.
+
+        A step that one process skipped because its gradient was not finite counts if another process took it.
+
+        :raises NonFiniteError: a process had to skip more steps in a row than allowed. The round was completed without
+            them.
+        """
+        self.outer.begin()
+        first, failure, warnings = self.step, "", []
+        last = min((first // self.sync_interval + 1) * self.sync_interval, self.total_steps)
+        taken: list[LocalStep] = []
+        for _ in range(last - first):
+            step = self._step_alone(*next(self.data))
+            taken.append(step)
+            self.skipped = self.skipped + 1 if step.problem else 0
+            if self.skipped > self.skip_nonfinite:
+                failure = failure or step.problem
+            elif step.problem:
+                warnings.append(self._skip_warning(step.problem))
+        self.log.stopwatch.laps += len(taken) - 1  # the round is measured as one
+        mine = [self.step - first, self.skipped, [bool(step.problem) for step in taken], warnings, failure]
+        updates, skipped, holes, warned, failures = zip(*dist_util.all_gather(mine))
+        self._meet(max(updates) - mine[0])
+        self.step, self.skipped = first + max(updates), max(skipped)
+        self._count(taken, [any(some) for some in zip(*holes)])
+        with th.no_grad():
+            for mean, decay in self._averages(range(first + 1, self.step + 1)):
+                update_ema(mean, self.params, decay)
+        for text in (text for texts in warned for text in texts):
+            logger.log(text)
+        if any(failures):
+            raise NonFiniteError(next(filter(None, failures)))
+
+    def _step_alone(self, batch: th.Tensor, cond: dict[str, th.Tensor]) -> LocalStep:
+        """A step of this process, with its own gradient. It is skipped if the gradient is not finite."""
+        drawn, losses, grad_norm, problem = self._learn(batch, cond)
+        if not problem:
+            self._update(grad_norm, [])
+        return LocalStep(problem, drawn.all_t, drawn.all_weights, losses, grad_norm, self.opt.lr)
+
+    @th.no_grad()
+    def _meet(self, missed: int) -> None:
+        """Give all processes the same weights, moments and step counts.
+
+        :param missed: how many steps fewer than others this process took.
+        """
+        ranks = dist_util.get_world_size()
+        change = self.outer.change()
+        self.add_up(change)
+        self.outer.step(change.div_(ranks))
+        self.opt.counts += missed
+        for moments in self.opt.moments.values():
+            if ranks > 1:
+                mean = th.cat([moment.flatten() for moment in moments])
+                self.add_up(mean)
+                mean.div_(ranks)
+                for moment, value in zip(moments, mean.split([moment.numel() for moment in moments])):
+                    moment.copy_(value.view_as(moment))
+        for copy, p in zip(self.gradients.copies.in_16_bits, self.params):
+            if copy is not None:
+                copy.copy_(p)
+
+    def _count(self, taken: list[LocalStep], skipped: list[bool]) -> None:
+        """Collect the losses of all processes, and add the steps of a round to the metrics and the sampler's history.
+
+        :param skipped: for each step, whether a process has skipped it. Its losses are left out.
+        """
+        ranks = dist_util.get_world_size()
+        names = list(taken[0].losses)
+        losses = th.stack(
+            [th.stack([step.losses[name] for name in names]) for step in taken]
+        )  # [K, terms, B]
+        table = th.zeros(ranks, *losses.shape)
+        norms = th.zeros(ranks, len(taken))
+        table[dist_util.get_rank()] = losses
+        norms[dist_util.get_rank()] = th.tensor([step.grad_norm for step in taken])
+        dist_util.all_reduce(table)
+        dist_util.all_reduce(norms)
+        for number, step in enumerate(taken):
+            if skipped[number]:
+                continue
+            terms = dict(zip(names, table[:, number].transpose(0, 1).flatten(1)))  # each [R * B]
+            if isinstance(self.schedule_sampler, LossSecondMomentResampler):
+                self.schedule_sampler.update_with_all_losses(step.all_t, terms["loss"])
+            if self.is_first:
+                norm = norms[:, number].mean().item()
+                self.log.add_step(step.all_t, step.all_weights, terms, norm, step.lr)
 
     def compute_gradient(self, drawn: "Draws") -> dict[str, th.Tensor]:
         """Set `self.gradients` to the gradient of the weighted mean loss over the batches of all R processes.
@@ -447,8 +610,9 @@ class TrainLoop:
                 model_kwargs={key: value[part] for key, value in drawn.cond.items()},
                 noise=drawn.noise[part],
             )
-            # Divided by the size of the global batch, so that the sum over passes and processes is the mean.
-            share = (losses["loss"] * drawn.weights[part]).sum() / len(drawn.all_t)
+            # Divided by the size of the batch, so that the sum over passes, and over processes, is the mean.
+            size = len(drawn.t) if self.alone else len(drawn.all_t)
+            share = (losses["loss"] * drawn.weights[part]).sum() / size
             self.gradients.add(share, model, number)
         return {key: value.detach() for key, value in losses.items()}
 
@@ -478,31 +642,32 @@ class TrainLoop:
         return Draws(batch, cond, t[mine], weights[mine], noise[mine], masks, t, weights)
 
     def _exchange(self, losses: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-        """Add up the gradients of all R processes and collect their losses, in a single all-reduce.
+        """Add up the gradients of all R processes and collect their losses.
 
         :param losses: the loss terms of this process, each [B].
         :return: the loss terms of all processes, each [R * B], in the order of the ranks.
         """
         ranks = dist_util.get_world_size()
-        if ranks == 1:
+        if ranks == 1 or self.alone:
             return losses
         mine = th.stack(list(losses.values()))
         table = th.zeros(len(mine), ranks, mine.shape[1])
         table[:, dist_util.get_rank()] = mine
-        message = th.cat([*(value.float().flatten() for value in self.gradients.total()), table.flatten()])
-        dist_util.all_reduce(message)
-        *gradients, table = message.split([*(p.numel() for p in self.params), table.numel()])
-        self.gradients.values = [value.view_as(p) for value, p in zip(gradients, self.params)]
+        gradient = [value.float().flatten() for value in self.gradients.total()]
+        if self.add_up is dist_util.all_reduce:
+            message = th.cat([*gradient, table.flatten()])  # one message, for it takes time to begin one
+            dist_util.all_reduce(message)
+            *gradient, table = message.split([*(p.numel() for p in self.params), table.numel()])
+        else:
+            message = th.cat(gradient)
+            self.add_up(message)
+            gradient = message.split([p.numel() for p in self.params])
+            dist_util.all_reduce(table)
+        self.gradients.values = [value.view_as(p) for value, p in zip(gradient, self.params)]
         return dict(zip(losses, table.view(len(mine), -1)))
 
-    def _on_nonfinite(self, t: th.Tensor, losses: th.Tensor, grad_norm: float) -> None:
-        bad = t[~th.isfinite(losses)].tolist()
-        where = f"the loss at timesteps {bad}" if bad else f"the gradient (timesteps {t.tolist()})"
-        message = f"step {self.step + 1}: {where} is not finite (gradient norm {grad_norm})"
-        self.skipped += 1
-        if self.skipped > self.skip_nonfinite:
-            raise NonFiniteError(message)
-        logger.log(f"WARNING: {message}: skipped ({self.skipped} in a row, at most {self.skip_nonfinite})")
+    def _skip_warning(self, problem: str) -> str:
+        return f"WARNING: {problem}: skipped ({self.skipped} in a row, at most {self.skip_nonfinite})"
 
     # -- metrics and pictures ----------------------------------------------------------------------------
 
@@ -517,7 +682,7 @@ class TrainLoop:
         """Draw the pictures of this step if they are due and not yet drawn; a signal to stop ends that."""
         if not self.is_first or self.preview is None or not self.sample_interval:
             return
-        due = self.step % self.sample_interval == 0 or self.step == self.total_steps
+        due = self._is_due(self.sample_interval) or self.step == self.total_steps
         if not due or self.step == self.previewed_step:
             return
         try:
@@ -582,6 +747,8 @@ class TrainLoop:
             **{power_kind(length): self._named(mean) for length, mean in self.power_params.items()},
             "opt": self.opt.state_dict(),
         }
+        if self.outer is not None:
+            tensors["opt"]["outer"] = self.outer.state_dict()
         state = {
             "samples": self.samples,
             "global_batch": self.global_batch,
@@ -660,7 +827,10 @@ class TrainLoop:
             content = source.load(kind)
             for target, name in zip(mean, dict(self.model.named_parameters())):
                 target.copy_(content[name])
-        self.opt.load_state_dict(source.load("opt"))
+        optimizer = source.load("opt")
+        self.opt.load_state_dict(optimizer)
+        if self.outer is not None and "outer" in optimizer:
+            self.outer.load_state_dict(optimizer["outer"])
         try:
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         except ValueError as error:
@@ -707,6 +877,8 @@ class TrainLoop:
         dist_util.sync_params(self.params)
         if self.step > 0:
             dist_util.sync_params(self.opt.state_tensors())
+            if self.outer is not None:
+                dist_util.sync_params([self.outer.momentum])
 
     def _named(self, params: list[th.Tensor]) -> dict[str, th.Tensor]:
         """The model's state dict with `params`, in the order of its parameters, in their place."""

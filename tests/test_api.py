@@ -222,6 +222,7 @@ def test_mistakes_name_what_is_wrong(run, tmp_path):
         (lambda: idf.load(tmp_path / "empty"), ValueError, "holds no complete checkpoint"),
         (lambda: idf.load(run, num_channels=64), ValueError, "--num_channels 64: contradicts"),
         (lambda: train(tmp_path / "empty", log_dir=tmp_path / "x"), ValueError, "--data_dir .*empty"),
+        (lambda: train(log_dir=tmp_path / "x", processes=2), ValueError, "--processes 2: .* command line"),
         (lambda: train(log_dir=tmp_path / "x", lr="fast"), TypeError, "lr='fast'"),
         (lambda: train(log_dir=tmp_path / "x", hours=1), ValueError, "--total_steps .*contradicts --hours"),
         (lambda: idf.evaluate(tmp_path / "absent", "builtin"), ValueError, "--samples .*absent"),

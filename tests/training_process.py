@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -121,6 +122,32 @@ def run_training(folder: Path, *flags: object, check: int = 0, **options) -> Tra
         code = training.wait()
     assert code == check, f"exit code {code}\n{training.stdout}\n{training.stderr}"
     return training
+
+
+def one_host() -> dict[str, str]:
+    """What torchrun sets for two ranks on this machine, but for RANK."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@contextlib.contextmanager
+def two_ranks(folder: Path, *flags: object, more: dict[str, str] | None = None, **options):
+    """Rank 0 and rank 1 as torchrun starts them, but for torchrun itself, so that each can be watched.
+
+    :param more: variables that are set for both. :param options: of `Training`.
+    """
+    place = {**one_host(), **(more or {})}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Training(folder, *flags, environment={**place, "RANK": str(rank)}, **options))
+            for rank in range(2)
+        ]
 
 
 def _main(

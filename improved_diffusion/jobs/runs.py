@@ -277,7 +277,7 @@ def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Con
     """
     stored = _stored_arguments(source, config)
     _check_same_kind(source.folder, stored, config)
-    stored = {"recipe": "", **stored}
+    stored = {"recipe": "", "sync_interval": 1, **stored}
     kind = type(config)
     for name, declaration in declared(kind).items():
         value = getattr(config, name)

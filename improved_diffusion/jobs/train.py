@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,11 @@ def run_training(
     :return: the exit code.
     :raises ValueError: a flag, the data or the checkpoint is unusable. Nothing was trained.
     """
+    if config.processes > 1:
+        if call:
+            raise ValueError(f"--processes {config.processes}: is for the command line only; leave it out")
+        with errors_about("processes"):
+            dist_util.start_processes(config.processes, [sys.executable, *started_as()[1:], *sys.argv[1:]])
     join_processes(config)
     if config.init_from:
         config = replace(config, init_from=find_model(config.init_from))
@@ -219,6 +225,10 @@ def _train(
     logger.log(f"computing in {compute}, of {machine['processor']}")
     if processes > 1:
         logger.log(f"{processes} processes with {config.batch_size} images each per step")
+    if config.sync_interval > 1:
+        logger.log(
+            f"rounds of {config.sync_interval} steps, after which the processes exchange their weights"
+        )
     if config.use_fp16:
         logger.log("--use_fp16 True: on a CPU, 16 bits are bfloat16, which needs no scaling of the loss")
     if compute.precision == "bf16" and not bf16_pays():

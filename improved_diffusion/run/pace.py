@@ -15,15 +15,15 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._steps, self._started = 0, 0.0
+        self._steps, self._skipped, self._started = 0, 0, 0.0
         self.seconds_per_step = 0.0
 
-    def is_known(self) -> bool:
-        """Count a step, and say whether enough steps were measured. Call it after every step."""
-        self._steps += 1
-        if self._steps == MEASURED_STEPS:
-            self._started = self._clock()
-        counted = self._steps - MEASURED_STEPS
+    def is_known(self, steps: int = 1) -> bool:
+        """Count `steps`, and say whether enough were measured. Call it after every step or round of steps."""
+        self._steps += steps
+        if not self._skipped and self._steps >= MEASURED_STEPS:
+            self._skipped, self._started = self._steps, self._clock()
+        counted = self._steps - self._skipped if self._skipped else 0
         seconds = self._clock() - self._started
         if counted < MEASURED_STEPS or seconds < MEASURED_SECONDS:
             return False

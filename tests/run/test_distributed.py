@@ -1,6 +1,5 @@
 """Several processes: they do what one does with all their images, under both launchers, and stop together."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import torch as th
 import torch.distributed
 from conftest import SCRIPTS, TINY_FLAGS
 from PIL import Image
-from training_process import Training, rows, run_training
+from training_process import Training, one_host, rows, run_training, two_ranks
 
 from improved_diffusion import dist_util
 from improved_diffusion.run import checkpoint, heartbeat
@@ -49,18 +48,6 @@ MPIEXEC = shutil.which("mpiexec", path=os.path.dirname(sys.executable)) or shuti
 needs_mpi = pytest.mark.skipif(MPIEXEC is None, reason='no mpiexec: pip install -e ".[mpi]"')
 
 
-def one_host():
-    """What torchrun sets for two ranks on this machine, but for RANK."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def torchrun(*options):
     return [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
 
@@ -78,17 +65,6 @@ def run(arguments):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
-
-
-@contextlib.contextmanager
-def two_ranks(folder, *flags):
-    """Rank 0 and rank 1 as torchrun starts them, but for torchrun itself, so that each can be watched."""
-    place = one_host()
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(Training(folder, *FLAGS, *flags, environment={**place, "RANK": str(rank)}))
-            for rank in range(2)
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +130,7 @@ def test_two_ranks_follow_the_path_of_one_under_mpiexec(tmp_path, alone):
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone):
     folder = tmp_path / "run"
     run_training(folder, *FLAGS, *WHOLE, "--total_steps", 3)
-    with two_ranks(folder, *HALF, "--total_steps", 9) as ranks:
+    with two_ranks(folder, *FLAGS, *HALF, "--total_steps", 9) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0]
     assert "resumed step 3 " in ranks[0].stdout and "WARNING" not in ranks[0].stdout
     assert ranks[1].stdout == ranks[1].stderr == ""
@@ -165,7 +141,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, alone):
 def test_two_ranks_start_from_the_weights_of_another_run(tmp_path, alone):
     flags = ["--init_from", alone, "--total_steps", 2]
     run_training(tmp_path / "one", *FLAGS, *WHOLE, *flags)
-    with two_ranks(tmp_path / "two", *HALF, *flags) as ranks:
+    with two_ranks(tmp_path / "two", *FLAGS, *HALF, *flags) as ranks:
         assert [rank.wait() for rank in ranks] == [0, 0]
     assert ranks[0].stdout.count("starts from: ") == 1 and ranks[1].stdout == ranks[1].stderr == ""
     one, two = (checkpoint.read(str(tmp_path / name), 2) for name in ("one", "two"))
@@ -184,7 +160,7 @@ def test_a_change_of_the_global_batch_is_said(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_other_with_one_line(tmp_path, victim):
-    with two_ranks(tmp_path / "run", *ENDLESS) as ranks:
+    with two_ranks(tmp_path / "run", *FLAGS, *ENDLESS) as ranks:
         ranks[0].wait_for_rows(1)
         ranks[victim].signal(signal.SIGKILL)
         killed = time.monotonic()
@@ -229,7 +205,7 @@ def test_a_killed_rank_ends_mpiexec(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="there are no signals between processes")
 def test_sigterm_to_one_rank_stops_both_at_the_same_step(tmp_path):
     folder = tmp_path / "run"
-    with two_ranks(folder, *ENDLESS) as ranks:
+    with two_ranks(folder, *FLAGS, *ENDLESS) as ranks:
         ranks[0].wait_for_rows(1)
         ranks[1].signal(signal.SIGTERM)
         assert [rank.wait() for rank in ranks] == [143, 143]
@@ -240,7 +216,7 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_both_with_a_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    with two_ranks(folder, *ENDLESS, "--lr", 1e20, "--skip_nonfinite", 0) as ranks:
+    with two_ranks(folder, *FLAGS, *ENDLESS, "--lr", 1e20, "--skip_nonfinite", 0) as ranks:
         assert [rank.wait() for rank in ranks] == [1, 1]
     (saved,) = checkpoint.steps(str(folder))
     assert f"is not finite (gradient norm nan); checkpoint {saved} has the last finite" in ranks[0].stdout
