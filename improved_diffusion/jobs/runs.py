@@ -203,7 +203,7 @@ OTHER_FILES = {
     ".safetensors": "a file of diffusers (convert_checkpoint.py --from_diffusers takes its folder)",
 }
 POOR_AVERAGE = 0.1  # relative distance of a profile from the wanted one
-SHIPPED = "cifar10"  # the model that is used if none is given
+SHIPPED = "cifar10_recipe"  # the model that is used if none is given
 
 
 def _shipped_name(path: str) -> str | None:

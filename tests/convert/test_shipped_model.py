@@ -37,7 +37,7 @@ def load(name):
     return prepare_drawing(open_model(config, given, str(ROOT)), given)
 
 
-@pytest.fixture(scope="module", params=["cifar10"])
+@pytest.fixture(scope="module", params=["cifar10", "cifar10_recipe"])
 def name(request):
     return request.param
 
