@@ -379,7 +379,8 @@ class FirstFlags(Flags):
     init_from: str = flag(
         "",
         "start from the weights of another model, at step 0 with a new optimizer: a run, one of its files, a .pt file "
-        "of improved-diffusion, a folder of diffusers, or the name of a model that comes with the code, cifar10 or cifar10_recipe",
+        "of improved-diffusion, a folder of diffusers, or the name of a model that comes with the code, cifar10 or "
+        "cifar10_recipe",
         role=Role.TRAINING,
     )
     total_steps: int = flag(

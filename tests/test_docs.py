@@ -112,9 +112,10 @@ def test_commands_are_accepted(name, monkeypatch):
 
 
 def test_commands_are_found():
-    readme = dict(commands((ROOT / "README.md").read_text(encoding="utf-8")))
-    assert {"scripts/image_train.py", "scripts/image_sample.py", "scripts/benchmark.py"} <= set(readme)
-    assert "--microbatch 4" in readme["scripts/image_train.py"]  # which is on a continued line
+    readme = list(commands((ROOT / "README.md").read_text(encoding="utf-8")))
+    scripts = {script for script, _ in readme}
+    assert {"scripts/image_train.py", "scripts/image_sample.py", "scripts/benchmark.py"} <= scripts
+    assert any("--microbatch 4" in flags for _, flags in readme)  # which is on a continued line
 
 
 def test_flags_exist(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from openpyxl import load_workbook
 
 from improved_diffusion import seeding
 from improved_diffusion.config import ModelAndDiffusion, SampleConfig
+from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs.runs import load_trained, open_model
 from improved_diffusion.jobs.sample import prepare_drawing
@@ -71,6 +72,7 @@ def mse(name, job, data):
     t = th.arange(count) * job.diffusion.num_timesteps // count
     no_class = {"y": th.full((64,), job.config.num_classes)} if job.config.class_cond else {}
     model = load_trained(str(MODELS / name), ModelAndDiffusion(), set()).model  # without guidance
+    model = fast_model(model, "fp32", 2)
     for start in range(0, count, 64):
         part = slice(start, start + 64)
         terms = job.diffusion.training_losses(model, x[part], t[part], no_class, noise=noise[part])
