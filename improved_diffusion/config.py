@@ -809,7 +809,7 @@ class SamplerFlags(Flags):
 
     TITLE: ClassVar[str] = "sampler"
     sampler: str = flag(
-        "ddim",
+        "sde_dpmpp_2m",
         "sampling method; ddpm uses all timesteps unless --sample_steps is given",
         choices=SAMPLERS,
     )
@@ -817,7 +817,7 @@ class SamplerFlags(Flags):
         20, "steps from noise to image; each evaluates the model once (heun: twice)", low=1, high=100_000
     )
     timestep_spacing: str = flag(
-        "quadratic",
+        "karras",
         "how the steps are spread; if --sampler, --use_ddim or --eta is given, the best for it (docs/sampling.md)",
         choices=SPACINGS,
     )

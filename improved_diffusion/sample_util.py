@@ -17,15 +17,15 @@ from improved_diffusion.seeding import Purpose
 
 # The spacings that were measured to be best (docs/sampling.md): of deterministic samplers, and of those that add noise.
 SPACING = "logsnr"
-SPACING_OF = {"ipndm": "quadratic"}
-SPACING_OF_RANDOM = "quadratic"
+SPACING_OF = {"ipndm": "quadratic", "sde_dpmpp_2m": "karras"}
+SPACING_OF_RANDOM_DDIM = "quadratic"
 ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
 def suitable_spacing(sampler: str, eta: float = 0.0) -> str:
     """The default spacing of a sampler, one of `samplers.SPACINGS`."""
-    if eta or sampler == "ddpm":
-        return SPACING_OF_RANDOM
+    if sampler == "ddpm" or (sampler == "ddim" and eta):
+        return SPACING_OF_RANDOM_DDIM
     return SPACING_OF.get(sampler, SPACING)
 
 
@@ -67,7 +67,7 @@ class Plan:
         return is_random(self.sampler, self.eta)
 
 
-DEFAULT_PLAN = Plan("ddim", 20, eta=1.0)  # measured to be best at 20 steps (docs/sampling.md)
+DEFAULT_PLAN = Plan("sde_dpmpp_2m", 20)  # measured to be best at 20 steps (docs/sampling.md)
 DETERMINISTIC_PLAN = Plan("unipc", 20)  # where the image must be a function of the starting noise
 
 

@@ -217,7 +217,8 @@ def test_both_kinds_of_guidance_together():
 
 
 def test_the_spacing_and_eta_that_suit_a_sampler():
-    assert DEFAULT_PLAN.spacing == Plan("ddim", eta=0.3).spacing == Plan("ipndm").spacing == "quadratic"
+    assert DEFAULT_PLAN.spacing == Plan("sde_dpmpp_2m", eta=0.0).spacing == "karras"
+    assert Plan("ddim", eta=0.3).spacing == Plan("ddpm").spacing == Plan("ipndm").spacing == "quadratic"
     for sampler in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"):
         assert Plan(sampler).spacing == "logsnr" and Plan(sampler).eta == 0
     assert Plan("sde_dpmpp_2m").eta == 1 and Plan("sde_dpmpp_2m").is_random
