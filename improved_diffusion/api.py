@@ -152,7 +152,11 @@ def load(path: Path = SHIPPED, **flags: Any) -> Model:
         images = model.sample(16, steps=20, seed=0)
         images.save("grid.png")
     """
-    _refuse(flags, [*FILES, *defaults(SamplerFlags), *defaults(GuidanceFlags)], "belongs to sample()")
+    _refuse(
+        flags,
+        [*FILES, "interpolate", *defaults(SamplerFlags), *defaults(GuidanceFlags)],
+        "belongs to sample()",
+    )
     config, given = _configure(SampleConfig, model_path=path, **flags)
     limit_threads()
     return Model(load_trained(config.model_path, config, given))

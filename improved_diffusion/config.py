@@ -753,11 +753,6 @@ class GuidanceFlags(Flags):
         per_machine=True,
     )
     autoguidance_scale: float = flag(2.0, "strength of the autoguidance; 1: none")
-    interpolate: bool = flag(
-        False,
-        "draw a row of --num_samples images (10 if not given) that lead from image 0 to image 1 of the seed; a row for "
-        "each class of --class_label (at most 10)",
-    )
 
 
 @dataclass(frozen=True)
@@ -865,6 +860,13 @@ class SampleConfig(
     DiffusionFlags,
 ):
     """image_sample.py."""
+
+    TITLE: ClassVar[str] = "drawing"
+    interpolate: bool = flag(
+        False,
+        "draw a row of --num_samples images (10 if not given) that lead from image 0 to image 1 of the seed; a row for "
+        "each class of --class_label (at most 10)",
+    )
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
@@ -1014,14 +1016,16 @@ class ClassifierConfig(ComputeFlags):
 
 
 @dataclass(frozen=True)
-class ComparingConfig(ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags):
+class ComparingConfig(
+    GuidanceFlags, ReferenceFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, DiffusionFlags
+):
     """compare_samplers.py."""
 
     TITLE: ClassVar[str] = "comparison"
     FROM_CHECKPOINT: ClassVar[tuple[type, ...]] = MODEL_CLASSES
     model_path: str = flag("", MODEL_PATH, per_machine=True)
     samplers: str = flag(
-        "ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
+        "sde_dpmpp_2m,ddim::1,ddim,heun,dpmpp_2m,dpmpp_3m,unipc,deis,ipndm",
         "comma-separated samplers to compare; unipc:karras means unipc with --timestep_spacing karras, ddim:uniform:1 "
         "also sets --eta 1",
     )

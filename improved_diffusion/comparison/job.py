@@ -14,12 +14,13 @@ from improved_diffusion.comparison import report
 from improved_diffusion.comparison.gallery import Gallery
 from improved_diffusion.comparison.picture import SHOWN
 from improved_diffusion.comparison.plan import Comparison, cell_name, difference, exact_plan, parse_comparison
-from improved_diffusion.config import ComparingConfig
+from improved_diffusion.config import ComparingConfig, GuidanceFlags
 from improved_diffusion.evaluation.measuring import measure, reference_statistics
+from improved_diffusion.flags import defaults
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.jobs.evaluate import open_extractor
 from improved_diffusion.jobs.runs import choose_out_dir, open_model
-from improved_diffusion.jobs.sample import choose_labels
+from improved_diffusion.jobs.sample import choose_labels, guided
 from improved_diffusion.samplers import evaluations
 from improved_diffusion.script_util import (
     check_images_fit,
@@ -107,6 +108,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     comparison.check_steps(opened.diffusion.num_timesteps)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     labels = choose_labels(config, opened.class_names)
+    model = guided(opened.model, config, opened.diffusion)
     extractor = open_extractor(config)
     reference = read_flag("reference", config.reference, config.output_size)
     print(f"reference: {describe(reference)}")
@@ -120,11 +122,12 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
         "weights": weights,
         "precision": opened.compute.precision,
         "class_label": labels,
+        **_guidance(config),
         **{name: value for name, value in config.to_dict().items() if name in model_and_diffusion_defaults()},
     }
     gallery = Gallery(
         bf.join(out_dir, "cells"),
-        opened.model,
+        model,
         opened.diffusion,
         image_size=config.output_size,
         channels=config.colour_channels,
@@ -135,6 +138,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     facts = {
         "model": opened.path,
         "computing": str(opened.compute),
+        "guidance": _guidance(config),
         "timesteps": opened.diffusion.num_timesteps,
         "metric": extractor.metric("frechet_distance"),
         "kernel_metric": extractor.metric("kernel_distance"),
@@ -151,3 +155,12 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     measured = partial(measure, real, extractor=extractor, batch_size=FEATURE_BATCH)
     record = compare(comparison, gallery, measured, facts, out_dir)
     print(f"\n{report.markdown(record)}\nwritten: {bf.join(out_dir, 'comparison.md')}, .json, .png")
+
+
+def _guidance(config: ComparingConfig) -> dict[str, Any]:
+    """The flags of the guidance that differ from their defaults."""
+    return {
+        name: getattr(config, name)
+        for name, default in defaults(GuidanceFlags).items()
+        if getattr(config, name) != default
+    }

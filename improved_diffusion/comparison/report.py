@@ -31,10 +31,10 @@ def known_cells(out_dir: str, setting: dict[str, Any]) -> dict[str, dict[str, fl
 def write(out_dir: str, record: dict[str, Any], images: dict[str, np.ndarray]) -> None:
     """Write the three files from the results so far.
 
-    :param record: "model", "computing", "timesteps", "metric", "kernel_metric", "features_length", "reference" and
-        "reference_images", "images" (of each cell) and "exact_images", "seeds", "samplers" (each a
-        `Solver`), "steps", "setting", and "cells": by name, "evaluations" and "seconds" (of one image),
-        "distance" and "difference" (None for random samplers), and `METRICS` (None for too few images).
+    :param record: "model", "computing", "guidance" (its flags), "timesteps", "metric", "kernel_metric",
+        "features_length", "reference" and "reference_images", "images" (of each cell) and "exact_images", "seeds",
+        "samplers" (each a `Solver`), "steps", "setting", and "cells": by name, "evaluations" and "seconds" (of
+        one image), "distance" and "difference" (None for random samplers), and `METRICS` (None for too few images).
     :param images: the first images, uint8 [n, S, S, 3], of the cells of the first seed, by name.
     """
     write_json(bf.join(out_dir, JSON), record)
@@ -53,9 +53,10 @@ def markdown(record: dict[str, Any]) -> str:
             f"{count:,} images of each of the seeds {', '.join(map(str, seeds))}, mean +- standard deviation over "
             "the seeds"
         )
+    guidance = "".join(f", --{name} {value}" for name, value in record.get("guidance", {}).items())
     lines = [
         f"{drawn}. Model: `{os.path.basename(record['model'])}`, {record['timesteps']:,} timesteps, computed in "
-        f"{record['computing']}.",
+        f"{record['computing']}{guidance}.",
         "",
         f"**{record['metric']}** to the {record['reference_images']:,} images of "
         f"`{os.path.basename(record['reference'])}`; lower is better:",

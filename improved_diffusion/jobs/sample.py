@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch as th
 
-from improved_diffusion.config import DrawingFlags, SampleConfig, SamplerFlags, interval
+from improved_diffusion.config import ComparingConfig, DrawingFlags, SampleConfig, SamplerFlags, interval
 from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.data.decode import height_width
 from improved_diffusion.flags import Flags, errors_about
@@ -100,7 +100,7 @@ def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     warn_of_youth(opened.step)
-    model = _guided(model, config, diffusion)
+    model = guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
     if edit is not None:
@@ -116,8 +116,8 @@ def _in_whole_rows(count: int, rows: int) -> int:
     return count if rows > count else -(-count // rows) * rows
 
 
-def _guided(
-    model: Callable[..., th.Tensor], config: SampleConfig, diffusion: GaussianDiffusion
+def guided(
+    model: Callable[..., th.Tensor], config: SampleConfig | ComparingConfig, diffusion: GaussianDiffusion
 ) -> Callable[..., th.Tensor]:
     """`model` with the guidance of the flags. :raises ValueError: the model or the flags do not allow it."""
     given = interval(config.guidance_interval)

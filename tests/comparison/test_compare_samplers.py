@@ -323,3 +323,20 @@ def test_three_images_have_no_recall(compare, tmp_path):
     (first, *_) = read_json(tmp_path / "out" / "comparison.json")["cells"].values()
     assert first["recall"] is None and first["precision"] is None and first["kernel_distance"] is not None
     assert "| unipc | logsnr | - |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_guided_images_are_other_images(compare, tmp_path):
+    save_trained(tmp_path / "run", class_cond=True, num_classes=3, class_dropout=0.1)
+    out_dir, other = tmp_path / "out", tmp_path / "guided"
+    compare(*FEW)
+    done = compare(*FEW, "--guidance_scale", 3, check=2)
+    assert "other" in done.stderr and str(out_dir) in done.stderr
+    compare(*FEW, "--guidance_scale", 3, "--log_dir", other)
+    record = read_json(other / "comparison.json")
+    assert record["guidance"] == {"guidance_scale": 3.0} and ", --guidance_scale 3.0." in markdown(record)
+    plain, guided = (images_of(next((d / "cells").glob("unipc-*-2-*"))) for d in (out_dir, other))
+    assert not np.array_equal(plain, guided)
+
+
+def test_guidance_needs_a_model_trained_for_it(compare):
+    assert "--guidance_scale 3.0" in compare(*FEW, "--guidance_scale", 3, check=2).stderr
