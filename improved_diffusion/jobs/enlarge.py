@@ -27,7 +27,7 @@ def run_enlarging(config: SuperResSampleConfig, given: set[str], project: str) -
     config = opened.config
     check_images_fit(config, "batch_size", bytes_per_number=4)
     plan = choose_plan(config, given, opened.diffusion)
-    warn_of_youth(opened.step)
+    warn_of_youth(opened.images)
     labels = choose_labels(config, opened.class_names)
     small_size, batch_size = config.small_size, config.batch_size
     if config.base_samples:

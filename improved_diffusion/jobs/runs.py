@@ -347,6 +347,7 @@ class Trained:
     :ivar path: the weights file or, for an average of --ema_length, the directory.
     :ivar class_names: the names of the classes, if known.
     :ivar step: the number of training steps; 0 if unknown.
+    :ivar images: the number of training images, from nothing on; 0 if unknown.
     :ivar compute: the precision and cores that `open_model` has chosen.
     """
 
@@ -356,6 +357,7 @@ class Trained:
     path: str
     class_names: list[str]
     step: int
+    images: int
     compute: Compute | None = None
 
 
@@ -401,7 +403,7 @@ class Weights:
     samples: int
 
     def __str__(self) -> str:
-        trained = f" ({self.step:,} steps of {self.samples:,} images)" if self.step or self.samples else ""
+        trained = f" ({self.step:,} steps, {self.samples:,} images)" if self.step or self.samples else ""
         return self.path + trained
 
 
@@ -504,7 +506,8 @@ def load_trained(
     check_fit(model, found.tensors, config, f"--{flag_name} {found.path}")
     model.load_state_dict(found.tensors)
     log(f"weights: {found}")
-    return Trained(model.eval(), diffusion, config, found.path, found.class_names, found.step)
+    images = 0 if found.arguments.get("init_from") else found.samples
+    return Trained(model.eval(), diffusion, config, found.path, found.class_names, found.step, images)
 
 
 def open_model(config: Flags, given: set[str], project: str) -> Trained:

@@ -34,7 +34,7 @@ from improved_diffusion.script_util import check_images_fit, count_classes, join
 MAX_FRAMES = 60  # of an animation
 INTERPOLATED = 10  # images of an interpolation, if --num_samples is not given
 MAX_ROWS = 10
-YOUNG = 1000  # steps; the model of the README draws shapes only after some thousands
+YOUNG = 8000  # images; the model of the README draws shapes only after some ten thousands
 
 
 def run_sampling(config: SampleConfig, given: set[str], project: str) -> int:
@@ -99,7 +99,7 @@ def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
         config = replace(config, num_samples=_in_whole_rows(config.num_samples, len(labels)))
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
-    warn_of_youth(opened.step)
+    warn_of_youth(opened.images)
     model = guided(model, config, diffusion)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
@@ -224,12 +224,12 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
     )
 
 
-def warn_of_youth(step: int) -> None:
-    """Print a note if a model was trained for too few steps to draw anything. :param step: 0 if unknown."""
-    if 0 < step < YOUNG:
+def warn_of_youth(images: int) -> None:
+    """Print a note if a model has seen too few training images to draw anything. :param images: 0 if unknown."""
+    if 0 < images < YOUNG:
         print(
-            f"note: this model was trained for {step} step{'s' if step > 1 else ''} only, too few to draw more than "
-            "noise or blurs; train it longer"
+            f"note: this model was trained on {images:,} image{'s' if images > 1 else ''} only, too few to draw more "
+            "than noise or blurs; train it longer"
         )
 
 

@@ -84,7 +84,7 @@ def test_a_model_that_is_too_young_to_draw(tmp_path, call_script, capsys):
     save_trained(tmp_path / "run", step=41)
     options = ["--num_samples", 1, "--sample_steps", 1, "--precision", "fp32", "--log_dir", tmp_path / "out"]
     done = call_script("image_sample.py", "--model_path", tmp_path / "run", *options)
-    assert done.returncode == 0 and "trained for 41 steps only" in done.stdout
+    assert done.returncode == 0 and "trained on 328 images only" in done.stdout
     assert str(tmp_path / "out") in done.stdout, "it says where the images are"
 
 
