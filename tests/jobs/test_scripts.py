@@ -192,7 +192,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(trained, tmp_path, call
 @pytest.mark.parametrize(
     "flags, sampler, steps",
     [
-        ([], "ddim", 20),
+        ([], "sde_dpmpp_2m", 20),
         (["--interpolate", "True", "--num_samples", "2"], "unipc", 20),
         (["--sampler", "heun", "--sample_steps", "3", "--timestep_spacing", "karras"], "heun", 3),
         (["--sampler", "ddpm"], "ddpm", 20),
