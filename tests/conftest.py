@@ -24,12 +24,6 @@ TINY = {
 TINY_FLAGS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: for a quarter of the time, tests wait for processes and files."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("IMPROVED_DIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
