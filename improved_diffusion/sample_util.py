@@ -15,7 +15,7 @@ from improved_diffusion.respace import log_signal_to_noise
 from improved_diffusion.samplers import is_random, path_levels, sample_progressive
 from improved_diffusion.seeding import Purpose
 
-# The spacings that were measured to be best (docs/sampling.md): of deterministic samplers, and of those that add noise.
+# The spacings that were measured to be best (docs/sampling.md).
 SPACING = "logsnr"
 SPACING_OF = {"ipndm": "quadratic", "sde_dpmpp_2m": "karras"}
 SPACING_OF_RANDOM_DDIM = "quadratic"
