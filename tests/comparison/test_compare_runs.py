@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from improved_diffusion.comparison import runs, runs_job, runs_report
 from improved_diffusion.comparison.picture import side_by_side
 from improved_diffusion.config import ModelAndDiffusion
 from improved_diffusion.jobs.runs import load_trained
-from improved_diffusion.sample_util import DEFAULT_PLAN, Subject, sample_images
+from improved_diffusion.sample_util import Plan, Subject, sample_images
 
 FAST = ("--precision", "fp32", "--num_workers", 1, "--sample_steps", 3, "--num_samples", 4)
 
@@ -153,7 +152,7 @@ def test_each_run_draws_the_same_noise(compare, tmp_path, monkeypatch):
     compare(*folders, "--seed", 7)
     for one, folder in zip(kept, folders):
         trained = load_trained(str(folder), ModelAndDiffusion(), set())
-        plan = replace(DEFAULT_PLAN, steps=3)
+        plan = Plan("sde_dpmpp_2m", 3, "karras", 1.0)
         batches = sample_images(
             trained.model, trained.diffusion, plan, Subject(8, 7), num_samples=4, batch_size=4
         )
