@@ -68,6 +68,7 @@ FEATURES = {
     "previews": {"sample_interval": 5},
     "lr decay": {"lr_decay": "cosine", "lr_decay_share": 0.5, "lr_warmup_steps": 5, "grad_clip": 1},
     "held-out loss": {"heldout_dir": "heldout"},  # in the folder of all cases
+    "muon": {"optimizer": "muon"},
     RANKS: {"batch_size": 2},
     CLOUD: {},
 }
@@ -221,13 +222,21 @@ class Case:
     """A run and what happens to it, all drawn from `rng`; only the moments at which it happens vary.
 
     :param home: an empty folder for it. :param common: the folder of all cases, with images and a cache.
-    :param disks: whether a small disk can be mounted.
+    :param features: names of `FEATURES`. :param disks: whether a small disk can be mounted.
     :param counts: what happened how often, to be added to.
     """
 
-    def __init__(self, home: Path, common: Path, rng: random.Random, disks: bool, counts: Counter):
+    def __init__(
+        self,
+        home: Path,
+        common: Path,
+        features: list[str],
+        rng: random.Random,
+        disks: bool,
+        counts: Counter,
+    ):
         self.home, self.common, self.rng, self.counts = home, common, rng, counts
-        self.features = sorted(rng.sample(sorted(FEATURES), rng.randint(1, 3)))
+        self.features = features
         self.flags = flags_of(self.features, common)
         self.ranks = 2 if RANKS in self.features else 1
         self.cloud = Cloud(home / "cloud", _KeepsAll()) if CLOUD in self.features else None
@@ -618,6 +627,15 @@ def make_images(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(pixels).save(folder / f"{'ab'[number % 2]}_{number}.png")
 
 
+def features_of_case(seed: int, number: int) -> list[str]:
+    """One to three of `FEATURES`, in rounds: as many cases as there are features have each of them once or more."""
+    names = sorted(FEATURES)
+    round_, place = divmod(number, len(names))
+    first = random.Random(f"{seed} round {round_}").sample(names, len(names))[place]
+    rng = random.Random(f"{seed} features {number}")
+    return sorted([first, *rng.sample([name for name in names if name != first], rng.randint(0, 2))])
+
+
 class Soak:
     """All cases, and what has come of them.
 
@@ -642,7 +660,9 @@ class Soak:
         home = self.folder / f"case{number}"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
-        case = Case(home, self.folder, random.Random(f"{self.seed} {number}"), not self.no_disks, self.counts)
+        features = features_of_case(self.seed, number)
+        rng = random.Random(f"{self.seed} {number}")
+        case = Case(home, self.folder, features, rng, not self.no_disks, self.counts)
         problem = ""
         try:
             case.play(self.reference(case))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
-from soak import TEXTS, contents, is_intact, spoil
+from soak import FEATURES, TEXTS, contents, features_of_case, is_intact, spoil
 from training_process import run_training
 
 from improved_diffusion.run import checkpoint
@@ -70,3 +70,11 @@ def test_what_is_damaged_is_not_intact(copied, seed):
     assert is_intact(copied, 2)
     spoil(copied / "model000002.pt", random.Random(seed))
     assert not is_intact(copied, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_no_feature_is_left_to_chance(seed):
+    for first in (0, len(FEATURES)):
+        cases = [features_of_case(seed, number) for number in range(first, first + len(FEATURES))]
+        assert {name for case in cases for name in case} == set(FEATURES)
+        assert all(1 <= len(set(case)) == len(case) <= 3 for case in cases)
