@@ -14,9 +14,9 @@ from improved_diffusion.benchmark.timing import Contender, interleave, ratios, s
 from improved_diffusion.cpu.gradients import Passes
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.cpu.workers import Workers
-from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d, update_ema
+from improved_diffusion.nn import Conv2d, PointwiseConv1d, PointwiseConv2d, update_ema
 from improved_diffusion.train_util import TrainLoop
-from improved_diffusion.unet import QKVAttention, ResBlock, Upsample
+from improved_diffusion.unet import QKVAttention, ResBlock
 
 
 def measure_ablation(settings: Settings) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
         "one operation for AdamW and averages": lambda: step(_with_torch_optimizer(loop())),
     }
     if kernels.generation() is not None:
+        found["convolutions by minimal filtering"] = lambda: step(loop(plain=[Conv2d]))
         found["compiled kernels"] = lambda: _without_kernels(loop, step)
     else:
         found["pointwise convolutions"] = lambda: step(loop(plain=[PointwiseConv1d, PointwiseConv2d]))
@@ -61,7 +62,7 @@ def _without(settings: Settings, precision: str) -> dict[str, Callable[[], Conte
         found["freed memory kept"] = lambda: Contender(step(loop()).run, prepare=usual_memory)
     if precision == "bf16":
         return {"16 bits": lambda: step(training_loop(settings, "fp32")), **found}
-    return {**found, "upsampling folded into convolution": lambda: step(loop(plain=[Upsample]))}
+    return found
 
 
 def _without_kernels(loop: Callable[[], TrainLoop], step: Callable[[TrainLoop], Contender]) -> Contender:

@@ -7,25 +7,16 @@ over threads of our own or rounded to 16 bits.
 from collections.abc import Collection
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
 
 from improved_diffusion.cpu.machine import keep_memory
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
-from improved_diffusion.nn import PointwiseConv1d, PointwiseConv2d
-from improved_diffusion.unet import Projected, QKVAttention, ResBlock, UNetModel, Upsample
+from improved_diffusion.nn import Conv2d, PointwiseConv1d, PointwiseConv2d
+from improved_diffusion.unet import Projected, QKVAttention, ResBlock, UNetModel
 
 # Thresholds of malloc with which plain training takes as long as with those of the GNU C library. The library adapts
 # its own to the program, and once they are set they cannot be restored.
 USUAL_THRESHOLDS = (16 * 2**20, 13 * 2**20)
-
-
-class PlainUpsample(Upsample):
-    """Upsampling and convolution as two operations."""
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.conv is None else self.conv(x)
 
 
 class PlainResBlock(ResBlock):
@@ -70,9 +61,9 @@ class PlainUNet(UNetModel):
 
 PLAIN = {
     UNetModel: PlainUNet,
-    Upsample: PlainUpsample,
     ResBlock: PlainResBlock,
     QKVAttention: PlainAttention,
+    Conv2d: nn.Conv2d,
     PointwiseConv1d: nn.Conv1d,
     PointwiseConv2d: nn.Conv2d,
 }

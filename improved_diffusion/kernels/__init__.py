@@ -26,6 +26,8 @@ OF_X86_64 = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
 GENERATIONS = OF_ARM64 if platform.machine() == "aarch64" else OF_X86_64
 # amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
 EMULATED = "amx_emulated"
+# With instructions for products of matrices in bfloat16.
+WITH_MATRICES = ("neonbf16", EMULATED, "amx")
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 

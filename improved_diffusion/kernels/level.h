@@ -124,6 +124,7 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #undef add_pair_products
 #undef broadcast
 #undef zero
+#undef splat
 #undef ROWS
 #undef vec
 #undef get

@@ -7,6 +7,7 @@
 #define get LEVEL(get_four)
 #define put LEVEL(put_four)
 #define zero() vdupq_n_f32(0)
+#define splat vdupq_n_f32
 #define minimum vminq_f32
 #define maximum vmaxq_f32
 #define square_root vsqrtq_f32

@@ -2,6 +2,7 @@
 // is defined.
 
 #include "norms.h"
+#include "winograd.h"
 #ifdef UNIT
 #include "attention.h"
 #endif

@@ -17,6 +17,7 @@
 #define get VECTOR(loadu_ps)
 #define put VECTOR(storeu_ps)
 #define zero VECTOR(setzero_ps)
+#define splat VECTOR(set1_ps)
 #define minimum VECTOR(min_ps)
 #define maximum VECTOR(max_ps)
 #define square_root VECTOR(sqrt_ps)

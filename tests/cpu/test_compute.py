@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch as th
-import torch.nn.functional as F
 from conftest import TINY_FLAGS
 
 from improved_diffusion.cpu import compute
@@ -71,14 +70,14 @@ def test_the_measurement_touches_no_random_state():
 def test_far_too_slow_is_measured_once(monkeypatch, fp32, bf16, rounds):
     """On ARM64, PyTorch may compute in bfloat16 without instructions for it, a thousand times as slowly."""
     now, counts = [0.0], {th.float32: 0, th.bfloat16: 0}
-    conv2d = F.conv2d
+    forward = compute.Conv2d.forward
 
-    def slow(images, weight, padding):
+    def slow(layer, images):
         now[0] += {th.float32: fp32, th.bfloat16: bf16}[images.dtype]
         counts[images.dtype] += 1
-        return conv2d(images[:1, :, :2, :2], weight, padding=padding)
+        return forward(layer, images[:1, :, :2, :2])
 
-    monkeypatch.setattr(compute.F, "conv2d", slow)
+    monkeypatch.setattr(compute.Conv2d, "forward", slow)
     for clock in ("thread_time", "perf_counter"):
         monkeypatch.setattr(compute.time, clock, lambda: now[0])
     assert compute._time_both() == pytest.approx(fp32 / bf16)

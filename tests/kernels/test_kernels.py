@@ -16,9 +16,9 @@ from torch import nn
 
 import improved_diffusion
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, update
+from improved_diffusion.kernels import attention, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
-from improved_diffusion.nn import pointwise_channels_last
+from improved_diffusion.nn import Conv2d, pointwise_channels_last
 from improved_diffusion.shipped import why_not_compiled
 from improved_diffusion.unet import UNetModel
 
@@ -91,6 +91,7 @@ def test_do_without(setting):
         x = images(1, 32, 4, 4, th.float32)
         assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
         assert not attention.suits(th.zeros(1, 16, 48), 1)
+        assert not winograd.suits(images(1, 32, 8, 8, th.float32), th.zeros(32, 32, 3, 3), th.zeros(32))
 
 
 @pytest.mark.parametrize("change", ["another source", "not a library"])
@@ -129,7 +130,7 @@ import sys
 import torch as th
 from torch import nn
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, update
+from improved_diffusion.kernels import attention, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
 
 assert kernels.__file__.startswith(sys.argv[1]) and kernels.generation() == sys.argv[2]
@@ -153,6 +154,14 @@ for dtype in (th.float32, th.bfloat16):
             for value in (0.0, nan):
                 qkv.detach()[0, 0, 0] = value
                 th.autograd.grad(attention.attention(qkv, heads).sum(), qkv)
+    for n, channels, out, height, width in [(1, 32, 64, 8, 8), (3, 96, 32, 8, 12)]:
+        x = th.randn(n, channels, height, width).to(dtype).contiguous(memory_format=th.channels_last)
+        weight, bias = th.randn(out, channels, 3, 3).to(dtype), th.randn(out).to(dtype)
+        if winograd.suits(x, weight, bias):
+            for value in (0.0, nan):
+                x[0, 0, 0, 0] = value
+                leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+                th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
     params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
     params[1][0, 0] = nan
     gradient = [th.randn_like(p).to(dtype) for p in params]
@@ -452,6 +461,143 @@ def test_attention_keeps_what_is_not_a_number(generation, dtype, part, rows):
     assert out[0, list(rows)].isnan().any(dim=1).all()
     (gradient,) = th.autograd.grad(out.sum(), qkv)
     assert gradient.isnan().any()
+
+
+# -- convolutions ------------------------------------------------------------------------------------------
+
+
+def some(n, channels, out, height, width, dtype=th.float32):
+    """Images that are not centred, weights and biases."""
+    x = (1 + th.randn(n, channels, height, width)).to(dtype).contiguous(memory_format=th.channels_last)
+    weight = (th.randn(out, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
+    return x, weight.contiguous(memory_format=th.channels_last), th.randn(out).to(dtype)
+
+
+def with_gradients(forward, tensors, dy):
+    leaves = [t.detach().clone(memory_format=th.preserve_format).requires_grad_() for t in tensors]
+    y = forward(*leaves)
+    return [y, *th.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def definition(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(
+    ("n", "channels", "out", "height", "width", "threads"),
+    [(1, 32, 32, 8, 8, 1), (3, 64, 96, 12, 8, 2), (2, 128, 64, 32, 32, 1), (5, 96, 160, 16, 4, 3)],
+)
+def test_convolution(generation, dtype, n, channels, out, height, width, threads):
+    tensors = some(n, channels, out, height, width, dtype)
+    if not winograd.suits(*tensors):
+        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        pytest.skip("products of matrices in bfloat16 are faster")
+    th.set_num_threads(threads)
+    dy = th.randn(n, out, height, width).to(dtype)
+    found = with_gradients(winograd.conv3x3, tensors, dy)
+    expected = with_gradients(definition, [t.double() for t in tensors], dy.double())
+    for mine, exact in zip(found, expected):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert (mine.double() - exact).norm() <= CLOSE[dtype] * exact.norm()
+    # No single number is far off either.
+    assert (found[0].double() - expected[0]).abs().max() <= 3 * CLOSE[dtype] * expected[0].abs().max()
+
+
+def test_only_some_gradients_of_a_convolution_are_wanted(generation):
+    x, weight, bias = some(2, 32, 64, 8, 8)
+    dy = th.randn(2, 64, 8, 8)
+    every = with_gradients(winograd.conv3x3, (x, weight, bias), dy)[1:]
+    for wanted in ([0], [1], [2], [1, 2]):
+        leaves = [t.clone(memory_format=th.preserve_format) for t in (x, weight, bias)]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        found = th.autograd.grad(winograd.conv3x3(*leaves), [leaves[i] for i in wanted], dy)
+        assert all(th.equal(gradient, every[i]) for gradient, i in zip(found, wanted))
+
+
+def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(generation):
+    x, weight, bias = some(21, 64, 32, 16, 12)
+    th.set_num_threads(1)
+    whole = winograd.conv3x3(x, weight, bias)
+    gradients = with_gradients(winograd.conv3x3, (x, weight, bias), whole)
+    th.set_num_threads(3)
+    again = with_gradients(winograd.conv3x3, (x, weight, bias), whole)
+    assert all(th.equal(one, other) for one, other in zip(gradients, again))
+    for part in (slice(0, 1), slice(4, 9), slice(7, 21)):
+        assert th.equal(winograd.conv3x3(x[part], weight, bias), whole[part])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_convolution_keeps_what_is_not_finite(generation, value):
+    x, weight, bias = some(2, 32, 32, 8, 8)
+    x[1, 5, 4, 4] = value
+    y = winograd.conv3x3(x, weight, bias)
+    assert not y[1, :, 3:6, 3:6].isfinite().any()  # all that it reaches
+    assert y[0].isfinite().all()
+
+
+def test_a_convolution_by_weights_in_the_usual_layout(generation):
+    x, weight, bias = some(2, 64, 32, 8, 8)
+    usual = weight.contiguous()
+    assert usual.stride() != weight.stride()
+    assert th.equal(winograd.conv3x3(x, usual, bias), winograd.conv3x3(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 6},  # not a multiple of 4
+        {"height": 4},  # one tile, or too few pixels
+        {"channels": 48},
+        {"out": 3},
+        {"n": 0},
+        {"dtype": th.float64},
+        {"dtype": th.float16},
+    ],
+)
+def test_convolutions_of_other_sizes_are_left_to_pytorch(generation, change):
+    shape = {"n": 1, "channels": 32, "out": 32, "height": 8, "width": 8}
+    assert winograd.suits(*some(**shape))
+    assert not winograd.suits(*some(**{**shape, **change}))
+
+
+def test_convolutions_of_other_layouts_and_types_are_left_to_pytorch(generation):
+    x, weight, bias = some(1, 32, 32, 8, 8)
+    assert not winograd.suits(x.contiguous(), weight, bias)
+    assert not winograd.suits(x, weight, None)
+    assert not winograd.suits(x, weight.double(), bias) and not winograd.suits(x, weight, bias.double())
+    assert not winograd.suits(x, weight[:, :, :1, :1], bias) and not winograd.suits(x[:, :, 0], weight, bias)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "circular"}]
+)
+def test_a_convolution_of_any_kind_is_what_pytorch_computes(generation, options):
+    options = {"padding": 1, **options}
+    layer, theirs = Conv2d(32, 64, 3, **options), th.nn.Conv2d(32, 64, 3, **options)
+    theirs.load_state_dict(layer.state_dict())
+    x = some(2, 32, 32, 8, 8)[0]
+    assert th.allclose(layer(x), theirs(x), atol=1e-5)
+
+
+def test_only_convolutions_that_suit_reach_the_kernel(generation, monkeypatch):
+    asked = []
+    monkeypatch.setattr(winograd, "conv3x3", lambda *tensors: asked.append(tensors) or definition(*tensors))
+    x = some(1, 32, 32, 8, 8)[0]
+    Conv2d(32, 32, 3, padding=1)(x)
+    assert len(asked) == 1
+    for options in ({}, {"padding": 1, "stride": 2}, {"padding": 1, "dilation": 2}):
+        Conv2d(32, 32, 3, **options)(x)
+    Conv2d(32, 32, 1)(x)
+    assert len(asked) == 1
+
+
+def test_second_gradients_of_a_convolution_are_refused(generation):
+    leaves = [t.requires_grad_() for t in some(1, 32, 32, 8, 8)]
+    gradient = th.autograd.grad(winograd.conv3x3(*leaves).square().sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
 
 
 # -- the update ----------------------------------------------------------------------------------------------

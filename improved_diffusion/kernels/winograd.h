@@ -1,0 +1,351 @@
+// 3x3 convolutions with padding 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, arXiv 1509.09308): 36
+// products for 16 outputs, where the definition takes 144. It is included once for each type of numbers, STORED.
+//
+// Along one dimension, the convolution of 6 inputs d with 3 weights g gives the 4 outputs A [(G g) * (B d)], where *
+// multiplies elements. A, B and G evaluate and interpolate polynomials at 0, +-P, +-Q and infinity. For these P and Q
+// the rounding errors are about those of the definition; for the usual 1 and 2 they are twice as large.
+//
+// An image [height, width, channels] is cut into tiles of 4x4 outputs. Each tile has 36 numbers per channel, so a
+// convolution is 36 products of matrices [tiles, in] and [in, out]. The gradients are products of the same kind.
+
+#ifndef WINOGRAD
+#define WINOGRAD
+#define POINTS 36  // numbers of a tile
+#define TILES 32   // tiles that are computed together: as many as the caches hold
+#define GAP 48     // numbers between the matrices, so that they do not compete for the same places in the caches
+
+struct conv {
+    int images, height, width, in, out;
+};
+// Numbers in one of the 36 matrices.
+static inline size_t winograd_matrix(size_t rows, size_t columns) { return rows * columns + GAP; }
+#endif
+
+#define P 0.625f
+#define Q 1.5f
+#define P2 (P * P)
+#define Q2 (Q * Q)
+#define AT_0 (1 / (P2 * Q2))  // what G divides by
+#define AT_P (1 / (2 * P2 * (P2 - Q2)))
+#define AT_Q (1 / (2 * Q2 * (Q2 - P2)))
+
+// B d: 6 numbers from 6.
+static inline void TYPED(to_points)(const vec d[6], vec t[6]) {
+    vec even = d[4] - Q2 * d[2], odd = P * (d[3] - Q2 * d[1]);
+    t[0] = P2 * Q2 * d[0] - (P2 + Q2) * d[2] + d[4];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    even = d[4] - P2 * d[2], odd = Q * (d[3] - P2 * d[1]);
+    t[3] = even + odd;
+    t[4] = even - odd;
+    t[5] = P2 * Q2 * d[1] - (P2 + Q2) * d[3] + d[5];
+}
+// A m: 4 outputs from 6 products.
+static inline void TYPED(from_points)(const vec m[6], vec y[4]) {
+    vec sum = m[1] + m[2], difference = m[1] - m[2], sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+    y[0] = m[0] + sum + sum2;
+    y[1] = P * difference + Q * difference2;
+    y[2] = P2 * sum + Q2 * sum2;
+    y[3] = P2 * P * difference + Q2 * Q * difference2 + m[5];
+}
+// The transpose of A: 6 numbers from the gradients of 4 outputs.
+static inline void TYPED(gradients_to_points)(const vec y[4], vec t[6]) {
+    vec even = y[0] + P2 * y[2], odd = P * y[1] + P2 * P * y[3];
+    t[0] = y[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    even = y[0] + Q2 * y[2], odd = Q * y[1] + Q2 * Q * y[3];
+    t[3] = even + odd;
+    t[4] = even - odd;
+    t[5] = y[3];
+}
+// G g: 6 numbers from 3 weights.
+static inline void TYPED(weights_to_points)(const vec g[3], vec t[6]) {
+    vec even = AT_P * g[0] + AT_P * P2 * g[2], odd = AT_P * P * g[1];
+    t[0] = AT_0 * g[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    even = AT_Q * g[0] + AT_Q * Q2 * g[2], odd = AT_Q * Q * g[1];
+    t[3] = even + odd;
+    t[4] = even - odd;
+    t[5] = g[2];
+}
+// The transpose of G: the gradients of 3 weights.
+static inline void TYPED(weights_from_points)(const vec t[6], vec g[3]) {
+    vec sum = AT_P * (t[1] + t[2]), difference = AT_P * (t[1] - t[2]);
+    vec sum2 = AT_Q * (t[3] + t[4]), difference2 = AT_Q * (t[3] - t[4]);
+    g[0] = AT_0 * t[0] + sum + sum2;
+    g[1] = P * difference + Q * difference2;
+    g[2] = P2 * sum + Q2 * sum2 + t[5];
+}
+// The 36 matrices of weights, [in, out] each, in panels of 2 * WIDTH columns: [panels, in, 2 * WIDTH]. Those of the
+// gradient of the input are [out, in], of the weights turned by 180 degrees.
+// weight: [out, 3, 3, in].
+static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv size, int backward) {
+    int rows = backward ? size.out : size.in, columns = backward ? size.in : size.out, panel = 2 * WIDTH;
+    size_t matrix = winograd_matrix(rows, columns);
+#pragma omp for schedule(static)
+    for (int column = 0; column < columns; column += WIDTH) {
+        float *panel_at = to + (size_t)(column / panel) * rows * panel + column % panel;
+        for (int first = 0; first < rows; first += WIDTH) {
+            float turned[9][WIDTH * WIDTH];
+            for (int tap = 0; tap < 9; tap++) {
+                if (backward) {
+                    for (int r = 0; r < WIDTH; r++)
+                        put(turned[8 - tap] + r * WIDTH, LOAD(weight + ((size_t)(first + r) * 9 + tap) * size.in + column));
+                } else {
+                    float rows_of_out[WIDTH * WIDTH];
+                    for (int r = 0; r < WIDTH; r++)
+                        put(rows_of_out + r * WIDTH, LOAD(weight + ((size_t)(column + r) * 9 + tap) * size.in + first));
+                    LEVEL(turn)(rows_of_out, WIDTH, turned[tap], WIDTH, WIDTH, WIDTH);
+                }
+            }
+            for (int r = 0; r < WIDTH; r++) {
+                float *at = panel_at + (size_t)(first + r) * panel;
+#define FROM(i, j) get(turned[3 * (i) + (j)] + r * WIDTH)
+#define ROW(i, j, value) put(at + (6 * (i) + (j)) * matrix, value)
+                vec half[6][3];
+                for (int j = 0; j < 3; j++) {
+                    vec g[3] = {FROM(0, j), FROM(1, j), FROM(2, j)}, t[6];
+                    TYPED(weights_to_points)(g, t);
+                    for (int i = 0; i < 6; i++) half[i][j] = t[i];
+                }
+                for (int i = 0; i < 6; i++) {
+                    vec t[6];
+                    TYPED(weights_to_points)(half[i], t);
+                    for (int j = 0; j < 6; j++) ROW(i, j, t[j]);
+                }
+#undef FROM
+#undef ROW
+            }
+        }
+    }
+}
+
+// The 36 numbers of `count` tiles from number `first` on, [36][count, channels].
+// x: [images, height, width, channels]. nothing: `channels` zeros, for what lies outside the image.
+static inline void TYPED(tiles_of_input)(
+    const STORED *x, const STORED *nothing, float *to, struct conv size, int channels, size_t first, int count
+) {
+    int across = size.width / 4, tiles = size.height / 4 * across;
+    size_t matrix = winograd_matrix(TILES, channels);
+    for (int tile = 0; tile < count; tile++) {
+        size_t image = (first + tile) / tiles;
+        int place = (first + tile) % tiles, top = place / across * 4 - 1, left = place % across * 4 - 1;
+        const STORED *pixels[POINTS];
+        for (int i = 0; i < 6; i++)
+            for (int j = 0; j < 6; j++) {
+                int inside = top + i >= 0 && top + i < size.height && left + j >= 0 && left + j < size.width;
+                size_t pixel = (image * size.height + top + i) * size.width + left + j;
+                pixels[6 * i + j] = inside ? x + pixel * channels : nothing;
+            }
+        for (int c = 0; c < channels; c += WIDTH) {
+            float *at = to + (size_t)tile * channels + c;
+            vec half[6][6];
+            for (int j = 0; j < 6; j++) {
+                vec d[6], t[6];
+                for (int i = 0; i < 6; i++) d[i] = LOAD(pixels[6 * i + j] + c);
+                TYPED(to_points)(d, t);
+                for (int i = 0; i < 6; i++) half[i][j] = t[i];
+            }
+            for (int i = 0; i < 6; i++) {
+                vec t[6];
+                TYPED(to_points)(half[i], t);
+                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
+            }
+        }
+    }
+}
+
+// As `tiles_of_input`, for the gradient of the output.
+static inline void TYPED(tiles_of_gradient)(
+    const STORED *dy, float *to, struct conv size, int channels, size_t first, int count
+) {
+    int across = size.width / 4, tiles = size.height / 4 * across;
+    size_t matrix = winograd_matrix(TILES, channels);
+    for (int tile = 0; tile < count; tile++) {
+        size_t image = (first + tile) / tiles;
+        int place = (first + tile) % tiles, top = place / across * 4, left = place % across * 4;
+        const STORED *from = dy + ((image * size.height + top) * size.width + left) * channels;
+        for (int c = 0; c < channels; c += WIDTH) {
+            float *at = to + (size_t)tile * channels + c;
+            vec half[6][4];
+            for (int j = 0; j < 4; j++) {
+                vec d[4], t[6];
+                for (int i = 0; i < 4; i++) d[i] = LOAD(from + ((size_t)i * size.width + j) * channels + c);
+                TYPED(gradients_to_points)(d, t);
+                for (int i = 0; i < 6; i++) half[i][j] = t[i];
+            }
+            for (int i = 0; i < 6; i++) {
+                vec t[6];
+                TYPED(gradients_to_points)(half[i], t);
+                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
+            }
+        }
+    }
+}
+
+// The outputs of `count` tiles from their products, [36][count, channels].
+static inline void TYPED(outputs_of_tiles)(
+    const float *from, const STORED *bias, STORED *y, struct conv size, int channels, size_t first, int count
+) {
+    int across = size.width / 4, tiles = size.height / 4 * across;
+    size_t matrix = winograd_matrix(TILES, channels);
+    for (int tile = 0; tile < count; tile++) {
+        size_t image = (first + tile) / tiles;
+        int place = (first + tile) % tiles, top = place / across * 4, left = place % across * 4;
+        STORED *to = y + ((image * size.height + top) * size.width + left) * channels;
+        for (int c = 0; c < channels; c += WIDTH) {
+            const float *at = from + (size_t)tile * channels + c;
+            vec half[4][6], offset = bias ? LOAD(bias + c) : zero();
+            for (int j = 0; j < 6; j++) {
+                vec m[6], t[4];
+                for (int i = 0; i < 6; i++) m[i] = get(at + (6 * i + j) * matrix);
+                TYPED(from_points)(m, t);
+                for (int i = 0; i < 4; i++) half[i][j] = t[i];
+            }
+            for (int i = 0; i < 4; i++) {
+                vec t[4];
+                TYPED(from_points)(half[i], t);
+                for (int j = 0; j < 4; j++) STORE(to + ((size_t)i * size.width + j) * channels + c, t[j] + offset);
+            }
+        }
+    }
+}
+
+// m[ROWS][2 * WIDTH] = or += a b. The numbers of a lie `row` and `step` apart, the rows of b and m `b_row` and `m_row`.
+static inline void TYPED(winograd_product)(
+    const float *a, size_t row, size_t step, const float *b, size_t b_row, float *m, size_t m_row, int depth, int add
+) {
+    vec sums[ROWS][2];
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
+        sums[r][0] = add ? get(m + r * m_row) : zero();
+        sums[r][1] = add ? get(m + r * m_row + WIDTH) : zero();
+    }
+    for (int d = 0; d < depth; d++) {
+        vec left = get(b + d * b_row), right = get(b + d * b_row + WIDTH);
+        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
+            vec factor = splat(a[r * row + d * step]);
+            sums[r][0] += factor * left;
+            sums[r][1] += factor * right;
+        }
+    }
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
+        put(m + r * m_row, sums[r][0]);
+        put(m + r * m_row + WIDTH, sums[r][1]);
+    }
+}
+
+// The working memory of the functions below, in numbers of 4 bytes.
+size_t TYPED(winograd_room)(size_t in, size_t out, size_t threads) {
+    size_t of_thread = winograd_matrix(TILES, in) + winograd_matrix(TILES, out);
+    return in + out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
+}
+
+// y = the convolution of x with weight, plus bias; or, if `backward`, the gradient of x from that of y, where x and y
+// change places in the arguments.
+// x: [images, height, width, in]. weight: [out, 3, 3, in]. bias: [out], or NULL. y: [images, height, width, out].
+// height and width are multiples of 4, in and out of 32. room: working memory, of the size winograd_room.
+void TYPED(winograd_forward)(
+    const STORED *x, const STORED *weight, const STORED *bias, STORED *y, float *room, int images, int height,
+    int width, int in, int out, int backward, int threads
+) {
+    struct conv size = {images, height, width, in, out};
+    int rows = backward ? out : in, columns = backward ? in : out;
+    size_t tiles = (size_t)images * (height / 4) * (width / 4), blocks = (tiles + TILES - 1) / TILES;
+    size_t of_weights = winograd_matrix(rows, columns), of_input = winograd_matrix(TILES, rows);
+    size_t of_output = winograd_matrix(TILES, columns);
+    const STORED *nothing = memset(room, 0, rows * sizeof(float));
+    float *weights = room + rows;
+#pragma omp parallel num_threads(threads)
+    {
+        TYPED(winograd_weights)(weight, weights, size, backward);
+        float *v = weights + POINTS * (of_weights + omp_get_thread_num() * (of_input + of_output));
+        float *m = v + POINTS * of_input;
+#pragma omp for schedule(static)
+        for (size_t block = 0; block < blocks; block++) {
+            size_t first = block * TILES;
+            int count = tiles - first < TILES ? (int)(tiles - first) : TILES;
+            TYPED(tiles_of_input)(x, nothing, v, size, rows, first, count);
+            for (int point = 0; point < POINTS; point++)
+                for (int column = 0; column < columns; column += 2 * WIDTH)
+                    // Rows behind the last tile hold old numbers, and nobody reads what comes of them.
+                    for (int row = 0; row < count; row += ROWS)
+                        TYPED(winograd_product)(
+                            v + point * of_input + (size_t)row * rows, rows, 1,
+                            weights + point * of_weights + (size_t)column * rows, 2 * WIDTH,
+                            m + point * of_output + (size_t)row * columns + column, columns, rows, 0
+                        );
+            TYPED(outputs_of_tiles)(m, bias, y, size, columns, first, count);
+        }
+    }
+}
+
+// The gradients of weight and bias from x and the gradient of y. The arguments are those of winograd_forward.
+void TYPED(winograd_backward)(
+    const STORED *x, const STORED *dy, STORED *dweight, STORED *dbias, float *room, int images, int height, int width,
+    int in, int out, int threads
+) {
+    struct conv size = {images, height, width, in, out};
+    int tiles = images * (height / 4) * (width / 4);
+    size_t of_weights = winograd_matrix(in, out), of_input = winograd_matrix(TILES, in);
+    size_t of_output = winograd_matrix(TILES, out), pixels = (size_t)height * width;
+    const STORED *nothing = memset(room, 0, in * sizeof(float));
+    float *weights = room + in, *v = weights + POINTS * of_weights, *d = v + POINTS * of_input;
+    enum { SHARE = TILES / 4 };  // tiles that a thread turns at a time
+#pragma omp parallel num_threads(threads)
+    {
+        for (int first = 0; first < tiles; first += TILES) {
+            int count = tiles - first < TILES ? tiles - first : TILES;
+#pragma omp for schedule(static)
+            for (int start = 0; start < count; start += SHARE) {
+                int part = count - start < SHARE ? count - start : SHARE;
+                TYPED(tiles_of_input)(x, nothing, v + (size_t)start * in, size, in, first + start, part);
+                TYPED(tiles_of_gradient)(dy, d + (size_t)start * out, size, out, first + start, part);
+            }
+#pragma omp for schedule(static)
+            for (int point = 0; point < POINTS; point++)
+                for (int column = 0; column < in; column += 2 * WIDTH)
+                    for (int row = 0; row < out; row += ROWS)
+                        TYPED(winograd_product)(
+                            d + point * of_output + row, 1, out, v + point * of_input + column, in,
+                            weights + point * of_weights + (size_t)row * in + column, in, count, first > 0
+                        );
+        }
+#pragma omp for schedule(static)
+        for (int k = 0; k < out; k++)
+            for (int c = 0; c < in; c += WIDTH) {
+                const float *at = weights + (size_t)k * in + c;
+                vec half[3][6];
+                for (int j = 0; j < 6; j++) {
+                    vec t[6], g[3];
+                    for (int i = 0; i < 6; i++) t[i] = get(at + (6 * i + j) * of_weights);
+                    TYPED(weights_from_points)(t, g);
+                    for (int i = 0; i < 3; i++) half[i][j] = g[i];
+                }
+                for (int i = 0; i < 3; i++) {
+                    vec g[3];
+                    TYPED(weights_from_points)(half[i], g);
+                    for (int j = 0; j < 3; j++) STORE(dweight + ((size_t)k * 9 + 3 * i + j) * in + c, g[j]);
+                }
+            }
+#pragma omp for schedule(static)
+        for (int k = 0; k < out; k += WIDTH) {
+            vec total = zero();
+            for (int image = 0; image < images; image++) {
+                vec sum = zero();
+                for (size_t pixel = 0; pixel < pixels; pixel++) sum += LOAD(dy + (image * pixels + pixel) * out + k);
+                total += sum;
+            }
+            STORE(dbias + k, total);
+        }
+    }
+}
+
+#undef P
+#undef Q
+#undef P2
+#undef Q2
+#undef AT_0
+#undef AT_P
+#undef AT_Q
