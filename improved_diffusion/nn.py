@@ -9,7 +9,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from improved_diffusion.kernels import winograd
+from improved_diffusion.kernels import pointwise, winograd
 
 NUM_GROUPS = 32
 
@@ -81,6 +81,8 @@ def pointwise_channels_last(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) ->
     :return: [N, out_channels, H, W] in channels_last layout.
     """
     weight = weight.flatten(1)
+    if pointwise.suits(x, weight, bias):
+        return pointwise.pointwise(x, weight, bias)
     if x.dtype == th.bfloat16:
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     # In float32, oneDNN's convolution is twice as fast as torch's matrix product. For the dilation, see `_pointwise`.

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch as th
@@ -9,15 +10,14 @@ import torch as th
 from improved_diffusion import kernels
 from improved_diffusion.cpu.machine import has_bf16, usable_cores
 from improved_diffusion.cpu.workers import DTYPES, Workers
-from improved_diffusion.nn import Conv2d
+from improved_diffusion.unet import AttentionBlock, ResBlock
 
 PRECISIONS = ("auto", *DTYPES)
-# "auto" takes bfloat16 if a convolution is at least this many times as fast in it. A whole step gains less than a
-# convolution, and bfloat16 costs some accuracy.
-WORTHWHILE = 1.25
-ROUNDS = 6
-# Seconds. PyTorch on ARM64 computes one of the convolutions in bfloat16 without the instructions for it: a round may
-# take a second. Then one round says enough.
+# "auto" takes bfloat16 if layers of a UNet are at least this many times as fast in it, because it costs some accuracy.
+WORTHWHILE = 1.15
+ROUNDS = 4
+# Seconds. PyTorch on ARM64 computes some convolutions in bfloat16 without the instructions for it: a round may take a
+# second. Then one round says enough.
 TOO_LONG = 0.25
 
 
@@ -74,10 +74,10 @@ def bf16_pays() -> bool:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast a convolution is in bfloat16 as in float32, forward and backward, on one core.
+    """How many times as fast layers of a UNet are in bfloat16 as in float32, forward and backward, on one core.
 
-    It is measured, mostly in less than a tenth of a second, because a processor's list of instructions says little
-    about its speed. For processors without instructions for bfloat16 it is 0, without a measurement.
+    It is measured, mostly in a fifth of a second, because a processor's list of instructions says little about its
+    speed. For processors without instructions for bfloat16 it is 0, without a measurement.
     """
     if not has_bf16():
         return 0.0
@@ -89,18 +89,11 @@ def _time_both() -> float:
     fine = time.get_clock_info("thread_time").resolution < 1e-5
     clock = time.thread_time if fine else time.perf_counter
     times: dict[th.dtype, list[float]] = {dtype: [] for dtype in DTYPES.values()}
-    # Ones, because the values do not matter and the global random state must not change.
-    layers = {}
-    for dtype in times:
-        layer = th.nn.utils.skip_init(Conv2d, 64, 64, 3, padding=1, dtype=dtype)
-        th.nn.init.ones_(layer.weight)
-        layers[dtype] = layer.to(memory_format=th.channels_last)
-    images = th.ones(4, 64, 32, 32).to(memory_format=th.channels_last)
+    layers = {dtype: _layers(dtype) for dtype in times}
     for _ in range(1 + ROUNDS):
-        for dtype, layer in layers.items():
-            shown = images.to(dtype).requires_grad_()
+        for dtype, compute in layers.items():
             before = clock()
-            layer(shown).sum().backward()
+            compute()
             times[dtype].append(clock() - before)
         first_fp32, first_bf16 = (times[DTYPES[name]][0] for name in ("fp32", "bf16"))
         if first_bf16 > max(TOO_LONG, 10 * first_fp32):
@@ -109,3 +102,23 @@ def _time_both() -> float:
     # least.
     fp32, bf16 = (min(times[DTYPES[name]][1:]) for name in ("fp32", "bf16"))
     return fp32 / bf16
+
+
+def _layers(dtype: th.dtype) -> Callable[[], None]:
+    """Evaluates a residual block and an attention block of 64 and 128 channels, on 4 images, and their gradients."""
+    with th.random.fork_rng(devices=[]):  # the global random state must not change
+        block, attention = ResBlock(128, 64, 0, out_channels=64), AttentionBlock(128, num_heads=4)
+    embedding = th.zeros(4, 64, dtype=dtype)
+    inputs = []
+    for layer, side in ((block, 32), (attention, 16)):
+        layer.to(dtype=dtype)
+        # Ones, because the values do not matter.
+        inputs.append(th.ones(4, 128, side, side, dtype=dtype, requires_grad=True))
+        if kernels.generation() is not None:
+            layer.to(memory_format=th.channels_last)
+            inputs[-1] = inputs[-1].detach().to(memory_format=th.channels_last).requires_grad_()
+
+    def compute() -> None:
+        (block(inputs[0], embedding).sum() + attention(inputs[1]).sum()).backward()
+
+    return compute

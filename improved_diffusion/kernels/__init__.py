@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ WITH_MATRICES = ("neonbf16", EMULATED, "amx")
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
+_own = threading.local()
+
 
 def generation() -> str | None:
     """The generation of processors whose kernels are used, one of `GENERATIONS`; None: no kernels are used."""
@@ -48,6 +51,12 @@ def why_none() -> str:
 def has(name: str, dtype: th.dtype) -> bool:
     """Whether there is a compiled function of this name for numbers of type `dtype`."""
     return _full_name(name, dtype) is not None
+
+
+@functools.cache
+def multiplies(dtype: th.dtype) -> bool:
+    """Whether the compiled products of matrices of type `dtype`, which are computed in float32, are fast here."""
+    return has("pointwise_forward", dtype) and not (dtype == th.bfloat16 and generation() in WITH_MATRICES)
 
 
 @functools.cache
@@ -131,6 +140,17 @@ def _described(tensor: th.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{strides}"
 
 
+def room(size: int) -> int:
+    """The address of `size` float32 numbers of working memory for this thread, until its next call.
+
+    It is kept, because fresh memory would cost as much time as a small convolution.
+    """
+    kept = getattr(_own, "room", None)
+    if kept is None or len(kept) < size:
+        kept = _own.room = th.empty(size, dtype=th.float32, device="cpu")
+    return kept.data_ptr()
+
+
 def in_one_piece(tensor: th.Tensor) -> bool:
     """Whether `tensor` fills a range of memory without gaps, contiguous or in channels_last layout."""
     return tensor.is_contiguous() or (
@@ -155,7 +175,7 @@ def switched(setting: str) -> Iterator[None]:
 
 def _forget() -> None:
     """Forget the library, so that the next use of a kernel loads it again and reads the environment variable."""
-    for cached in (_library, has, function):
+    for cached in (_library, has, multiplies, function):
         cached.cache_clear()
 
 

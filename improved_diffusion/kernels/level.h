@@ -83,6 +83,8 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
             memcpy((uint32_t *)to + column * to_step + row, (const uint32_t *)from + row * step + column, 4);
 }
 
+#include "product.h"
+
 #define STORED uint16_t
 #define TYPED(name) LEVEL(name##_bf16)
 #define LOAD LEVEL(load_bf16)

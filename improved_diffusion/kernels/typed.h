@@ -3,6 +3,7 @@
 
 #include "norms.h"
 #include "winograd.h"
+#include "pointwise.h"
 #ifdef UNIT
 #include "attention.h"
 #endif

@@ -157,9 +157,9 @@ static inline void TYPED(tiles_of_input)(
     }
 }
 
-// As `tiles_of_input`, for the gradient of the output.
+// As `tiles_of_input`, for the gradient of the output. sums: the sums of its numbers in each tile, [count, channels].
 static inline void TYPED(tiles_of_gradient)(
-    const STORED *dy, float *to, struct conv size, int channels, size_t first, int count
+    const STORED *dy, float *to, float *sums, struct conv size, int channels, size_t first, int count
 ) {
     int across = size.width / 4, tiles = size.height / 4 * across;
     size_t matrix = winograd_matrix(TILES, channels);
@@ -169,10 +169,11 @@ static inline void TYPED(tiles_of_gradient)(
         const STORED *from = dy + ((image * size.height + top) * size.width + left) * channels;
         for (int c = 0; c < channels; c += WIDTH) {
             float *at = to + (size_t)tile * channels + c;
-            vec half[6][4];
+            vec half[6][4], sum = zero();
             for (int j = 0; j < 4; j++) {
                 vec d[4], t[6];
                 for (int i = 0; i < 4; i++) d[i] = LOAD(from + ((size_t)i * size.width + j) * channels + c);
+                sum += (d[0] + d[1]) + (d[2] + d[3]);
                 TYPED(gradients_to_points)(d, t);
                 for (int i = 0; i < 6; i++) half[i][j] = t[i];
             }
@@ -181,6 +182,7 @@ static inline void TYPED(tiles_of_gradient)(
                 TYPED(gradients_to_points)(half[i], t);
                 for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
             }
+            put(sums + (size_t)tile * channels + c, sum);
         }
     }
 }
@@ -213,33 +215,10 @@ static inline void TYPED(outputs_of_tiles)(
     }
 }
 
-// m[ROWS][2 * WIDTH] = or += a b. The numbers of a lie `row` and `step` apart, the rows of b and m `b_row` and `m_row`.
-static inline void TYPED(winograd_product)(
-    const float *a, size_t row, size_t step, const float *b, size_t b_row, float *m, size_t m_row, int depth, int add
-) {
-    vec sums[ROWS][2];
-    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
-        sums[r][0] = add ? get(m + r * m_row) : zero();
-        sums[r][1] = add ? get(m + r * m_row + WIDTH) : zero();
-    }
-    for (int d = 0; d < depth; d++) {
-        vec left = get(b + d * b_row), right = get(b + d * b_row + WIDTH);
-        _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
-            vec factor = splat(a[r * row + d * step]);
-            sums[r][0] += factor * left;
-            sums[r][1] += factor * right;
-        }
-    }
-    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {
-        put(m + r * m_row, sums[r][0]);
-        put(m + r * m_row + WIDTH, sums[r][1]);
-    }
-}
-
 // The working memory of the functions below, in numbers of 4 bytes.
 size_t TYPED(winograd_room)(size_t in, size_t out, size_t threads) {
     size_t of_thread = winograd_matrix(TILES, in) + winograd_matrix(TILES, out);
-    return in + out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
+    return in + (TILES + 2) * out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
 }
 
 // y = the convolution of x with weight, plus bias; or, if `backward`, the gradient of x from that of y, where x and y
@@ -271,10 +250,10 @@ void TYPED(winograd_forward)(
                 for (int column = 0; column < columns; column += 2 * WIDTH)
                     // Rows behind the last tile hold old numbers, and nobody reads what comes of them.
                     for (int row = 0; row < count; row += ROWS)
-                        TYPED(winograd_product)(
+                        LEVEL(product)(
                             v + point * of_input + (size_t)row * rows, rows, 1,
                             weights + point * of_weights + (size_t)column * rows, 2 * WIDTH,
-                            m + point * of_output + (size_t)row * columns + column, columns, rows, 0
+                            m + point * of_output + (size_t)row * columns + column, columns, rows, NULL, 0
                         );
             TYPED(outputs_of_tiles)(m, bias, y, size, columns, first, count);
         }
@@ -289,9 +268,10 @@ void TYPED(winograd_backward)(
     struct conv size = {images, height, width, in, out};
     int tiles = images * (height / 4) * (width / 4);
     size_t of_weights = winograd_matrix(in, out), of_input = winograd_matrix(TILES, in);
-    size_t of_output = winograd_matrix(TILES, out), pixels = (size_t)height * width;
+    size_t of_output = winograd_matrix(TILES, out);
     const STORED *nothing = memset(room, 0, in * sizeof(float));
-    float *weights = room + in, *v = weights + POINTS * of_weights, *d = v + POINTS * of_input;
+    float *total = memset(room + in, 0, out * sizeof(float)), *sums = total + out, *weights = sums + TILES * out;
+    float *v = weights + POINTS * of_weights, *d = v + POINTS * of_input;
     enum { SHARE = TILES / 4 };  // tiles that a thread turns at a time
 #pragma omp parallel num_threads(threads)
     {
@@ -301,16 +281,26 @@ void TYPED(winograd_backward)(
             for (int start = 0; start < count; start += SHARE) {
                 int part = count - start < SHARE ? count - start : SHARE;
                 TYPED(tiles_of_input)(x, nothing, v + (size_t)start * in, size, in, first + start, part);
-                TYPED(tiles_of_gradient)(dy, d + (size_t)start * out, size, out, first + start, part);
+                TYPED(tiles_of_gradient)(
+                    dy, d + (size_t)start * out, sums + (size_t)start * out, size, out, first + start, part
+                );
+            }
+#pragma omp for schedule(static) nowait
+            for (int k = 0; k < out; k += WIDTH) {
+                vec sum = get(total + k);
+                for (int tile = 0; tile < count; tile++) sum += get(sums + (size_t)tile * out + k);
+                put(total + k, sum);
             }
 #pragma omp for schedule(static)
             for (int point = 0; point < POINTS; point++)
                 for (int column = 0; column < in; column += 2 * WIDTH)
-                    for (int row = 0; row < out; row += ROWS)
-                        TYPED(winograd_product)(
-                            d + point * of_output + row, 1, out, v + point * of_input + column, in,
-                            weights + point * of_weights + (size_t)row * in + column, in, count, first > 0
+                    for (int row = 0; row < out; row += ROWS) {
+                        float *at = weights + point * of_weights + (size_t)row * in + column;
+                        LEVEL(product)(
+                            d + point * of_output + row, 1, out, v + point * of_input + column, in, at, in, count,
+                            first ? at : NULL, in
                         );
+                    }
         }
 #pragma omp for schedule(static)
         for (int k = 0; k < out; k++)
@@ -330,15 +320,7 @@ void TYPED(winograd_backward)(
                 }
             }
 #pragma omp for schedule(static)
-        for (int k = 0; k < out; k += WIDTH) {
-            vec total = zero();
-            for (int image = 0; image < images; image++) {
-                vec sum = zero();
-                for (size_t pixel = 0; pixel < pixels; pixel++) sum += LOAD(dy + (image * pixels + pixel) * out + k);
-                total += sum;
-            }
-            STORE(dbias + k, total);
-        }
+        for (int k = 0; k < out; k += WIDTH) STORE(dbias + k, get(total + k));
     }
 }
 

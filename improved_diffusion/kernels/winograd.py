@@ -1,6 +1,5 @@
 """Convolutions of 3x3 pixels by Winograd's minimal filtering as compiled operations, in channels_last layout."""
 
-import threading
 from ctypes import c_int, c_size_t, c_void_p
 
 import torch as th
@@ -18,8 +17,6 @@ TILE = 4  # height and width must be multiples of it
 # in any batch.
 LEAST_PIXELS = 64
 
-_own = threading.local()
-
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `conv3x3` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
@@ -27,9 +24,8 @@ def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
         return False
     height, width = x.shape[2:]
     return (
-        x.is_cpu
-        and kernels.has("winograd_forward", x.dtype)
-        and not (x.dtype == th.bfloat16 and kernels.generation() in kernels.WITH_MATRICES)
+        kernels.multiplies(x.dtype)
+        and x.is_cpu
         and x.shape[1] % CHANNELS == 0
         and weight.shape[0] % CHANNELS == 0
         and height % TILE == 0
@@ -73,7 +69,7 @@ def _convolve(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None, backward:
     out, channels = weight.shape[:2]
     n, _, height, width = x.shape
     before, after = (out, channels) if backward else (channels, out)
-    y = th.empty(n, after, height, width, dtype=x.dtype, memory_format=th.channels_last)
+    y = th.empty(n, after, height, width, dtype=x.dtype, device="cpu", memory_format=th.channels_last)
     threads = th.get_num_threads()
     kernels.function("winograd_forward", FORWARD, x.dtype)(
         kernels.address(x, x.dtype, (n, before, height, width), th.channels_last),
@@ -101,11 +97,6 @@ def _differentiate(x: th.Tensor, dy: th.Tensor, weight: th.Tensor) -> tuple[th.T
 
 
 def _room(dtype: th.dtype, channels: int, out: int, threads: int) -> int:
-    """The address of working memory of this thread. It is kept, because fresh memory costs as much time as a small
-    convolution."""
-    sizes = (c_size_t,) * 3
-    size = kernels.function("winograd_room", sizes, dtype, c_size_t)(channels, out, threads)
-    room = getattr(_own, "room", None)
-    if room is None or len(room) < size:
-        room = _own.room = th.empty(size, dtype=th.float32, device="cpu")
-    return room.data_ptr()
+    return kernels.room(
+        kernels.function("winograd_room", (c_size_t,) * 3, dtype, c_size_t)(channels, out, threads)
+    )

@@ -16,7 +16,7 @@ from torch import nn
 
 import improved_diffusion
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, update, winograd
+from improved_diffusion.kernels import attention, pointwise, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import Conv2d, pointwise_channels_last
 from improved_diffusion.shipped import why_not_compiled
@@ -29,9 +29,9 @@ WITHOUT_BF16 = ("avx2", "avx512", "neon")  # generations whose processors have n
 
 @pytest.fixture(params=[name for name in kernels.GENERATIONS if name != kernels.EMULATED])
 def generation(request):
-    """Every generation of kernels that this processor can run, in turn."""
+    """Every generation of kernels that this processor can run, in turn; 0: none, where a test asks for that."""
     with kernels.switched(request.param):
-        if kernels.generation() != request.param:
+        if (kernels.generation() or "0") != request.param:
             pytest.skip(f"no kernels for {request.param} here")
         yield request.param
 
@@ -130,7 +130,7 @@ import sys
 import torch as th
 from torch import nn
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, update, winograd
+from improved_diffusion.kernels import attention, pointwise, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
 
 assert kernels.__file__.startswith(sys.argv[1]) and kernels.generation() == sys.argv[2]
@@ -162,6 +162,8 @@ for dtype in (th.float32, th.bfloat16):
                 x[0, 0, 0, 0] = value
                 leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
                 th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
+                leaves[1] = weight[:, :, 0, 0].clone().requires_grad_()
+                th.autograd.grad(pointwise.pointwise(*leaves).sum(), leaves)
     params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
     params[1][0, 0] = nan
     gradient = [th.randn_like(p).to(dtype) for p in params]
@@ -776,10 +778,50 @@ def test_the_model_computes_the_same_without_them(generation, options):
     other.load_state_dict(model.state_dict())
 
 
+def pointwise_definition(x, weight, bias):
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
 @pytest.mark.parametrize("dtype", list(CLOSE))
-def test_pointwise_channels_last(dtype):
+@pytest.mark.parametrize(
+    ("n", "channels", "out", "height", "width", "threads"),
+    [(1, 32, 64, 1, 1, 1), (3, 96, 32, 5, 9, 2), (2, 64, 192, 16, 16, 1), (5, 160, 96, 7, 8, 3)],
+)
+def test_pointwise_convolution(generation, dtype, n, channels, out, height, width, threads):
+    x, weight, bias = some(n, channels, out, height, width, dtype)
+    weight = 3 * weight[:, :, 1, 1].contiguous()
+    if not pointwise.suits(x, weight, bias):
+        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        pytest.skip("products of matrices in bfloat16 are faster")
+    dy = th.randn(n, out, height, width).to(dtype)
+    expected = with_gradients(pointwise_definition, [t.double() for t in (x, weight, bias)], dy.double())
+    results = []
+    for count in (threads, 1):
+        th.set_num_threads(count)
+        results.append(with_gradients(pointwise.pointwise, (x, weight, bias), dy))
+    for mine, again, exact in zip(*results, expected):
+        assert th.equal(mine, again)
+        assert mine.dtype == dtype and mine.shape == exact.shape and error(mine, exact) < CLOSE[dtype]
+    assert results[0][0].is_contiguous(memory_format=th.channels_last)
+    assert th.equal(pointwise.pointwise(x[:1], weight, bias), results[0][0][:1])
+
+
+def test_pointwise_convolutions_that_do_not_suit_are_left_to_pytorch(generation):
+    x, weight, bias = some(2, 32, 64, 8, 8)
+    weight = weight[:, :, 0, 0].contiguous()
+    assert pointwise.suits(x, weight, bias)
+    assert not pointwise.suits(x.contiguous(), weight, bias) and not pointwise.suits(x[:0], weight, bias)
+    assert not pointwise.suits(x, weight[:48], bias[:48]) and not pointwise.suits(x, weight, None)
+    assert not pointwise.suits(x, weight.double(), bias) and not pointwise.suits(x.double(), weight, bias)
+    assert not pointwise.suits(x, weight[:, :16], bias)
+
+
+@pytest.mark.parametrize("generation", ["0", *kernels.GENERATIONS], indirect=True)
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("out", [48, 64])
+def test_pointwise_channels_last(generation, dtype, out):
     x = images(2, 32, 4, 5, dtype).detach()
-    weight, bias = th.randn(48, 32).to(dtype), th.randn(48).to(dtype)
+    weight, bias = th.randn(out, 32).to(dtype), th.randn(out).to(dtype)
     y = pointwise_channels_last(x, weight[..., None], bias)
     expected = F.conv2d(x.double(), weight[..., None, None].double(), bias.double())
     assert y.is_contiguous(memory_format=th.channels_last) and error(y, expected) < CLOSE[dtype]
