@@ -3,7 +3,7 @@
 //
 // Along one dimension, the convolution of 6 inputs d with 3 weights g gives the 4 outputs A [(G g) * (B d)], where *
 // multiplies elements. A, B and G evaluate and interpolate polynomials at 0, +-P, +-Q and infinity. For these P and Q
-// the rounding errors are about those of the definition; for the usual 1 and 2 they are twice as large.
+// the rounding errors are twice those of the definition; for the usual 1 and 2 they are four times as large.
 //
 // An image [height, width, channels] is cut into tiles of 4x4 outputs. Each tile has 36 numbers per channel, so a
 // convolution is 36 products of matrices [tiles, in] and [in, out]. The gradients are products of the same kind.
@@ -102,21 +102,18 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
             }
             for (int r = 0; r < WIDTH; r++) {
                 float *at = panel_at + (size_t)(first + r) * panel;
-#define FROM(i, j) get(turned[3 * (i) + (j)] + r * WIDTH)
-#define ROW(i, j, value) put(at + (6 * (i) + (j)) * matrix, value)
                 vec half[6][3];
                 for (int j = 0; j < 3; j++) {
-                    vec g[3] = {FROM(0, j), FROM(1, j), FROM(2, j)}, t[6];
+                    vec g[3], t[6];
+                    for (int i = 0; i < 3; i++) g[i] = get(turned[3 * i + j] + r * WIDTH);
                     TYPED(weights_to_points)(g, t);
                     for (int i = 0; i < 6; i++) half[i][j] = t[i];
                 }
                 for (int i = 0; i < 6; i++) {
                     vec t[6];
                     TYPED(weights_to_points)(half[i], t);
-                    for (int j = 0; j < 6; j++) ROW(i, j, t[j]);
+                    for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
                 }
-#undef FROM
-#undef ROW
             }
         }
     }
