@@ -13,9 +13,10 @@ FORWARD = (*[c_void_p] * 5, *[c_int] * 7)
 BACKWARD = (*[c_void_p] * 5, *[c_int] * 6)
 CHANNELS = 32  # the numbers of channels must be multiples of it
 TILE = 4  # height and width must be multiples of it
-# Smaller images have too few tiles. It is not the number of images that decides, so that an image comes out the same
-# in any batch.
-LEAST_PIXELS = 64
+# From this many pixels on, at most this many pairs of channels: the transformed weights take four times the memory, and
+# small images have too few tiles to pay for them. It is not the number of images that decides, so that an image comes
+# out the same in any batch.
+MOST_PAIRS = ((256, 2**18), (64, 2**16))
 
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
@@ -30,7 +31,7 @@ def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
         and weight.shape[0] % CHANNELS == 0
         and height % TILE == 0
         and width % TILE == 0
-        and height * width >= LEAST_PIXELS
+        and any(height * width >= pixels and x.shape[1] * weight.shape[0] <= most for pixels, most in MOST_PAIRS)
         and 0 < x.numel() < kernels.MOST
         and len(x) * weight.shape[0] * height * width < kernels.MOST
         and x.is_contiguous(memory_format=th.channels_last)
