@@ -31,7 +31,9 @@ def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
         and weight.shape[0] % CHANNELS == 0
         and height % TILE == 0
         and width % TILE == 0
-        and any(height * width >= pixels and x.shape[1] * weight.shape[0] <= most for pixels, most in MOST_PAIRS)
+        and any(
+            height * width >= pixels and x.shape[1] * weight.shape[0] <= most for pixels, most in MOST_PAIRS
+        )
         and 0 < x.numel() < kernels.MOST
         and len(x) * weight.shape[0] * height * width < kernels.MOST
         and x.is_contiguous(memory_format=th.channels_last)
