@@ -16,6 +16,7 @@ from improved_diffusion.train_util import TrainLoop
 # The parts that operations belong to. The first of these texts that occurs in an operation's name decides.
 OPERATIONS = {
     "conv": "convolution",
+    "pointwise": "convolution",  # that with a kernel of size 1
     "baddbmm": "convolution",  # that with a kernel of size 1, in 16 bits
     "bmm": "attention",
     "softmax": "attention",
