@@ -1,5 +1,6 @@
 """Shared by all tests: small models, and every cache and run kept out of the user's folders."""
 
+import gc
 import json
 import os
 import runpy
@@ -22,6 +23,12 @@ TINY = {
     "attention_resolutions": "4",
 }
 TINY_FLAGS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of garbage collection, which saves a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

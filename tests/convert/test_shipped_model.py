@@ -63,9 +63,9 @@ def drawn(job):
 
 
 def mse(name, job, data):
-    """The mean squared error of the prediction, without a class, on 512 images and timesteps, both evenly spread."""
+    """The mean squared error of the prediction, without a class, on 128 images and timesteps, both evenly spread."""
     images = read_images(TEST_IMAGES[data], job.subject.image_size)
-    count, errors = 512, []
+    count, errors = 128, []
     numbers = np.linspace(0, len(images) - 1, count).round().astype(np.int64)
     x = from_uint8(images.get(numbers))
     noise = seeding.normal(seeding.generator(0, Purpose.NOISE, 0), tuple(x.shape))
