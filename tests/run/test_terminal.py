@@ -37,6 +37,8 @@ def test_ctrl_c_while_a_script_imports(tmp_path, script):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts a program in the background with SIGINT ignored, and these tests may be that program.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
