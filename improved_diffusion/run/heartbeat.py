@@ -74,7 +74,7 @@ class Heartbeat(contextlib.AbstractContextManager):
                     self._lost = f"lost contact with {name}: it has ended, or its machine cannot be reached"
             if self._lost is not None and self._waiting:
                 print(f"{os.path.basename(sys.argv[0])}: error: {self._lost}", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(2)
 
 
 def _exchange(peer: socket.socket) -> bool:
