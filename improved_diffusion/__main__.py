@@ -46,7 +46,10 @@ def overview() -> str:
     ]
     lines += ["sets go to folders of the present one: runs/, samples/, nll/, datasets/."]
     if not compiled_kernels():
-        lines += ["", f"note: without compiled kernels, training takes 1.6 times as long ({why_not_compiled()})"]
+        lines += [
+            "",
+            f"note: without compiled kernels, training takes 1.6 times as long ({why_not_compiled()})",
+        ]
     return "\n".join(lines)
 
 

@@ -77,7 +77,9 @@ def test_a_killed_process_ends_the_other(training, victim):
     assert first.wait() == (-signal.SIGKILL, 2)[victim], first.stderr
     assert_ended(second)
     # Of whichever is left: the exchange breaks off, or, if it does not, the other is silent for too long.
-    assert any(said in first.stderr for said in ("another process of this job has ended", "lost contact with "))
+    assert any(
+        said in first.stderr for said in ("another process of this job has ended", "lost contact with ")
+    )
 
 
 def test_a_launcher_has_the_say(tmp_path):
