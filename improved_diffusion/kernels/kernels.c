@@ -1,6 +1,7 @@
 // Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for several generations of processors:
 // of x86-64, AVX2, AVX-512 without bfloat16, AVX-512 with bfloat16, and AMX; of ARM64, NEON without and with bfloat16.
-// norm.py, attention.py and update.py call them. Without this library, PyTorch's operations do the same.
+// norm.py, attention.py, convolution.py and update.py call them. Without this library, PyTorch's operations do the
+// same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !(defined(__x86_64__) || defined(__aarch64__))
 #error "written for GCC on x86-64 or ARM64"
@@ -23,14 +24,33 @@
 
 #define MAX_GROUPS 1024
 #define PIECE 4096  // numbers whose squares are summed in float32; the sums of the pieces are added in double
+#define POSITIONS 128  // of convolutions with a kernel of size 1, computed together
+#define POINTS 36  // numbers of a tile in winograd.h
+#define TILES 32  // of winograd.h, computed together: as many as the caches hold
+#define GAP 48  // numbers between the matrices of winograd.h, so that they do not compete for places in the caches
 
 struct sizes {
     int positions, channels, groups, width;  // width: channels per group
+};
+struct conv {
+    int images, height, width, in, out;
+};
+struct place {
+    size_t image;
+    int top, left;
 };
 struct adamw {
     float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: for the gradient
 };
 
+// These are here, before the first generation, because GCC cannot inline what is compiled for a newer processor.
+// Numbers in one of the 36 matrices of winograd.h.
+static inline size_t winograd_matrix(size_t rows, size_t columns) { return rows * columns + GAP; }
+// The first pixel of a tile of 4x4 pixels.
+static inline struct place winograd_place(struct conv size, size_t tile) {
+    size_t across = size.width / 4, tiles = size.height / 4 * across, number = tile % tiles;
+    return (struct place){tile / tiles, (int)(number / across * 4), (int)(number % across * 4)};
+}
 static inline float bf16_to_float(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
     float result;

@@ -1,10 +1,6 @@
 // Convolutions with a kernel of size 1: products of the positions [positions, in] and the weights [out, in]. They are
 // computed in float, whatever the type of the numbers. It is included once for each type, STORED.
 
-#ifndef POSITIONS
-#define POSITIONS 128  // positions that are computed together
-#endif
-
 // Numbers as float.
 static inline void TYPED(to_float)(const STORED *from, float *to, size_t numbers) {
     for (size_t i = 0; i < numbers; i += WIDTH) put(to + i, LOAD(from + i));

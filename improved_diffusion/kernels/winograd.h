@@ -8,19 +8,6 @@
 // An image [height, width, channels] is cut into tiles of 4x4 outputs. Each tile has 36 numbers per channel, so a
 // convolution is 36 products of matrices [tiles, in] and [in, out]. The gradients are products of the same kind.
 
-#ifndef WINOGRAD
-#define WINOGRAD
-#define POINTS 36  // numbers of a tile
-#define TILES 32   // tiles that are computed together: as many as the caches hold
-#define GAP 48     // numbers between the matrices, so that they do not compete for the same places in the caches
-
-struct conv {
-    int images, height, width, in, out;
-};
-// Numbers in one of the 36 matrices.
-static inline size_t winograd_matrix(size_t rows, size_t columns) { return rows * columns + GAP; }
-#endif
-
 #define P 0.625f
 #define Q 1.5f
 #define P2 (P * P)
@@ -124,16 +111,15 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
 static inline void TYPED(tiles_of_input)(
     const STORED *x, const STORED *nothing, float *to, struct conv size, int channels, size_t first, int count
 ) {
-    int across = size.width / 4, tiles = size.height / 4 * across;
     size_t matrix = winograd_matrix(TILES, channels);
     for (int tile = 0; tile < count; tile++) {
-        size_t image = (first + tile) / tiles;
-        int place = (first + tile) % tiles, top = place / across * 4 - 1, left = place % across * 4 - 1;
+        struct place place = winograd_place(size, first + tile);
+        int top = place.top - 1, left = place.left - 1;
         const STORED *pixels[POINTS];
         for (int i = 0; i < 6; i++)
             for (int j = 0; j < 6; j++) {
                 int inside = top + i >= 0 && top + i < size.height && left + j >= 0 && left + j < size.width;
-                size_t pixel = (image * size.height + top + i) * size.width + left + j;
+                size_t pixel = (place.image * size.height + top + i) * size.width + left + j;
                 pixels[6 * i + j] = inside ? x + pixel * channels : nothing;
             }
         for (int c = 0; c < channels; c += WIDTH) {
@@ -158,12 +144,10 @@ static inline void TYPED(tiles_of_input)(
 static inline void TYPED(tiles_of_gradient)(
     const STORED *dy, float *to, float *sums, struct conv size, int channels, size_t first, int count
 ) {
-    int across = size.width / 4, tiles = size.height / 4 * across;
     size_t matrix = winograd_matrix(TILES, channels);
     for (int tile = 0; tile < count; tile++) {
-        size_t image = (first + tile) / tiles;
-        int place = (first + tile) % tiles, top = place / across * 4, left = place % across * 4;
-        const STORED *from = dy + ((image * size.height + top) * size.width + left) * channels;
+        struct place place = winograd_place(size, first + tile);
+        const STORED *from = dy + ((place.image * size.height + place.top) * size.width + place.left) * channels;
         for (int c = 0; c < channels; c += WIDTH) {
             float *at = to + (size_t)tile * channels + c;
             vec half[6][4], sum = zero();
@@ -188,12 +172,10 @@ static inline void TYPED(tiles_of_gradient)(
 static inline void TYPED(outputs_of_tiles)(
     const float *from, const STORED *bias, STORED *y, struct conv size, int channels, size_t first, int count
 ) {
-    int across = size.width / 4, tiles = size.height / 4 * across;
     size_t matrix = winograd_matrix(TILES, channels);
     for (int tile = 0; tile < count; tile++) {
-        size_t image = (first + tile) / tiles;
-        int place = (first + tile) % tiles, top = place / across * 4, left = place % across * 4;
-        STORED *to = y + ((image * size.height + top) * size.width + left) * channels;
+        struct place place = winograd_place(size, first + tile);
+        STORED *to = y + ((place.image * size.height + place.top) * size.width + place.left) * channels;
         for (int c = 0; c < channels; c += WIDTH) {
             const float *at = from + (size_t)tile * channels + c;
             vec half[4][6], offset = bias ? LOAD(bias + c) : zero();
