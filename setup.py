@@ -11,7 +11,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 VERSION = next(
     line.split('"')[1]
-    for line in (HERE / "improved_diffusion" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    for line in (HERE / "improved_diffusion" / "version.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
 

@@ -10,11 +10,12 @@ Example::
 
 from typing import TYPE_CHECKING
 
+from improved_diffusion.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from improved_diffusion.api import Model, evaluate, load, nll, train
     from improved_diffusion.drawn import Images
 
-__version__ = "0.1.0"
 __all__ = ["Images", "Model", "evaluate", "load", "nll", "train"]
 
 

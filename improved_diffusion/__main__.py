@@ -8,9 +8,9 @@ import re
 import sys
 import textwrap
 
-import improved_diffusion
 from improved_diffusion.jobs.script import MODULE, run_script
 from improved_diffusion.shipped import compiled_kernels, shipped, why_not_compiled
+from improved_diffusion.version import __version__
 
 FIRST = ("train", "sample", "eval", "nll", "export")
 SHORT = {"export_results": "export", "convert_checkpoint": "convert", "publish_model": "publish"}
@@ -60,7 +60,7 @@ def main() -> None:
         print(overview())
         return
     if name == "--version":
-        print(f"improved_diffusion {improved_diffusion.__version__}")
+        print(f"improved_diffusion {__version__}")
         return
     known = commands()
     if name not in known:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
-import improved_diffusion
+from improved_diffusion.version import __version__
 
 
 class Role(enum.Enum):
@@ -207,7 +207,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--version",
             action="version",
-            version=f"improved_diffusion {improved_diffusion.__version__}",
+            version=f"improved_diffusion {__version__}",
             help="show the version and exit",
         )
         if operand:

@@ -16,7 +16,7 @@ FILES = {
 # A room is a file or folder right below the package. Each floor may import from itself and the floors before it.
 FLOORS = [
     {"kernels", "losses", "weighting", "nn", "storage", "seeding", "progress"}
-    | {"flags", "config", "levels", "learning_rate", "recipes", "shipped"},
+    | {"flags", "config", "levels", "learning_rate", "recipes", "shipped", "version"},
     {"gaussian_diffusion", "respace", "resample", "samplers", "editing", "unet", "cpu"},
     {"logger", "run", "dist_util", "data", "image_datasets", "low_res", "results"},
     {"train_util", "sample_util", "pictures", "evaluation", "script_util", "convert", "drawn"},
@@ -34,6 +34,7 @@ WITHOUT_TORCH = {
     "levels",
     "recipes",
     "shipped",
+    "version",
 }
 
 
