@@ -42,21 +42,22 @@ def run_lock(folder: str, log: Callable[[str], object] = print) -> Iterator[Call
         ) from error
     owner_path, lock_path = os.path.join(folder, OWNER_NAME), os.path.join(folder, LOCK_NAME)
     lock = FileLock(lock_path)
-    try:
-        lock.acquire(timeout=0)
-    # Without locks, versions of filelock raise different errors.
-    except (Timeout, OSError, NotImplementedError) as error:
-        reason = _why_no_locks(held.fileno())
-        if not reason:
+    # Asked first, because where there are no locks, some versions of filelock put another file in the place of this.
+    reason = _why_no_locks(held.fileno())
+    if reason:
+        log(
+            f"WARNING: {folder}: this file system has no locks ({reason}), so nothing prevents a second process from "
+            "writing there: start only one"
+        )
+    else:
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError) as error:
             held.close()
             raise ValueError(
                 f"{folder}: in use by {_describe_owner(owner_path)}; wait until it ends, stop it, or give another "
                 "directory"
             ) from error
-        log(
-            f"WARNING: {folder}: this file system has no locks ({reason}), so nothing prevents a second process from "
-            "writing there: start only one"
-        )
     locked = os.fstat(held.fileno())
 
     def is_still_here() -> bool:
