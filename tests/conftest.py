@@ -25,11 +25,6 @@ TINY = {
 TINY_FLAGS = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
 
 
-def pytest_xdist_auto_num_workers():
-    """One process more than cores, because many tests wait: for other processes, files and time."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish():
     """Leave what was imported out of garbage collection, which saves a twentieth of the time."""
     gc.collect()

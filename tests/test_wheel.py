@@ -6,12 +6,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
 from conftest import ROOT
 
 from improved_diffusion import kernels
+from improved_diffusion.shipped import compiled_kernels
 
 PARTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 FOLDERS = ("improved_diffusion", "scripts", "datasets", "models")
@@ -53,6 +55,12 @@ def wheel(tmp_path_factory):
     own = shutil.ignore_patterns("compiled*", "__pycache__", "cifar_*")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=own)
+    if kernels.generation() is not None:
+        # `pip install -e .` has compiled these sources, and a build does not repeat what is there.
+        built = folder / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        (built / "improved_diffusion" / "kernels").mkdir(parents=True)
+        for path in compiled_kernels():
+            shutil.copy(path, built / "improved_diffusion" / "kernels")
     command = [sys.executable, "-m", "pip", "wheel", str(folder), "--wheel-dir", str(folder / "made")]
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     done = subprocess.run([*command, *offline], capture_output=True, text=True, timeout=600)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch as th
@@ -58,10 +58,16 @@ def gradient(case, precision="fp32", cores=1, part=4, side_by_side=1, before_pas
     return vector, engine
 
 
+@cache
+def on_one_core(case, precision="fp32", part=4):
+    """What other ways to compute the gradient of a batch are compared with, a vector."""
+    return gradient(case, precision, part=part)[0]
+
+
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.01)])
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_cores_changes_nothing_but_rounding(case, precision, tolerance):
-    one, _ = gradient(case, precision)
+    one = on_one_core(case, precision)
     two, _ = gradient(case, precision, cores=2)
     assert th.equal(gradient(case, precision, cores=2)[0], two)
     assert (two - one).norm() < tolerance * one.norm()
@@ -70,7 +76,7 @@ def test_the_number_of_cores_changes_nothing_but_rounding(case, precision, toler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", ["plain", "dropout", "checkpointing"])
 def test_how_many_passes_run_side_by_side_changes_no_bit(case, precision):
-    one, _ = gradient(case, precision, part=2)
+    one = on_one_core(case, precision, part=2)
     for side_by_side in (2, 3, 8):
         assert th.equal(gradient(case, precision, part=2, side_by_side=side_by_side)[0], one)
 
@@ -89,7 +95,7 @@ def test_the_order_in_which_passes_end_changes_no_bit():
 
     late, _ = gradient("plain", "bf16", part=2, side_by_side=4, before_pass=wait_for_the_next)
     assert sorted(begun) == [0, 1, 2, 3]
-    assert th.equal(late, gradient("plain", "bf16", part=2)[0])
+    assert th.equal(late, on_one_core("plain", "bf16", part=2))
 
 
 def test_a_pass_that_fails_is_reported_and_the_next_batch_computed():
@@ -125,7 +131,7 @@ def test_passes(size, microbatch, cores, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_16_bits_give_the_gradient_of_32(case):
-    exact, _ = gradient(case)
+    exact = on_one_core(case)
     rounded, _ = gradient(case, "bf16", cores=2)
     assert not th.equal(rounded, exact)
     assert th.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999
@@ -134,13 +140,13 @@ def test_16_bits_give_the_gradient_of_32(case):
 
 @pytest.mark.parametrize("part", [1, 3, 4, 8])
 def test_where_the_batch_is_cut_changes_nothing(part):
-    exact, _ = gradient("dropout")
+    exact = on_one_core("dropout")
     other, _ = gradient("dropout", part=part)
     assert (other - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_checkpointing_draws_the_same_masks_again():
-    assert th.equal(gradient("checkpointing")[0], gradient("dropout")[0])
+    assert th.equal(on_one_core("checkpointing"), on_one_core("dropout"))
 
 
 def test_the_norm_is_that_of_all_gradients():

@@ -133,48 +133,57 @@ from improved_diffusion import kernels
 from improved_diffusion.kernels import attention, pointwise, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
 
-assert kernels.__file__.startswith(sys.argv[1]) and kernels.generation() == sys.argv[2]
+assert kernels.__file__.startswith(sys.argv[1])
 th.set_num_threads(2)
 nan = float("nan")
-for dtype in (th.float32, th.bfloat16):
-    for n, channels, side, groups, modulated in [(1, 32, 1, 32, True), (3, 96, 3, 4, False), (2, 64, 4, 1, True)]:
-        x = th.randn(n, channels, side, side).to(dtype).contiguous(memory_format=th.channels_last)
-        norm = nn.GroupNorm(groups, channels).to(dtype)
-        modulation = th.randn(n, 2 * channels).to(dtype).requires_grad_() if modulated else None
-        assert suits(x, norm, modulation)
-        for value in (0.0, nan):
-            x = x.detach().clone()
-            x[0, 0, 0, 0] = value
-            y, same = norm_act(norm, x.requires_grad_(), modulation, activate=modulated)
-            leaves = [x, norm.weight, norm.bias, *([modulation] if modulated else [])]
-            th.autograd.grad((y + same).sum(), leaves)
-    for n, positions, heads, width in [(1, 16, 1, 16), (2, 48, 2, 32), (1, 64, 1, 32)]:
-        qkv = th.randn(n, positions, 3 * heads * width).to(dtype).requires_grad_()
-        if attention.suits(qkv, heads):
+
+
+def call_all():
+    for dtype in (th.float32, th.bfloat16):
+        for n, channels, side, groups, modulated in [(1, 32, 1, 32, True), (3, 96, 3, 4, False), (2, 64, 4, 1, True)]:
+            x = th.randn(n, channels, side, side).to(dtype).contiguous(memory_format=th.channels_last)
+            norm = nn.GroupNorm(groups, channels).to(dtype)
+            modulation = th.randn(n, 2 * channels).to(dtype).requires_grad_() if modulated else None
+            assert suits(x, norm, modulation)
             for value in (0.0, nan):
-                qkv.detach()[0, 0, 0] = value
-                th.autograd.grad(attention.attention(qkv, heads).sum(), qkv)
-    for n, channels, out, height, width in [(1, 32, 64, 8, 8), (3, 96, 32, 8, 12)]:
-        x = th.randn(n, channels, height, width).to(dtype).contiguous(memory_format=th.channels_last)
-        weight, bias = th.randn(out, channels, 3, 3).to(dtype), th.randn(out).to(dtype)
-        if winograd.suits(x, weight, bias):
-            for value in (0.0, nan):
+                x = x.detach().clone()
                 x[0, 0, 0, 0] = value
-                leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-                th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
-                leaves[1] = weight[:, :, 0, 0].clone().requires_grad_()
-                th.autograd.grad(pointwise.pointwise(*leaves).sum(), leaves)
-    params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
-    params[1][0, 0] = nan
-    gradient = [th.randn_like(p).to(dtype) for p in params]
-    moments, average = [[th.zeros_like(p) for p in params] for _ in range(2)], [p.clone() for p in params]
-    copies = [p.bfloat16() for p in params]
-    settings = update.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.1, 1.0)
-    assert update.adamw(
-        params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies, params
-    )
-    update.norm(gradient, params)
-print("clean")
+                y, same = norm_act(norm, x.requires_grad_(), modulation, activate=modulated)
+                leaves = [x, norm.weight, norm.bias, *([modulation] if modulated else [])]
+                th.autograd.grad((y + same).sum(), leaves)
+        for n, positions, heads, width in [(1, 16, 1, 16), (2, 48, 2, 32), (1, 64, 1, 32)]:
+            qkv = th.randn(n, positions, 3 * heads * width).to(dtype).requires_grad_()
+            if attention.suits(qkv, heads):
+                for value in (0.0, nan):
+                    qkv.detach()[0, 0, 0] = value
+                    th.autograd.grad(attention.attention(qkv, heads).sum(), qkv)
+        for n, channels, out, height, width in [(1, 32, 64, 8, 8), (3, 96, 32, 8, 12)]:
+            x = th.randn(n, channels, height, width).to(dtype).contiguous(memory_format=th.channels_last)
+            weight, bias = th.randn(out, channels, 3, 3).to(dtype), th.randn(out).to(dtype)
+            if winograd.suits(x, weight, bias):
+                for value in (0.0, nan):
+                    x[0, 0, 0, 0] = value
+                    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+                    th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
+                    leaves[1] = weight[:, :, 0, 0].clone().requires_grad_()
+                    th.autograd.grad(pointwise.pointwise(*leaves).sum(), leaves)
+        params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
+        params[1][0, 0] = nan
+        gradient = [th.randn_like(p).to(dtype) for p in params]
+        moments, average = [[th.zeros_like(p) for p in params] for _ in range(2)], [p.clone() for p in params]
+        copies = [p.bfloat16() for p in params]
+        settings = update.AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.1, 1.0)
+        assert update.adamw(
+            params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies, params
+        )
+        update.norm(gradient, params)
+
+
+for generation in sys.argv[2:]:
+    with kernels.switched(generation):
+        assert kernels.generation() == generation
+        call_all()
+    print(generation)
 """
 
 
@@ -195,22 +204,21 @@ def test_under_sanitizers(tmp_path):
     command = ["gcc", "-O0", "-g", "-std=gnu11", "-fopenmp", "-Wno-psabi", "-shared", "-fPIC", *sanitizers]
     command += [f'-DSOURCES="{checksum}"', str(folder / "kernels.c"), "-lm"]
     subprocess.run([*command, "-o", str(folder / f"compiled{EXTENSION_SUFFIXES[0]}")], check=True)
-    for generation in filter(can_run, kernels.GENERATIONS):
-        environment = {
-            **os.environ,
-            kernels.SWITCH: generation,
-            "LD_PRELOAD": runtime,
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they have until they end
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", ALL_KERNELS, str(tmp_path), generation],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0 and done.stdout.strip() == "clean", done.stderr[-3000:]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they have until they end
+    }
+    generations = list(filter(can_run, kernels.GENERATIONS))
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_KERNELS, str(tmp_path), *generations],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stdout.split() == generations, done.stderr[-3000:]
 
 
 # -- normalisation -------------------------------------------------------------------------------------------
