@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, TINY_FLAGS, read_json
 
 from improved_diffusion import __main__ as commands
+from improved_diffusion import kernels
 from improved_diffusion.jobs.script import command
 
 
@@ -24,7 +25,8 @@ def installed(tmp_path_factory):
 
 
 def run(*arguments, cwd, package=ROOT, timeout=300):
-    environment = {**os.environ, "PYTHONPATH": str(package)}
+    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment["PYTHONPATH"] = str(package)
     line = [sys.executable, "-m", "improved_diffusion", *map(str, arguments)]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
