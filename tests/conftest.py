@@ -86,6 +86,11 @@ def train(call_script):
     return run
 
 
+def environment_without_choice_of_kernels():
+    """The variables for a process that is to use the newest kernels, whatever these tests are run with."""
+    return {key: value for key, value in os.environ.items() if key != "IMPROVED_DIFFUSION_KERNELS"}
+
+
 def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 

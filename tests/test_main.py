@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, TINY_FLAGS, read_json
+from conftest import ROOT, SCRIPTS, TINY_FLAGS, environment_without_choice_of_kernels, read_json
 
 from improved_diffusion import __main__ as commands
-from improved_diffusion import kernels
 from improved_diffusion.jobs.script import command
 
 
@@ -25,7 +24,7 @@ def installed(tmp_path_factory):
 
 
 def run(*arguments, cwd, package=ROOT, timeout=300):
-    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment = environment_without_choice_of_kernels()
     environment["PYTHONPATH"] = str(package)
     line = [sys.executable, "-m", "improved_diffusion", *map(str, arguments)]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

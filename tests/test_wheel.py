@@ -1,7 +1,6 @@
 """The wheel that `pip wheel .` and `python -m build` make: nobody who installs it needs a compiler."""
 
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sysconfig
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment_without_choice_of_kernels
 
 from improved_diffusion import kernels
 from improved_diffusion.shipped import compiled_kernels
@@ -91,7 +90,7 @@ def test_it_has_the_kernels_of_all_generations_and_all_that_comes_with_the_code(
 def test_its_kernels_are_chosen_at_run_time(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment = environment_without_choice_of_kernels()
     environment["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", COMPUTE, str(tmp_path)],

@@ -19,8 +19,8 @@ def test_train_then_sample(tmp_path, call_script):
         pixels += rng.normal(0, 12, 3)  # each picture has a tint of its own
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data / f"{i}.png")
     run = tmp_path / "run"
-    training = ["--batch_size", "16", "--microbatch", "16", "--lr", "2e-3", "--total_steps", "450"]
-    flags = [*TINY_FLAGS, "--channel_mult", "1", "--diffusion_steps", "200", *training]  # one level is enough
+    training = ["--batch_size", "16", "--microbatch", "16", "--lr", "2e-3", "--total_steps", "400"]
+    flags = [*TINY_FLAGS, "--diffusion_steps", "200", *training]
     call_script("image_train.py", *flags, "--data_dir", data, "--log_dir", run, check=0)
 
     with open(run / "progress.csv", newline="") as file:
@@ -35,5 +35,5 @@ def test_train_then_sample(tmp_path, call_script):
         images = arrays["arr_0"].astype(float)
     for half, colour in ((images[:, :4], TOP), (images[:, 4:], BOTTOM)):
         means = half.mean(axis=(1, 2))
-        assert np.abs(means.mean(axis=0) - colour).max() < 60  # an untrained model's are off by 100
+        assert np.abs(means.mean(axis=0) - colour).max() < 50  # an untrained model's are off by 100
         assert np.abs(half - means[:, None, None]).mean() < 25

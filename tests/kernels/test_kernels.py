@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch as th
 import torch.nn.functional as F
+from conftest import environment_without_choice_of_kernels
 from torch import nn
 
 import improved_diffusion
@@ -54,7 +55,7 @@ def test_they_are_compiled_where_they_can_be():
     if why_not_compiled().startswith("there are none") or shutil.which("gcc") is None:
         pytest.skip("needs GCC, on Linux, on x86-64 or ARM64")
     script = "from improved_diffusion import kernels; print(kernels.generation())"
-    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment = environment_without_choice_of_kernels()
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
@@ -77,7 +78,7 @@ def test_the_newest_is_used_and_no_newer_than_asked_for():
         with kernels.switched(name):
             assert kernels.generation() == (older[-1] if older else None)
     script = "from improved_diffusion import kernels; print(kernels.generation())"
-    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment = environment_without_choice_of_kernels()
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
@@ -105,7 +106,7 @@ def test_a_library_that_does_not_belong_to_the_sources_is_left_alone(tmp_path, c
         for path in folder.glob("compiled*"):
             path.write_bytes(b"not a library")
     script = "from improved_diffusion import kernels as k; print(k.__file__, k.generation(), k.why_none())"
-    environment = {key: value for key, value in os.environ.items() if key != kernels.SWITCH}
+    environment = environment_without_choice_of_kernels()
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
