@@ -23,7 +23,7 @@ from improved_diffusion.shipped import compiled_kernels, why_not_compiled
 SWITCH = "IMPROVED_DIFFUSION_KERNELS"
 # Of processors, by their instructions, the older first.
 OF_ARM64 = ("neon", "neonbf16")
-OF_X86_64 = ("avx2", "avx512", "avx512bf16", "amx_emulated", "amx")
+OF_X86_64 = ("avx2", "avx512", "avx512bf16", "avx512fp16", "amx_emulated", "amx")
 GENERATIONS = OF_ARM64 if platform.machine() == "aarch64" else OF_X86_64
 # amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
 EMULATED = "amx_emulated"
@@ -38,7 +38,7 @@ _own = threading.local()
 def generation() -> str | None:
     """The generation of processors whose kernels are used, one of `GENERATIONS`; None: no kernels are used."""
     library, found = _library()
-    return found if library else None
+    return found[-1] if library else None
 
 
 def why_none() -> str:
@@ -181,27 +181,22 @@ def _forget() -> None:
 
 def _full_name(name: str, dtype: th.dtype | None) -> str | None:
     """The name of the function in the library, or None. A generation takes what it has not from the older ones."""
-    library, newest = _library()
-    for generation in reversed(_up_to(newest) if library else ()):
+    library, usable = _library()
+    for generation in reversed(usable if library else ()):
         full_name = "_".join([name, *([] if dtype is None else [TYPES.get(dtype, "none")]), generation])
         if hasattr(library, full_name):
             return full_name
     return None
 
 
-def _up_to(newest: str | None) -> tuple[str, ...]:
-    """The generations up to `newest`, the older first."""
-    return GENERATIONS[: 1 + GENERATIONS.index(newest)] if newest in GENERATIONS else ()
-
-
 @functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled library and the newest generation of its functions that this processor can run.
+def _library() -> tuple[ctypes.CDLL | None, tuple[str, ...] | str]:
+    """The compiled library and the generations of its functions that this processor can run, the older first.
 
     If it cannot be used: None, and the reason.
     """
     wanted = os.environ.get(SWITCH, GENERATIONS[-1])
-    allowed = _up_to(wanted)
+    allowed = GENERATIONS[: 1 + GENERATIONS.index(wanted)] if wanted in GENERATIONS else ()
     if not allowed:
         return None, f"{SWITCH} is {wanted or 'empty'}"
     paths = compiled_kernels()
@@ -215,12 +210,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
             library = ctypes.CDLL(path)
             library.sources.restype = ctypes.c_char_p
             compiled_from = library.sources().decode()
-            usable = [
+            usable = tuple(
                 g for g in allowed if (g != EMULATED or g == allowed[-1]) and library.usable(g.encode())
-            ]
+            )
         except (OSError, AttributeError):  # compiled for another system, or damaged
             continue
         if sources and present != compiled_from:  # an installed package has no sources
             continue
-        return (library, usable[-1]) if usable else (None, "this processor is too old for them")
+        return (library, usable) if usable else (None, "this processor is too old for them")
     return None, "they belong to other code or another system: repeat the installation"

@@ -1,7 +1,7 @@
 // Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for several generations of processors:
-// of x86-64, AVX2, AVX-512 without bfloat16, AVX-512 with bfloat16, and AMX; of ARM64, NEON without and with bfloat16.
-// norm.py, attention.py, convolution.py and update.py call them. Without this library, PyTorch's operations do the
-// same.
+// of x86-64, AVX2, AVX-512 without bfloat16, with bfloat16 and with float16 too, and AMX; of ARM64, NEON without and
+// with bfloat16. norm.py, attention.py, convolution.py and update.py call them. Without this library, PyTorch's
+// operations do the same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !(defined(__x86_64__) || defined(__aarch64__))
 #error "written for GCC on x86-64 or ARM64"
@@ -89,6 +89,15 @@ int usable(const char *generation) {
 
 #else
 
+#if __GNUC__ >= 12
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512fp16,avx2,fma")
+#define LEVEL(name) name##_avx512fp16
+#include "level.h"
+#undef LEVEL
+#pragma GCC pop_options
+#endif
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #define LEVEL(name) name##_avx512bf16
@@ -120,6 +129,9 @@ __attribute__((target("arch=x86-64"))) int usable(const char *generation) {
     if (!strcmp(generation, "avx512")) return avx512;
     int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (!strcmp(generation, "avx512bf16")) return bf16;
+#if __GNUC__ >= 12
+    if (!strcmp(generation, "avx512fp16")) return bf16 && __builtin_cpu_supports("avx512fp16");
+#endif
 #if __GNUC__ >= 11
     if (!strcmp(generation, "amx_emulated")) return bf16;
     if (!strcmp(generation, "amx"))

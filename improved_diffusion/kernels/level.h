@@ -100,6 +100,7 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #endif
 #include "typed.h"
 
+#ifndef __AVX512FP16__  // all that does not gain by float16 is in the generation before
 #define STORED float
 #define TYPED(name) LEVEL(name##_fp32)
 #define LOAD get
@@ -114,6 +115,7 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #include "typed.h"
 
 #include "update.h"
+#endif
 
 #undef WIDTH
 #undef VECTOR

@@ -68,12 +68,12 @@ static inline void TYPED(weights_from_points)(const vec t[6], vec g[3]) {
 // The 36 matrices of weights, [in, out] each, in panels of 2 * WIDTH columns: [panels, in, 2 * WIDTH]. Those of the
 // gradient of the input are [out, in], of the weights turned by 180 degrees.
 // weight: [out, 3, 3, in].
-static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv size, int backward) {
+static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv size, int backward, float scale) {
     int rows = backward ? size.out : size.in, columns = backward ? size.in : size.out, panel = 2 * WIDTH;
     size_t matrix = winograd_matrix(rows, columns);
 #pragma omp for schedule(static)
     for (int column = 0; column < columns; column += WIDTH) {
-        float *panel_at = to + (size_t)(column / panel) * rows * panel + column % panel;
+        size_t panel_at = (size_t)(column / panel) * rows * panel + column % panel;
         for (int first = 0; first < rows; first += WIDTH) {
             float turned[9][WIDTH * WIDTH];
             for (int tap = 0; tap < 9; tap++) {
@@ -88,7 +88,7 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
                 }
             }
             for (int r = 0; r < WIDTH; r++) {
-                float *at = panel_at + (size_t)(first + r) * panel;
+                size_t at = panel_at + (size_t)(first + r) * panel;
                 vec half[6][3];
                 for (int j = 0; j < 3; j++) {
                     vec g[3], t[6];
@@ -99,17 +99,19 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
                 for (int i = 0; i < 6; i++) {
                     vec t[6];
                     TYPED(weights_to_points)(half[i], t);
-                    for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
+                    for (int j = 0; j < 6; j++)
+                        PUT_RIGHT((RIGHT *)(to + (6 * i + j) * matrix) + at, SCALED(t[j], scale));
                 }
             }
         }
     }
 }
 
-// The 36 numbers of `count` tiles from number `first` on, [36][count, channels].
+// The 36 numbers of `count` tiles from number `first` on, [36][count, channels], as left or right factors.
 // x: [images, height, width, channels]. nothing: `channels` zeros, for what lies outside the image.
 static inline void TYPED(tiles_of_input)(
-    const STORED *x, const STORED *nothing, float *to, struct conv size, int channels, size_t first, int count
+    const STORED *x, const STORED *nothing, float *to, int left_factors, const float *scales, struct conv size,
+    int channels, size_t first, int count
 ) {
     size_t matrix = winograd_matrix(TILES, channels);
     for (int tile = 0; tile < count; tile++) {
@@ -123,7 +125,7 @@ static inline void TYPED(tiles_of_input)(
                 pixels[6 * i + j] = inside ? x + pixel * channels : nothing;
             }
         for (int c = 0; c < channels; c += WIDTH) {
-            float *at = to + (size_t)tile * channels + c;
+            size_t at = (size_t)tile * channels + c;
             vec half[6][6];
             for (int j = 0; j < 6; j++) {
                 vec d[6], t[6];
@@ -134,22 +136,27 @@ static inline void TYPED(tiles_of_input)(
             for (int i = 0; i < 6; i++) {
                 vec t[6];
                 TYPED(to_points)(half[i], t);
-                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
+                for (int j = 0; j < 6; j++) {
+                    float *numbers = to + (6 * i + j) * matrix;
+                    if (left_factors) PUT_LEFT((LEFT *)numbers + at, SCALED(t[j], scales[tile]));
+                    else PUT_RIGHT((RIGHT *)numbers + at, SCALED(t[j], scales[tile]));
+                }
             }
         }
     }
 }
 
-// As `tiles_of_input`, for the gradient of the output. sums: the sums of its numbers in each tile, [count, channels].
+// As `tiles_of_input`, for the gradient of the output, as left factors. sums: the sums of its numbers in each tile, [count, channels].
 static inline void TYPED(tiles_of_gradient)(
-    const STORED *dy, float *to, float *sums, struct conv size, int channels, size_t first, int count
+    const STORED *dy, float *to, const float *scales, float *sums, struct conv size, int channels, size_t first,
+    int count
 ) {
     size_t matrix = winograd_matrix(TILES, channels);
     for (int tile = 0; tile < count; tile++) {
         struct place place = winograd_place(size, first + tile);
         const STORED *from = dy + ((place.image * size.height + place.top) * size.width + place.left) * channels;
         for (int c = 0; c < channels; c += WIDTH) {
-            float *at = to + (size_t)tile * channels + c;
+            size_t at = (size_t)tile * channels + c;
             vec half[6][4], sum = zero();
             for (int j = 0; j < 4; j++) {
                 vec d[4], t[6];
@@ -161,7 +168,8 @@ static inline void TYPED(tiles_of_gradient)(
             for (int i = 0; i < 6; i++) {
                 vec t[6];
                 TYPED(gradients_to_points)(half[i], t);
-                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, t[j]);
+                for (int j = 0; j < 6; j++)
+                    PUT_LEFT((LEFT *)(to + (6 * i + j) * matrix) + at, SCALED(t[j], scales[tile]));
             }
             put(sums + (size_t)tile * channels + c, sum);
         }
@@ -215,24 +223,40 @@ void TYPED(winograd_forward)(
     size_t of_output = winograd_matrix(TILES, columns);
     const STORED *nothing = memset(room, 0, rows * sizeof(float));
     float *weights = room + rows;
+    float of_all = 1;  // scale of the weights
+#ifdef HALVES
+    int exponent = LEVEL(exponent)(weight, (size_t)9 * in * out);
+    of_all = LEVEL(power)(SCALE_OF_WEIGHTS(exponent));
+#endif
 #pragma omp parallel num_threads(threads)
     {
-        TYPED(winograd_weights)(weight, weights, size, backward);
+        float scales[TILES], factors[TILES] = {0};
+        TYPED(winograd_weights)(weight, weights, size, backward, of_all);
         float *v = weights + POINTS * (of_weights + omp_get_thread_num() * (of_input + of_output));
         float *m = v + POINTS * of_input;
 #pragma omp for schedule(static)
         for (size_t block = 0; block < blocks; block++) {
             size_t first = block * TILES;
             int count = tiles - first < TILES ? (int)(tiles - first) : TILES;
-            TYPED(tiles_of_input)(x, nothing, v, size, rows, first, count);
+#ifdef HALVES
+            int exponents[TILES];
+            TYPED(exponents_of_tiles)(x, 1, exponents, size, rows, first, count);
+            for (int tile = 0; tile < count; tile++) {
+                int power = SCALE_OF_INPUT(exponents[tile]);
+                scales[tile] = LEVEL(power)(power);
+                factors[tile] = LEVEL(power)(-power - SCALE_OF_WEIGHTS(exponent));
+            }
+#endif
+            TYPED(tiles_of_input)(x, nothing, v, 1, scales, size, rows, first, count);
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < columns; column += 2 * WIDTH)
+                for (int column = 0; column < columns; column += WINOGRAD_COLUMNS)
                     // Rows behind the last tile hold old numbers, and nobody reads what comes of them.
-                    for (int row = 0; row < count; row += ROWS)
-                        LEVEL(product)(
-                            v + point * of_input + (size_t)row * rows, rows, 1,
-                            weights + point * of_weights + (size_t)column * rows, 2 * WIDTH,
-                            m + point * of_output + (size_t)row * columns + column, columns, rows, NULL, 0
+                    for (int row = 0; row < count; row += WINOGRAD_ROWS)
+                        WINOGRAD_PRODUCT(
+                            (LEFT *)(v + point * of_input) + (size_t)row * rows, rows, 1,
+                            (RIGHT *)(weights + point * of_weights) + (size_t)column * rows, 2 * WIDTH,
+                            m + point * of_output + (size_t)row * columns + column, columns, rows, NULL, 0,
+                            factors + row, columns - column, (size_t)2 * WIDTH * rows
                         );
             TYPED(outputs_of_tiles)(m, bias, y, size, columns, first, count);
         }
@@ -252,16 +276,42 @@ void TYPED(winograd_backward)(
     float *total = memset(room + in, 0, out * sizeof(float)), *sums = total + out, *weights = sums + TILES * out;
     float *v = weights + POINTS * of_weights, *d = v + POINTS * of_input;
     enum { SHARE = TILES / 4 };  // tiles that a thread turns at a time
+#ifdef HALVES
+    int of_x[TILES], of_dy[TILES];
+#endif
 #pragma omp parallel num_threads(threads)
     {
+        float x_scales[TILES], dy_scales[TILES], factors[WINOGRAD_ROWS];
         for (int first = 0; first < tiles; first += TILES) {
             int count = tiles - first < TILES ? tiles - first : TILES;
+#ifdef HALVES
 #pragma omp for schedule(static)
             for (int start = 0; start < count; start += SHARE) {
                 int part = count - start < SHARE ? count - start : SHARE;
-                TYPED(tiles_of_input)(x, nothing, v + (size_t)start * in, size, in, first + start, part);
+                TYPED(exponents_of_tiles)(x, 1, of_x + start, size, in, first + start, part);
+                TYPED(exponents_of_tiles)(dy, 0, of_dy + start, size, out, first + start, part);
+            }
+            int most_x = of_x[0], most_dy = of_dy[0];
+            for (int tile = 1; tile < count; tile++) {
+                if (of_x[tile] > most_x) most_x = of_x[tile];
+                if (of_dy[tile] > most_dy) most_dy = of_dy[tile];
+            }
+            int x_power = SCALE_OF_INPUT(most_x), dy_power = SCALE_OF_GRADIENT(most_dy);
+            for (int tile = 0; tile < TILES; tile++) {
+                x_scales[tile] = LEVEL(power)(x_power);
+                dy_scales[tile] = LEVEL(power)(dy_power);
+            }
+            for (int row = 0; row < WINOGRAD_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
+#endif
+#pragma omp for schedule(static)
+            for (int start = 0; start < count; start += SHARE) {
+                int part = count - start < SHARE ? count - start : SHARE;
+                // Right factors may be smaller than 4 bytes.
+                TYPED(tiles_of_input)(
+                    x, nothing, (float *)((RIGHT *)v + (size_t)start * in), 0, x_scales, size, in, first + start, part
+                );
                 TYPED(tiles_of_gradient)(
-                    dy, d + (size_t)start * out, sums + (size_t)start * out, size, out, first + start, part
+                    dy, d + (size_t)start * out, dy_scales, sums + (size_t)start * out, size, out, first + start, part
                 );
             }
 #pragma omp for schedule(static) nowait
@@ -272,12 +322,12 @@ void TYPED(winograd_backward)(
             }
 #pragma omp for schedule(static)
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < in; column += 2 * WIDTH)
-                    for (int row = 0; row < out; row += ROWS) {
+                for (int column = 0; column < in; column += WINOGRAD_COLUMNS)
+                    for (int row = 0; row < out; row += WINOGRAD_ROWS) {
                         float *at = weights + point * of_weights + (size_t)row * in + column;
-                        LEVEL(product)(
-                            d + point * of_output + row, 1, out, v + point * of_input + column, in, at, in, count,
-                            first ? at : NULL, in
+                        WINOGRAD_PRODUCT(
+                            (LEFT *)(d + point * of_output) + row, 1, out, (RIGHT *)(v + point * of_input) + column, in,
+                            at, in, count, first ? at : NULL, in, factors, in - column, 2 * WIDTH
                         );
                     }
         }

@@ -444,7 +444,7 @@ def test_the_permission_to_use_tiles_is_asked_for_first():
     with kernels.switched("amx"):
         works = "amx_bf16" in flags and kernels.generation() == "amx"
         assert kernels._library()[0].tiles_work() == works
-        assert works or kernels.generation() == "avx512bf16"
+        assert works or kernels.generation() in ("avx512bf16", "avx512fp16")
 
 
 def test_scores_that_differ_widely(generation):
@@ -487,6 +487,14 @@ def some(n, channels, out, height, width, dtype=th.float32):
     return x, weight.contiguous(memory_format=th.channels_last), th.randn(out).to(dtype)
 
 
+def some_that_suit(generation, *sizes_and_type):
+    tensors = some(*sizes_and_type)
+    if not winograd.suits(*tensors):
+        assert tensors[0].dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        pytest.skip("products of matrices in bfloat16 are faster")
+    return tensors
+
+
 def with_gradients(forward, tensors, dy):
     leaves = [t.detach().clone(memory_format=th.preserve_format).requires_grad_() for t in tensors]
     y = forward(*leaves)
@@ -503,10 +511,7 @@ def definition(x, weight, bias):
     [(1, 32, 32, 8, 8, 1), (3, 64, 96, 12, 8, 2), (2, 128, 64, 32, 32, 1), (5, 96, 160, 16, 4, 3)],
 )
 def test_convolution(generation, dtype, n, channels, out, height, width, threads):
-    tensors = some(n, channels, out, height, width, dtype)
-    if not winograd.suits(*tensors):
-        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
-        pytest.skip("products of matrices in bfloat16 are faster")
+    tensors = some_that_suit(generation, n, channels, out, height, width, dtype)
     th.set_num_threads(threads)
     dy = th.randn(n, out, height, width).to(dtype)
     found = with_gradients(winograd.conv3x3, tensors, dy)
@@ -530,8 +535,10 @@ def test_only_some_gradients_of_a_convolution_are_wanted(generation):
         assert all(th.equal(gradient, every[i]) for gradient, i in zip(found, wanted))
 
 
-def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(generation):
-    x, weight, bias = some(21, 64, 32, 16, 12)
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(generation, dtype):
+    x, weight, bias = some_that_suit(generation, 21, 64, 32, 16, 12, dtype)
+    x[::4] *= 1e6  # its neighbours must not matter, however large they are
     th.set_num_threads(1)
     whole = winograd.conv3x3(x, weight, bias)
     gradients = with_gradients(winograd.conv3x3, (x, weight, bias), whole)
@@ -542,9 +549,23 @@ def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(gener
         assert th.equal(winograd.conv3x3(x[part], weight, bias), whole[part])
 
 
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_a_convolution_of_larger_or_smaller_numbers_is_as_exact(generation, dtype):
+    """Powers of two change no digit: not of the result, and not of the gradients."""
+    x, weight, _ = some_that_suit(generation, 3, 64, 96, 12, 8, dtype)
+    none, dy = th.zeros(96, dtype=dtype), th.randn(3, 96, 12, 8).to(dtype)
+    y, dx, dweight, _ = with_gradients(winograd.conv3x3, (x, weight, none), dy)
+    for of_x, of_weight, of_dy in ((2.0**-30, 1, 2.0**20), (2.0**20, 2.0**-20, 2.0**-30), (1, 2.0**12, 1)):
+        tensors = (x * of_x, weight * of_weight, none)
+        found = with_gradients(winograd.conv3x3, tensors, dy * of_dy)
+        assert th.equal(found[0], y * of_x * of_weight)
+        assert th.equal(found[1], dx * of_dy * of_weight) and th.equal(found[2], dweight * of_dy * of_x)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_convolution_keeps_what_is_not_finite(generation, value):
-    x, weight, bias = some(2, 32, 32, 8, 8)
+def test_a_convolution_keeps_what_is_not_finite(generation, value, dtype):
+    x, weight, bias = some_that_suit(generation, 2, 32, 32, 8, 8, dtype)
     x[1, 5, 4, 4] = value
     y = winograd.conv3x3(x, weight, bias)
     assert not y[1, :, 3:6, 3:6].isfinite().any()  # all that it reaches
