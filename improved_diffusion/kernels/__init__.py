@@ -27,6 +27,7 @@ OF_X86_64 = ("avx2", "avx512", "avx512bf16", "avx512fp16", "amx_emulated", "amx"
 GENERATIONS = OF_ARM64 if platform.machine() == "aarch64" else OF_X86_64
 # amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
 EMULATED = "amx_emulated"
+IN_FLOAT16 = "avx512fp16"  # products of bfloat16 numbers in float16 (see halves.h)
 # With instructions for products of matrices in bfloat16.
 WITH_MATRICES = ("neonbf16", EMULATED, "amx")
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers

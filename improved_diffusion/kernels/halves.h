@@ -7,9 +7,9 @@
 #define LEFT uint32_t
 #define RIGHT uint16_t
 #define HALVES
-#define WINOGRAD_ROWS 8
-#define WINOGRAD_COLUMNS 64
-#define WINOGRAD_PRODUCT LEVEL(product_of_halves)
+#define PRODUCT_ROWS 8
+#define PRODUCT_COLUMNS 64
+#define PRODUCT LEVEL(product_of_halves)
 #define PUT_LEFT LEVEL(put_left)
 #define PUT_RIGHT LEVEL(put_right)
 #define SCALED(v, scale) ((v) * (scale))
@@ -28,9 +28,9 @@ static inline float LEVEL(power)(int exponent) {
     return result;
 }
 // Per place, the larger one of the bits in `most` and of the absolute bfloat16 numbers, unless these are not finite.
-static inline __m512i LEVEL(larger)(__m512i most, const uint16_t *from) {
+static inline __m512i LEVEL(larger)(__m512i most, __m512i numbers) {
     const __m512i infinite = _mm512_set1_epi16(0x7f80);
-    __m512i bits = _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi16(0x7fff));
+    __m512i bits = _mm512_and_si512(numbers, _mm512_set1_epi16(0x7fff));
     return _mm512_mask_max_epu16(most, _mm512_cmplt_epu16_mask(bits, infinite), most, bits);
 }
 // The exponent of the largest of these numbers, within what keeps the powers above finite.
@@ -43,7 +43,7 @@ static inline int LEVEL(exponent_of_bits)(__m512i most) {
 }
 static inline int LEVEL(exponent)(const uint16_t *from, size_t numbers) {
     __m512i most = _mm512_setzero_si512();
-    for (size_t i = 0; i < numbers; i += 32) most = LEVEL(larger)(most, from + i);
+    for (size_t i = 0; i < numbers; i += 32) most = LEVEL(larger)(most, _mm512_loadu_si512(from + i));
     return LEVEL(exponent_of_bits)(most);
 }
 // The exponents of the largest numbers in tiles and `border` pixels around them.
@@ -57,7 +57,7 @@ static inline void TYPED(exponents_of_tiles)(
             for (int j = place.left - border; j < place.left + 4 + border; j++) {
                 if (i < 0 || i >= size.height || j < 0 || j >= size.width) continue;
                 const uint16_t *from = x + ((place.image * size.height + i) * size.width + j) * channels;
-                for (int c = 0; c < channels; c += 32) most = LEVEL(larger)(most, from + c);
+                for (int c = 0; c < channels; c += 32) most = LEVEL(larger)(most, _mm512_loadu_si512(from + c));
             }
         exponents[tile] = LEVEL(exponent_of_bits)(most);
     }
@@ -68,6 +68,24 @@ static inline void LEVEL(put_left)(uint32_t *to, vec v) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, 0));
     _mm512_storeu_si512(to, _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
 }
+
+// For attention.h: float16 numbers, pairs of them, and products of pairs, each added on its own.
+static inline vec LEVEL(get_half)(const uint16_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+static inline vec LEVEL(pack_halves)(vec first, vec second) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(first, 0));
+    __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(second, 0));
+    return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+static inline vec LEVEL(sum_of_pairs)(vec pairs) {
+    __m256i low = _mm512_cvtepi32_epi16((__m512i)pairs);
+    __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)pairs, 16));
+    return _mm512_cvtph_ps(low) + _mm512_cvtph_ps(high);
+}
+#define add_products_of_halves(sum, v, f)                                                                              \
+    (vec)_mm512_fmadd_ph((__m512h)(v), (__m512h)broadcast(f), (__m512h)(sum))
+
 // `product`, with its result multiplied by the factor of its row before `start` is added; and for `panels` panels of
 // 32 columns, where those of b lie `b_next` apart.
 static inline __attribute__((always_inline)) void LEVEL(product_of_panels)(
@@ -76,12 +94,12 @@ static inline __attribute__((always_inline)) void LEVEL(product_of_panels)(
 ) {
     for (int first = 0; first < depth; first += DEPTH) {
         int end = depth - first < DEPTH ? depth : first + DEPTH;
-        __m512h sums[WINOGRAD_ROWS][2];
-        _Pragma("GCC unroll 16") for (int r = 0; r < WINOGRAD_ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ph();
+        __m512h sums[PRODUCT_ROWS][2];
+        _Pragma("GCC unroll 16") for (int r = 0; r < PRODUCT_ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ph();
         for (int d = first; d < end; d++) {
             __m512h right[2];
             _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++) right[p] = _mm512_loadu_ph(b + d * b_row + p * b_next);
-            _Pragma("GCC unroll 16") for (int r = 0; r < WINOGRAD_ROWS; r++) {
+            _Pragma("GCC unroll 16") for (int r = 0; r < PRODUCT_ROWS; r++) {
                 __m512h left = (__m512h)_mm512_set1_epi32(a[r * row + d * step]);
                 _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++)
                     sums[r][p] = _mm512_fmadd_ph(left, right[p], sums[r][p]);
@@ -89,7 +107,7 @@ static inline __attribute__((always_inline)) void LEVEL(product_of_panels)(
         }
         const float *before = first ? m : start;
         size_t before_row = first ? m_row : start_row;
-        _Pragma("GCC unroll 16") for (int r = 0; r < WINOGRAD_ROWS; r++)
+        _Pragma("GCC unroll 16") for (int r = 0; r < PRODUCT_ROWS; r++)
             _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++) {
                 __m512i bits = (__m512i)sums[r][p];
                 vec low = factors[r] * _mm512_cvtph_ps(_mm512_castsi512_si256(bits));

@@ -93,7 +93,11 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #define EXPONENTIAL LEVEL(rough_exponential)
 #define TO_FLOAT bf16_to_float
 #define FROM_FLOAT float_to_bf16
-#ifdef add_pair_products
+#ifdef __AVX512FP16__
+#define UNIT 2
+#define ADD_PRODUCTS add_products_of_halves
+#define PACK LEVEL(pack_halves)
+#elif defined(add_pair_products)
 #define UNIT 2
 #define ADD_PRODUCTS add_pair_products
 #define PACK LEVEL(pack_pairs)

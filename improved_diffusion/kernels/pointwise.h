@@ -1,37 +1,44 @@
-// Convolutions with a kernel of size 1: products of the positions [positions, in] and the weights [out, in]. They are
-// computed in float, whatever the type of the numbers. It is included once for each type, STORED.
+// Convolutions with a kernel of size 1: products of the positions [positions, in] and the weights [out, in]. It is
+// included once for each type, STORED.
 
-// Numbers as float.
-static inline void TYPED(to_float)(const STORED *from, float *to, size_t numbers) {
-    for (size_t i = 0; i < numbers; i += WIDTH) put(to + i, LOAD(from + i));
+#ifdef HALVES
+// The power of two for factors whose largest is less than 2^(exponent + 1): DEPTH products stay below 65504.
+#define SCALE_OF_FACTOR(exponent) (4 - (exponent))
+#endif
+
+// Numbers as left factors.
+static inline void TYPED(to_left)(const STORED *from, LEFT *to, size_t numbers, float scale) {
+    for (size_t i = 0; i < numbers; i += WIDTH) PUT_LEFT(to + i, SCALED(LOAD(from + i), scale));
 }
-// Rows of `columns` numbers as float, in panels of 2 * WIDTH columns, [panels, POSITIONS, 2 * WIDTH].
-static inline void TYPED(to_panels)(const STORED *from, float *to, int columns, int first, int count) {
+// Rows of `columns` numbers as right factors, in panels of 2 * WIDTH columns, [panels, POSITIONS, 2 * WIDTH].
+static inline void TYPED(to_panels)(
+    const STORED *from, RIGHT *to, int columns, int first, int count, float scale
+) {
     for (int row = first; row < first + count; row++)
-        for (int c = 0; c < columns; c += 2 * WIDTH) {
-            float *at = to + ((size_t)c * POSITIONS + (size_t)row * 2 * WIDTH);
-            put(at, LOAD(from + (size_t)row * columns + c));
-            put(at + WIDTH, LOAD(from + (size_t)row * columns + c + WIDTH));
+        for (int c = 0; c < columns; c += WIDTH) {
+            int panel = c / (2 * WIDTH);
+            RIGHT *at = to + ((size_t)panel * POSITIONS + row) * 2 * WIDTH + c % (2 * WIDTH);
+            PUT_RIGHT(at, SCALED(LOAD(from + (size_t)row * columns + c), scale));
         }
 }
 
 // The weights in panels of 2 * WIDTH columns, [panels, rows, 2 * WIDTH]: [in, out], or [out, in] if `backward`.
-static void TYPED(pointwise_weights)(const STORED *weight, float *to, int in, int out, int backward) {
+static void TYPED(pointwise_weights)(const STORED *weight, RIGHT *to, int in, int out, int backward, float scale) {
     int rows = backward ? out : in, columns = backward ? in : out, panel = 2 * WIDTH;
 #pragma omp for schedule(static)
     for (int column = 0; column < columns; column += WIDTH) {
-        float *panel_at = to + (size_t)(column / panel) * rows * panel + column % panel;
+        RIGHT *panel_at = to + (size_t)(column / panel) * rows * panel + column % panel;
         for (int first = 0; first < rows; first += WIDTH) {
-            float numbers[WIDTH * WIDTH];
+            float numbers[WIDTH * WIDTH], turned[WIDTH * WIDTH];
             for (int r = 0; r < WIDTH; r++) {
                 size_t at = backward ? (size_t)(first + r) * in + column : (size_t)(column + r) * in + first;
                 put(numbers + r * WIDTH, LOAD(weight + at));
             }
-            if (!backward) {
-                LEVEL(turn)(numbers, WIDTH, panel_at + (size_t)first * panel, panel, WIDTH, WIDTH);
-                continue;
+            if (!backward) LEVEL(turn)(numbers, WIDTH, turned, WIDTH, WIDTH, WIDTH);
+            for (int r = 0; r < WIDTH; r++) {
+                vec v = get((backward ? numbers : turned) + r * WIDTH);
+                PUT_RIGHT(panel_at + (size_t)(first + r) * panel, SCALED(v, scale));
             }
-            for (int r = 0; r < WIDTH; r++) put(panel_at + (size_t)(first + r) * panel, get(numbers + r * WIDTH));
         }
     }
 }
@@ -52,25 +59,43 @@ void TYPED(pointwise_forward)(
     int rows = backward ? out : in, columns = backward ? in : out, blocks = (positions + POSITIONS - 1) / POSITIONS;
     int direct = sizeof(STORED) == sizeof(float);  // no numbers to convert
     float *offset = room, *weights = room + out;
-    if (bias) TYPED(to_float)(bias, offset, out);
+    for (int c = 0; bias && c < out; c += WIDTH) put(offset + c, LOAD(bias + c));
+    float of_weights = 1;  // scale of the weights
+#ifdef HALVES
+    int exponent = LEVEL(exponent)(weight, (size_t)in * out);
+    of_weights = LEVEL(power)(SCALE_OF_FACTOR(exponent));
+#endif
 #pragma omp parallel num_threads(threads)
     {
-        TYPED(pointwise_weights)(weight, weights, in, out, backward);
+        float factors[POSITIONS] = {0};
+        TYPED(pointwise_weights)(weight, (RIGHT *)weights, in, out, backward, of_weights);
         float *v = weights + (size_t)in * out + omp_get_thread_num() * (size_t)POSITIONS * (in + out);
         float *m = v + (size_t)POSITIONS * rows;
 #pragma omp for schedule(static)
         for (int block = 0; block < blocks; block++) {
             int first = block * POSITIONS, count = positions - first < POSITIONS ? positions - first : POSITIONS;
             // Rows behind the last position hold old numbers, and nobody reads what comes of them.
-            int own = !direct || count % ROWS;
-            const float *a = own ? v : (const float *)x + (size_t)first * rows;
+            int own = !direct || count % PRODUCT_ROWS;
+            const STORED *from = x + (size_t)first * rows;
+            const LEFT *a = own ? (LEFT *)v : (const LEFT *)from;
             float *to = own ? m : (float *)y + (size_t)first * columns;
-            if (own) TYPED(to_float)(x + (size_t)first * rows, v, (size_t)count * rows);
-            for (int column = 0; column < columns; column += 2 * WIDTH)
-                for (int row = 0; row < count; row += ROWS)
-                    LEVEL(product)(
-                        a + (size_t)row * rows, rows, 1, weights + (size_t)column * rows, 2 * WIDTH,
-                        to + (size_t)row * columns + column, columns, rows, bias ? offset + column : NULL, 0
+#ifdef HALVES
+            // Each position has a power of its own, so that an image comes out the same in any batch.
+            for (int row = 0; row < count; row++) {
+                int power = SCALE_OF_FACTOR(LEVEL(exponent)(from + (size_t)row * rows, rows));
+                factors[row] = LEVEL(power)(-power - SCALE_OF_FACTOR(exponent));
+                size_t at = (size_t)row * rows;
+                TYPED(to_left)(from + at, (LEFT *)v + at, rows, LEVEL(power)(power));
+            }
+#else
+            if (own) TYPED(to_left)(from, v, (size_t)count * rows, 1);
+#endif
+            for (int column = 0; column < columns; column += PRODUCT_COLUMNS)
+                for (int row = 0; row < count; row += PRODUCT_ROWS)
+                    PRODUCT(
+                        a + (size_t)row * rows, rows, 1, (RIGHT *)weights + (size_t)column * rows, 2 * WIDTH,
+                        to + (size_t)row * columns + column, columns, rows, bias ? offset + column : NULL, 0,
+                        factors + row, columns - column, (size_t)2 * WIDTH * rows
                     );
             for (size_t i = 0; own && i < (size_t)count * columns; i += WIDTH)
                 STORE(y + (size_t)first * columns + i, get(m + i));
@@ -89,30 +114,39 @@ void TYPED(pointwise_backward)(
     enum { SHARE = POSITIONS / 4 };  // positions that a thread converts at a time
 #pragma omp parallel num_threads(threads)
     {
+        float factors[PRODUCT_ROWS];
         for (int first = 0; first < positions; first += POSITIONS) {
             int count = positions - first < POSITIONS ? positions - first : POSITIONS;
             const STORED *x_at = x + (size_t)first * in, *dy_at = dy + (size_t)first * out;
-            const float *d = direct ? (const float *)dy_at : converted;
+            const LEFT *d = direct ? (const LEFT *)dy_at : (LEFT *)converted;
+            float x_scale = 1, dy_scale = 1;
+#ifdef HALVES
+            int x_power = SCALE_OF_FACTOR(LEVEL(exponent)(x_at, (size_t)count * in));
+            int dy_power = SCALE_OF_FACTOR(LEVEL(exponent)(dy_at, (size_t)count * out));
+            x_scale = LEVEL(power)(x_power);
+            dy_scale = LEVEL(power)(dy_power);
+            for (int row = 0; row < PRODUCT_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
+#endif
 #pragma omp for schedule(static)
             for (int start = 0; start < count; start += SHARE) {
                 int part = count - start < SHARE ? count - start : SHARE;
                 size_t at = (size_t)start * out;
-                TYPED(to_panels)(x_at, v, in, start, part);
-                if (!direct) TYPED(to_float)(dy_at + at, converted + at, (size_t)part * out);
+                TYPED(to_panels)(x_at, (RIGHT *)v, in, start, part, x_scale);
+                if (!direct) TYPED(to_left)(dy_at + at, (LEFT *)converted + at, (size_t)part * out, dy_scale);
             }
 #pragma omp for schedule(static) nowait
             for (int c = 0; c < out; c += WIDTH) {
                 vec sum = zero();
-                for (int row = 0; row < count; row++) sum += get(d + (size_t)row * out + c);
+                for (int row = 0; row < count; row++) sum += LOAD(dy_at + (size_t)row * out + c);
                 put(total + c, get(total + c) + sum);
             }
 #pragma omp for schedule(static)
-            for (int column = 0; column < in; column += 2 * WIDTH)
-                for (int row = 0; row < out; row += ROWS) {
+            for (int column = 0; column < in; column += PRODUCT_COLUMNS)
+                for (int row = 0; row < out; row += PRODUCT_ROWS) {
                     float *at = weights + (size_t)row * in + column;
-                    LEVEL(product)(
-                        d + row, 1, out, v + (size_t)column * POSITIONS, 2 * WIDTH, at, in, count,
-                        first ? at : NULL, in
+                    PRODUCT(
+                        d + row, 1, out, (RIGHT *)v + (size_t)column * POSITIONS, 2 * WIDTH, at, in, count,
+                        first ? at : NULL, in, factors, in - column, (size_t)2 * WIDTH * POSITIONS
                     );
                 }
         }
@@ -124,3 +158,5 @@ void TYPED(pointwise_backward)(
         for (int c = 0; c < out; c += WIDTH) STORE(dbias + c, get(total + c));
     }
 }
+
+#undef SCALE_OF_FACTOR

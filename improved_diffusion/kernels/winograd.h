@@ -249,10 +249,10 @@ void TYPED(winograd_forward)(
 #endif
             TYPED(tiles_of_input)(x, nothing, v, 1, scales, size, rows, first, count);
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < columns; column += WINOGRAD_COLUMNS)
+                for (int column = 0; column < columns; column += PRODUCT_COLUMNS)
                     // Rows behind the last tile hold old numbers, and nobody reads what comes of them.
-                    for (int row = 0; row < count; row += WINOGRAD_ROWS)
-                        WINOGRAD_PRODUCT(
+                    for (int row = 0; row < count; row += PRODUCT_ROWS)
+                        PRODUCT(
                             (LEFT *)(v + point * of_input) + (size_t)row * rows, rows, 1,
                             (RIGHT *)(weights + point * of_weights) + (size_t)column * rows, 2 * WIDTH,
                             m + point * of_output + (size_t)row * columns + column, columns, rows, NULL, 0,
@@ -281,7 +281,7 @@ void TYPED(winograd_backward)(
 #endif
 #pragma omp parallel num_threads(threads)
     {
-        float x_scales[TILES], dy_scales[TILES], factors[WINOGRAD_ROWS];
+        float x_scales[TILES], dy_scales[TILES], factors[PRODUCT_ROWS];
         for (int first = 0; first < tiles; first += TILES) {
             int count = tiles - first < TILES ? tiles - first : TILES;
 #ifdef HALVES
@@ -301,7 +301,7 @@ void TYPED(winograd_backward)(
                 x_scales[tile] = LEVEL(power)(x_power);
                 dy_scales[tile] = LEVEL(power)(dy_power);
             }
-            for (int row = 0; row < WINOGRAD_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
+            for (int row = 0; row < PRODUCT_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
 #endif
 #pragma omp for schedule(static)
             for (int start = 0; start < count; start += SHARE) {
@@ -322,10 +322,10 @@ void TYPED(winograd_backward)(
             }
 #pragma omp for schedule(static)
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < in; column += WINOGRAD_COLUMNS)
-                    for (int row = 0; row < out; row += WINOGRAD_ROWS) {
+                for (int column = 0; column < in; column += PRODUCT_COLUMNS)
+                    for (int row = 0; row < out; row += PRODUCT_ROWS) {
                         float *at = weights + point * of_weights + (size_t)row * in + column;
-                        WINOGRAD_PRODUCT(
+                        PRODUCT(
                             (LEFT *)(d + point * of_output) + row, 1, out, (RIGHT *)(v + point * of_input) + column, in,
                             at, in, count, first ? at : NULL, in, factors, in - column, 2 * WIDTH
                         );

@@ -2,6 +2,7 @@
 
 import torch as th
 
+from improved_diffusion import kernels
 from improved_diffusion.kernels import convolution
 
 TILE = 4  # height and width must be multiples of it
@@ -9,6 +10,8 @@ TILE = 4  # height and width must be multiples of it
 # small images have too few tiles to pay for them. It is not the number of images that decides, so that an image comes
 # out the same in any batch.
 MOST_PAIRS = ((256, 2**18), (64, 2**16))
+# Products in float16 take half the memory, and PyTorch's convolutions are slow in bfloat16 on these processors.
+MOST_PAIRS_IN_FLOAT16 = (*MOST_PAIRS, (16, 2**16))
 
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
@@ -17,10 +20,14 @@ def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
         return False
     height, width = x.shape[2:]
     pairs = weight.shape[0] * weight.shape[1]
+    in_float16 = kernels.generation() == kernels.IN_FLOAT16 and x.dtype == th.bfloat16
     return (
         height % TILE == 0
         and width % TILE == 0
-        and any(height * width >= pixels and pairs <= most for pixels, most in MOST_PAIRS)
+        and any(
+            height * width >= pixels and pairs <= most
+            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if in_float16 else MOST_PAIRS)
+        )
     )
 
 
