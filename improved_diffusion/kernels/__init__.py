@@ -56,7 +56,10 @@ def has(name: str, dtype: th.dtype) -> bool:
 
 @functools.cache
 def multiplies(dtype: th.dtype) -> bool:
-    """Whether the compiled products of matrices of type `dtype`, which are computed in float32, are fast here."""
+    """Whether the compiled products of matrices of type `dtype` are faster here than PyTorch's.
+
+    They are computed in float32, or in float16 for bfloat16 numbers where the processor has instructions for that.
+    """
     return has("pointwise_forward", dtype) and not (dtype == th.bfloat16 and generation() in WITH_MATRICES)
 
 

@@ -87,8 +87,10 @@ static inline const FACTOR *TYPED(factors)(
 #ifdef HALVES
     __m512i largest = _mm512_setzero_si512();
     for (int row = 0; row < rows; row++)
-        for (int i = 0; i < width; i += WIDTH)
-            largest = LEVEL(larger)(largest, _mm512_zextsi256_si512(_mm256_loadu_si256((const void *)(from + row * *step + i))));
+        for (int i = 0; i < width; i += WIDTH) {
+            __m256i numbers = _mm256_loadu_si256((const __m256i *)(from + row * *step + i));
+            largest = LEVEL(larger)(largest, _mm512_zextsi256_si512(numbers));
+        }
     int power = most - 1 - LEVEL(exponent_of_bits)(largest);
     float scale = LEVEL(power)(power);
     *inverse = LEVEL(power)(-power);
@@ -148,7 +150,8 @@ void TYPED(attention_forward)(
         return;
     }
 #endif
-    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, copy = (size_t)positions * width, size = copy / UNIT;
+    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width;
+    size_t copy = (size_t)positions * width, size = copy / UNIT;
     float scale = 1 / sqrtf((float)width);
 #pragma omp parallel num_threads(threads)
     {
@@ -215,7 +218,8 @@ void TYPED(attention_backward)(
         return;
     }
 #endif
-    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width, copy = (size_t)positions * width, size = copy / UNIT;
+    size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width;
+    size_t copy = (size_t)positions * width, size = copy / UNIT;
     float scale = 1 / sqrtf((float)width);
     // The gradients of scores are at most 2^most_d width, before their powers; UNITS_ADDED of their products with
     // queries or keys must stay below 65504 in float16.
@@ -266,8 +270,12 @@ void TYPED(attention_backward)(
                 }
                 for (int first = 0; first < positions; first += ROWS) {
                     // The scores of ROWS keys, as rows, with all queries, as columns.
-                    TYPED(multiply)(k + first * k_step, k_step, q_columns, positions, scores, positions, positions, width);
-                    TYPED(multiply)(v + first * v_step, v_step, d_columns, positions, dweights, positions, positions, width);
+                    TYPED(multiply)(
+                        k + first * k_step, k_step, q_columns, positions, scores, positions, positions, width
+                    );
+                    TYPED(multiply)(
+                        v + first * v_step, v_step, d_columns, positions, dweights, positions, positions, width
+                    );
                     for (int row = 0; row < ROWS; row += UNIT)
                         for (int i = 0; i < positions; i += WIDTH) {
                             vec gradients[UNIT];

@@ -1,7 +1,8 @@
-// The products of winograd.h in float16, for numbers stored in bfloat16: twice as fast as in float32 where a processor
-// has instructions for them (Intel, from Sapphire Rapids on). DEPTH products are added in float16, and these sums in
-// float32. float16 holds 11 bits of a number where bfloat16 holds 8, but nothing above 65504, and less of a number below
-// 2^-14. So the numbers are multiplied by powers of two before, and their products by the inverse after.
+// Products in float16 for winograd.h, pointwise.h and attention.h, of numbers stored in bfloat16: twice as fast as in
+// float32 where a processor has instructions for them (Intel, from Sapphire Rapids on). At most DEPTH products are added
+// in float16, and these sums in float32. float16 holds 11 bits of a number where bfloat16 holds 8, but nothing above
+// 65504, and less of a number below 2^-14. So the numbers are multiplied by powers of two before, and their products by
+// the inverse after.
 
 // A left factor is there twice, because a broadcast of 4 bytes takes no arithmetic unit, and one of 2 bytes does.
 #define LEFT uint32_t
@@ -98,7 +99,8 @@ static inline __attribute__((always_inline)) void LEVEL(product_of_panels)(
         _Pragma("GCC unroll 16") for (int r = 0; r < PRODUCT_ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ph();
         for (int d = first; d < end; d++) {
             __m512h right[2];
-            _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++) right[p] = _mm512_loadu_ph(b + d * b_row + p * b_next);
+            _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++)
+                right[p] = _mm512_loadu_ph(b + d * b_row + p * b_next);
             _Pragma("GCC unroll 16") for (int r = 0; r < PRODUCT_ROWS; r++) {
                 __m512h left = (__m512h)_mm512_set1_epi32(a[r * row + d * step]);
                 _Pragma("GCC unroll 2") for (int p = 0; p < panels; p++)

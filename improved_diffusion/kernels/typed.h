@@ -27,7 +27,7 @@
 #define SCALED(v, scale) ((void)(scale), (v))
 #define PRODUCT_ROWS ROWS
 #define PRODUCT_COLUMNS (2 * WIDTH)
-#define PRODUCT(a, row, step, b, b_row, m, m_row, depth, start, start_row, factors, columns, b_next)          \
+#define PRODUCT(a, row, step, b, b_row, m, m_row, depth, start, start_row, factors, columns, b_next)                   \
     ((void)(factors), LEVEL(product)(a, row, step, b, b_row, m, m_row, depth, start, start_row))
 #include "winograd.h"
 #include "pointwise.h"

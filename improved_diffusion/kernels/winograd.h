@@ -146,7 +146,8 @@ static inline void TYPED(tiles_of_input)(
     }
 }
 
-// As `tiles_of_input`, for the gradient of the output, as left factors. sums: the sums of its numbers in each tile, [count, channels].
+// As `tiles_of_input`, for the gradient of the output, as left factors. sums: the sums of its numbers in each tile,
+// [count, channels].
 static inline void TYPED(tiles_of_gradient)(
     const STORED *dy, float *to, const float *scales, float *sums, struct conv size, int channels, size_t first,
     int count

@@ -1,6 +1,7 @@
 """The compiled operations, against what they are defined by in float64, and the model with and without them."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -455,6 +456,29 @@ def test_scores_that_differ_widely(generation):
     assert error(attention.attention(qkv, 1), expected) < 1e-4
 
 
+@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("width", [16, 32, 1024])
+def test_attention_to_larger_or_smaller_numbers_is_as_exact(generation, dtype, width):
+    """Powers of two change no digit: not those of values, and not those of gradients."""
+    qkv = th.full((2, 48, 3 * width), 1.99)  # the largest sums that there can be
+    qkv[1] = th.randn(48, 3 * width)
+    qkv, dout = qkv.to(dtype), th.full((2, 48, width), -1.99).to(dtype)
+    if not attention.suits(qkv, 1):
+        assert dtype == th.bfloat16 and generation in WITHOUT_BF16
+        return
+    results = []
+    for of_v, of_dout in ((1, 1), (2.0**-20, 2.0**-20), (2.0**16, 2.0**-30), (2.0**-16, 2.0**30)):
+        scaled = qkv.clone()
+        scaled[..., 2 * width :] *= of_v
+        out = attention.attention(scaled.requires_grad_(), 1)
+        (gradient,) = th.autograd.grad(out, scaled, dout * of_dout)
+        gradient[..., : 2 * width] /= of_v
+        results.append((out.detach() / of_v, gradient / of_dout))
+    assert all(value.isfinite().all() for value in results[0])
+    assert all(th.equal(value, first) for result in results[1:] for value, first in zip(result, results[0]))
+
+
 @pytest.mark.parametrize("shape", [(1, 15, 48), (1, 16, 36), (1, 2048, 48), (1, 0, 48)])
 def test_attention_leaves_other_sizes_to_pytorch(shape):
     assert not attention.suits(th.zeros(shape), 1)
@@ -553,11 +577,14 @@ def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(gener
 def test_a_convolution_of_larger_or_smaller_numbers_is_as_exact(generation, dtype):
     """Powers of two change no digit: not of the result, and not of the gradients."""
     x, weight, _ = some_that_suit(generation, 3, 64, 96, 12, 8, dtype)
-    none, dy = th.zeros(96, dtype=dtype), th.randn(3, 96, 12, 8).to(dtype)
-    y, dx, dweight, _ = with_gradients(winograd.conv3x3, (x, weight, none), dy)
+    assert_scale_does_not_matter(winograd.conv3x3, x, weight, th.randn(3, 96, 12, 8).to(dtype))
+
+
+def assert_scale_does_not_matter(convolve, x, weight, dy):
+    none = weight.new_zeros(len(weight))
+    y, dx, dweight, _ = with_gradients(convolve, (x, weight, none), dy)
     for of_x, of_weight, of_dy in ((2.0**-30, 1, 2.0**20), (2.0**20, 2.0**-20, 2.0**-30), (1, 2.0**12, 1)):
-        tensors = (x * of_x, weight * of_weight, none)
-        found = with_gradients(winograd.conv3x3, tensors, dy * of_dy)
+        found = with_gradients(convolve, (x * of_x, weight * of_weight, none), dy * of_dy)
         assert th.equal(found[0], y * of_x * of_weight)
         assert th.equal(found[1], dx * of_dy * of_weight) and th.equal(found[2], dweight * of_dy * of_x)
 
@@ -596,6 +623,18 @@ def test_convolutions_of_other_sizes_are_left_to_pytorch(generation, change):
     shape = {"n": 1, "channels": 32, "out": 32, "height": 8, "width": 8}
     assert winograd.suits(*some(**shape))
     assert not winograd.suits(*some(**{**shape, **change}))
+
+
+def test_the_smallest_images_are_convolved_by_products_in_float16_only(generation):
+    for dtype, threads in itertools.product(CLOSE, (1, 2)):
+        tensors = some(5, 64, 32, 4, 4, dtype)
+        assert winograd.suits(*tensors) == (generation == kernels.IN_FLOAT16 and dtype == th.bfloat16)
+        if winograd.suits(*tensors):
+            th.set_num_threads(threads)
+            dy = th.randn(5, 32, 4, 4).to(dtype)
+            found = with_gradients(winograd.conv3x3, tensors, dy)
+            expected = with_gradients(definition, [t.double() for t in tensors], dy.double())
+            assert all(error(mine, exact) < CLOSE[dtype] for mine, exact in zip(found, expected))
 
 
 def test_convolutions_of_other_layouts_and_types_are_left_to_pytorch(generation):
@@ -838,6 +877,29 @@ def test_pointwise_convolution(generation, dtype, n, channels, out, height, widt
         assert mine.dtype == dtype and mine.shape == exact.shape and error(mine, exact) < CLOSE[dtype]
     assert results[0][0].is_contiguous(memory_format=th.channels_last)
     assert th.equal(pointwise.pointwise(x[:1], weight, bias), results[0][0][:1])
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_large_neighbours_do_not_matter_to_a_position(generation, dtype):
+    x, weight, bias = some(3, 64, 96, 5, 7, dtype)
+    weight = weight[:, :, 1, 1].contiguous()
+    if not pointwise.suits(x, weight, bias):
+        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        pytest.skip("products of matrices in bfloat16 are faster")
+    before = pointwise.pointwise(x, weight, bias)[:, :, ::2]
+    x[:, :, 1::2] *= 1e6
+    assert th.equal(pointwise.pointwise(x, weight, bias)[:, :, ::2], before)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_a_pointwise_convolution_of_larger_or_smaller_numbers_is_as_exact(generation, dtype):
+    """As for the convolution of 3x3 pixels."""
+    x, weight, _ = some(3, 64, 96, 5, 7, dtype)
+    weight, none, dy = weight[:, :, 1, 1].contiguous(), th.zeros(96, dtype=dtype), th.randn(3, 96, 5, 7).to(dtype)
+    if not pointwise.suits(x, weight, none):
+        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        pytest.skip("products of matrices in bfloat16 are faster")
+    assert_scale_does_not_matter(pointwise.pointwise, x, weight, dy)
 
 
 def test_pointwise_convolutions_that_do_not_suit_are_left_to_pytorch(generation):
