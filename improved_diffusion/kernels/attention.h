@@ -221,10 +221,10 @@ void TYPED(attention_backward)(
     size_t step = (size_t)heads * 3 * width, out_step = (size_t)heads * width;
     size_t copy = (size_t)positions * width, size = copy / UNIT;
     float scale = 1 / sqrtf((float)width);
-    // The gradients of scores are at most 2^most_d width, before their powers; UNITS_ADDED of their products with
-    // queries or keys must stay below 65504 in float16.
-    int most_d = 0;
-    while (width << most_d <= 256) most_d++;
+    // The gradients of scores are at most 2 width 2^most_d; UNITS_ADDED pairs of their products with queries or keys must
+    // stay below 65504 in float16.
+    int most_d = 8;
+    while (ldexpf((float)width, most_d) > 256) most_d--;
 #pragma omp parallel num_threads(threads)
     {
 #ifdef TILE_MULTIPLY

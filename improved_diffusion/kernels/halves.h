@@ -28,18 +28,18 @@ static inline float LEVEL(power)(int exponent) {
     memcpy(&result, &bits, sizeof result);
     return result;
 }
-// Per place, the larger one of the bits in `most` and of the absolute bfloat16 numbers, unless these are not finite.
+// Per place, the larger one of the bits in `most` and of the absolute bfloat16 numbers.
 static inline __m512i LEVEL(larger)(__m512i most, __m512i numbers) {
-    const __m512i infinite = _mm512_set1_epi16(0x7f80);
-    __m512i bits = _mm512_and_si512(numbers, _mm512_set1_epi16(0x7fff));
-    return _mm512_mask_max_epu16(most, _mm512_cmplt_epu16_mask(bits, infinite), most, bits);
+    return _mm512_max_epu16(most, _mm512_and_si512(numbers, _mm512_set1_epi16(0x7fff)));
 }
-// The exponent of the largest of these numbers, within what keeps the powers above finite.
+// The exponent of the largest of these numbers, within what keeps the powers above finite. If one is not finite, neither
+// are the results that use the power.
 static inline int LEVEL(exponent_of_bits)(__m512i most) {
-    uint16_t bits[32], largest = 0;
-    memcpy(bits, &most, sizeof bits);
-    for (int i = 0; i < 32; i++) largest = bits[i] > largest ? bits[i] : largest;
-    int exponent = (largest >> 7) - 127;
+    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+    __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // There is an instruction for the smallest only.
+    __m128i inverse = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+    int exponent = ((0xffff - _mm_extract_epi16(inverse, 0)) >> 7) - 127;
     return exponent < -50 ? -50 : exponent > 50 ? 50 : exponent;
 }
 static inline int LEVEL(exponent)(const uint16_t *from, size_t numbers) {
@@ -80,9 +80,8 @@ static inline vec LEVEL(pack_halves)(vec first, vec second) {
     return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 static inline vec LEVEL(sum_of_pairs)(vec pairs) {
-    __m256i low = _mm512_cvtepi32_epi16((__m512i)pairs);
-    __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)pairs, 16));
-    return _mm512_cvtph_ps(low) + _mm512_cvtph_ps(high);
+    __m512h turned = (__m512h)_mm512_rol_epi32((__m512i)pairs, 16);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)_mm512_add_ph((__m512h)pairs, turned)));
 }
 #define add_products_of_halves(sum, v, f)                                                                              \
     (vec)_mm512_fmadd_ph((__m512h)(v), (__m512h)broadcast(f), (__m512h)(sum))

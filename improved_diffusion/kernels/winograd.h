@@ -72,9 +72,11 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
     int rows = backward ? size.out : size.in, columns = backward ? size.in : size.out, panel = 2 * WIDTH;
     size_t matrix = winograd_matrix(rows, columns);
 #pragma omp for schedule(static)
-    for (int column = 0; column < columns; column += WIDTH) {
-        size_t panel_at = (size_t)(column / panel) * rows * panel + column % panel;
-        for (int first = 0; first < rows; first += WIDTH) {
+    for (int block = 0; block < columns; block += panel)
+        for (int part = 0; part < panel * (rows / WIDTH); part += WIDTH) {
+            // The parts of a row of a panel one after the other, because they may share a line of the cache.
+            int first = part / panel * WIDTH, column = block + part % panel;
+            size_t panel_at = (size_t)block * rows + part % panel;
             float turned[9][WIDTH * WIDTH];
             for (int tap = 0; tap < 9; tap++) {
                 if (backward) {
@@ -104,7 +106,6 @@ static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv
                 }
             }
         }
-    }
 }
 
 // The 36 numbers of `count` tiles from number `first` on, [36][count, channels], as left or right factors.
