@@ -1,8 +1,8 @@
 // Products in float16 for winograd.h, pointwise.h and attention.h, of numbers stored in bfloat16: twice as fast as in
-// float32 where a processor has instructions for them (Intel, from Sapphire Rapids on). At most DEPTH products are added
-// in float16, and these sums in float32. float16 holds 11 bits of a number where bfloat16 holds 8, but nothing above
-// 65504, and less of a number below 2^-14. So the numbers are multiplied by powers of two before, and their products by
-// the inverse after.
+// float32 where a processor has instructions for them (Intel, from Sapphire Rapids on). At most DEPTH products, in
+// attention DEPTH pairs, are added in float16, and these sums in float32. float16 holds 11 bits of a number where
+// bfloat16 holds 8, but nothing above 65504, and less of a number below 2^-14. So the numbers are multiplied by powers
+// of two before, and their products by the inverse after.
 
 // A left factor is there twice, because a broadcast of 4 bytes takes no arithmetic unit, and one of 2 bytes does.
 #define LEFT uint32_t
