@@ -65,19 +65,17 @@ static inline void TYPED(exponents_of_tiles)(
 }
 
 static inline void LEVEL(put_right)(uint16_t *to, vec v) { _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(v, 0)); }
-static inline void LEVEL(put_left)(uint32_t *to, vec v) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, 0));
-    _mm512_storeu_si512(to, _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
-}
-
-// For attention.h: float16 numbers, pairs of them, and products of pairs, each added on its own.
-static inline vec LEVEL(get_half)(const uint16_t *from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-}
+// Pairs of float16 numbers, those of the first vector in the lower halves.
 static inline vec LEVEL(pack_halves)(vec first, vec second) {
     __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(first, 0));
     __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(second, 0));
     return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+static inline void LEVEL(put_left)(uint32_t *to, vec v) { put((float *)to, LEVEL(pack_halves)(v, v)); }
+
+// For attention.h: float16 numbers, and products of pairs of them, each added on its own.
+static inline vec LEVEL(get_half)(const uint16_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 }
 static inline vec LEVEL(sum_of_pairs)(vec pairs) {
     __m512h turned = (__m512h)_mm512_rol_epi32((__m512i)pairs, 16);

@@ -513,10 +513,14 @@ def some(n, channels, out, height, width, dtype=th.float32):
 
 def some_that_suit(generation, *sizes_and_type):
     tensors = some(*sizes_and_type)
-    if not winograd.suits(*tensors):
+    skip_unless_they_suit(winograd, generation, *tensors)
+    return tensors
+
+
+def skip_unless_they_suit(operation, generation, *tensors):
+    if not operation.suits(*tensors):
         assert tensors[0].dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
         pytest.skip("products of matrices in bfloat16 are faster")
-    return tensors
 
 
 def with_gradients(forward, tensors, dy):
@@ -863,9 +867,7 @@ def pointwise_definition(x, weight, bias):
 def test_pointwise_convolution(generation, dtype, n, channels, out, height, width, threads):
     x, weight, bias = some(n, channels, out, height, width, dtype)
     weight = 3 * weight[:, :, 1, 1].contiguous()
-    if not pointwise.suits(x, weight, bias):
-        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
-        pytest.skip("products of matrices in bfloat16 are faster")
+    skip_unless_they_suit(pointwise, generation, x, weight, bias)
     dy = th.randn(n, out, height, width).to(dtype)
     expected = with_gradients(pointwise_definition, [t.double() for t in (x, weight, bias)], dy.double())
     results = []
@@ -883,9 +885,7 @@ def test_pointwise_convolution(generation, dtype, n, channels, out, height, widt
 def test_large_neighbours_do_not_matter_to_a_position(generation, dtype):
     x, weight, bias = some(3, 64, 96, 5, 7, dtype)
     weight = weight[:, :, 1, 1].contiguous()
-    if not pointwise.suits(x, weight, bias):
-        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
-        pytest.skip("products of matrices in bfloat16 are faster")
+    skip_unless_they_suit(pointwise, generation, x, weight, bias)
     before = pointwise.pointwise(x, weight, bias)[:, :, ::2]
     x[:, :, 1::2] *= 1e6
     assert th.equal(pointwise.pointwise(x, weight, bias)[:, :, ::2], before)
@@ -896,9 +896,7 @@ def test_a_pointwise_convolution_of_larger_or_smaller_numbers_is_as_exact(genera
     """As for the convolution of 3x3 pixels."""
     x, weight, _ = some(3, 64, 96, 5, 7, dtype)
     weight, none, dy = weight[:, :, 1, 1].contiguous(), th.zeros(96, dtype=dtype), th.randn(3, 96, 5, 7).to(dtype)
-    if not pointwise.suits(x, weight, none):
-        assert dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
-        pytest.skip("products of matrices in bfloat16 are faster")
+    skip_unless_they_suit(pointwise, generation, x, weight, none)
     assert_scale_does_not_matter(pointwise.pointwise, x, weight, dy)
 
 
