@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#include <limits.h>
 #include <math.h>
 #include <omp.h>
 #include <stddef.h>

@@ -2,42 +2,58 @@
 // included once for each type, STORED.
 
 #ifdef HALVES
-// The power of two for factors whose largest is less than 2^(exponent + 1): DEPTH products stay below 65504.
-#define SCALE_OF_FACTOR(exponent) (4 - (exponent))
+// The power of two for factors whose largest is less than 2^(exponent + 1): 128 products stay below 65504.
+#define SCALE_OF_FACTOR(exponent) (3 - (exponent))
 #endif
 
 // Numbers as left factors.
 static inline void TYPED(to_left)(const STORED *from, LEFT *to, size_t numbers, float scale) {
     for (size_t i = 0; i < numbers; i += WIDTH) PUT_LEFT(to + i, SCALED(LOAD(from + i), scale));
 }
-// Rows of `columns` numbers as right factors, in panels of 2 * WIDTH columns, [panels, POSITIONS, 2 * WIDTH].
-static inline void TYPED(to_panels)(
-    const STORED *from, RIGHT *to, int columns, int first, int count, float scale
-) {
-    for (int row = first; row < first + count; row++)
+// Rows of `columns` numbers in units of PER_UNIT rows, [units, columns]. If rows are missing in the last unit, zeros
+// complete it.
+static inline void TYPED(to_units)(const STORED *from, float *to, int columns, int first, int count, float scale) {
+    for (int row = first; row < first + count; row += PER_UNIT)
         for (int c = 0; c < columns; c += WIDTH) {
-            int panel = c / (2 * WIDTH);
-            RIGHT *at = to + ((size_t)panel * POSITIONS + row) * 2 * WIDTH + c % (2 * WIDTH);
-            PUT_RIGHT(at, SCALED(LOAD(from + (size_t)row * columns + c), scale));
+            const STORED *at = from + (size_t)row * columns + c;
+            vec above = SCALED(LOAD(at), scale), below = zero();
+            if (row + PER_UNIT - 1 < first + count) below = SCALED(LOAD(at + (PER_UNIT - 1) * columns), scale);
+            put(to + (size_t)row / PER_UNIT * columns + c, UNIT_OF(above, below));
+        }
+}
+// The same in panels of 2 * WIDTH columns, [panels, POSITIONS / PER_UNIT, 2 * WIDTH].
+static inline void TYPED(to_panels)(const STORED *from, float *to, int columns, int first, int count, float scale) {
+    for (int row = first; row < first + count; row += PER_UNIT)
+        for (int c = 0; c < columns; c += WIDTH) {
+            int panel = c / (2 * WIDTH), part = c / WIDTH % 2;
+            const STORED *at = from + (size_t)row * columns + panel * 2 * WIDTH;
+            float *unit = to + ((size_t)panel * POSITIONS + row) / PER_UNIT * 2 * WIDTH + part * WIDTH;
+            vec above = SCALED(LOAD_PART(at, part), scale), below = zero();
+            if (row + PER_UNIT - 1 < first + count)
+                below = SCALED(LOAD_PART(at + (PER_UNIT - 1) * columns, part), scale);
+            put(unit, UNIT_OF(above, below));
         }
 }
 
-// The weights in panels of 2 * WIDTH columns, [panels, rows, 2 * WIDTH]: [in, out], or [out, in] if `backward`.
-static void TYPED(pointwise_weights)(const STORED *weight, RIGHT *to, int in, int out, int backward, float scale) {
+// The weights, [in, out], or [out, in] if `backward`, in units of PER_UNIT rows and panels of 2 * WIDTH columns:
+// [panels, units, 2 * WIDTH].
+static void TYPED(pointwise_weights)(const STORED *weight, float *to, int in, int out, int backward, float scale) {
     int rows = backward ? out : in, columns = backward ? in : out, panel = 2 * WIDTH;
 #pragma omp for schedule(static)
-    for (int column = 0; column < columns; column += WIDTH) {
-        RIGHT *panel_at = to + (size_t)(column / panel) * rows * panel + column % panel;
+    for (int number = 0; number < columns / WIDTH; number++) {
+        int block = number / 2 * panel, part = number % 2;
+        float *panel_at = to + (size_t)block * rows / PER_UNIT + part * WIDTH;
         for (int first = 0; first < rows; first += WIDTH) {
             float numbers[WIDTH * WIDTH], turned[WIDTH * WIDTH];
             for (int r = 0; r < WIDTH; r++) {
-                size_t at = backward ? (size_t)(first + r) * in + column : (size_t)(column + r) * in + first;
-                put(numbers + r * WIDTH, LOAD(weight + at));
+                if (backward) put(turned + r * WIDTH, LOAD_PART(weight + (size_t)(first + r) * in + block, part));
+                else put(numbers + r * WIDTH, LOAD(weight + (size_t)(block + COLUMN(part, r)) * in + first));
             }
             if (!backward) LEVEL(turn)(numbers, WIDTH, turned, WIDTH, WIDTH, WIDTH);
-            for (int r = 0; r < WIDTH; r++) {
-                vec v = get((backward ? numbers : turned) + r * WIDTH);
-                PUT_RIGHT(panel_at + (size_t)(first + r) * panel, SCALED(v, scale));
+            for (int r = 0; r < WIDTH; r += PER_UNIT) {
+                vec above = get(turned + r * WIDTH), below = get(turned + (r + PER_UNIT - 1) * WIDTH);
+                float *at = panel_at + (size_t)(first + r) / PER_UNIT * panel;
+                put(at, UNIT_OF(SCALED(above, scale), SCALED(below, scale)));
             }
         }
     }
@@ -68,37 +84,44 @@ void TYPED(pointwise_forward)(
 #pragma omp parallel num_threads(threads)
     {
         float factors[POSITIONS] = {0};
-        TYPED(pointwise_weights)(weight, (RIGHT *)weights, in, out, backward, of_weights);
+        TYPED(pointwise_weights)(weight, weights, in, out, backward, of_weights);
         float *v = weights + (size_t)in * out + omp_get_thread_num() * (size_t)POSITIONS * (in + out);
         float *m = v + (size_t)POSITIONS * rows;
 #pragma omp for schedule(static)
         for (int block = 0; block < blocks; block++) {
             int first = block * POSITIONS, count = positions - first < POSITIONS ? positions - first : POSITIONS;
             // Rows behind the last position hold old numbers, and nobody reads what comes of them.
-            int own = !direct || count % PRODUCT_ROWS;
+            int own = !direct || count % ROWS;
             const STORED *from = x + (size_t)first * rows;
-            const LEFT *a = own ? (LEFT *)v : (const LEFT *)from;
-            float *to = own ? m : (float *)y + (size_t)first * columns;
+            const float *a = own ? v : (const float *)from;
+            SUMS *to = own ? (SUMS *)m : (SUMS *)y + (size_t)first * columns;
 #ifdef HALVES
             // Each position has a power of its own, so that an image comes out the same in any batch.
             for (int row = 0; row < count; row++) {
-                int power = SCALE_OF_FACTOR(LEVEL(exponent)(from + (size_t)row * rows, rows));
-                factors[row] = LEVEL(power)(-power - SCALE_OF_FACTOR(exponent));
                 size_t at = (size_t)row * rows;
+                int power = SCALE_OF_FACTOR(LEVEL(exponent)(from + at, rows)) - LEVEL(spare)(rows);
+                factors[row] = LEVEL(power)(-power - SCALE_OF_FACTOR(exponent));
                 TYPED(to_left)(from + at, (LEFT *)v + at, rows, LEVEL(power)(power));
             }
 #else
             if (own) TYPED(to_left)(from, v, (size_t)count * rows, 1);
 #endif
-            for (int column = 0; column < columns; column += PRODUCT_COLUMNS)
-                for (int row = 0; row < count; row += PRODUCT_ROWS)
-                    PRODUCT(
-                        a + (size_t)row * rows, rows, 1, (RIGHT *)weights + (size_t)column * rows, 2 * WIDTH,
-                        to + (size_t)row * columns + column, columns, rows, bias ? offset + column : NULL, 0,
-                        factors + row, columns - column, (size_t)2 * WIDTH * rows
+            for (int column = 0; column < columns; column += 2 * WIDTH)
+                for (int row = 0; row < count; row += ROWS)
+                    PRODUCT_TO_SUMS(
+                        a + (size_t)row * rows / PER_UNIT, rows / PER_UNIT,
+                        weights + (size_t)column * rows / PER_UNIT, 2 * WIDTH, to + (size_t)row * columns + column,
+                        columns, rows / PER_UNIT, bias ? offset + column : NULL
                     );
-            for (size_t i = 0; own && i < (size_t)count * columns; i += WIDTH)
-                STORE(y + (size_t)first * columns + i, get(m + i));
+            for (int row = 0; own && row < count; row++)
+                for (int c = 0; c < columns; c += WIDTH) {
+                    size_t at = (size_t)row * columns + c;
+                    vec sum = SCALED(GET_SUMS(to + at), factors[row]);
+#ifdef HALVES
+                    if (bias) sum += get(offset + c);
+#endif
+                    STORE(y + (size_t)first * columns + at, sum);
+                }
         }
     }
 }
@@ -114,25 +137,24 @@ void TYPED(pointwise_backward)(
     enum { SHARE = POSITIONS / 4 };  // positions that a thread converts at a time
 #pragma omp parallel num_threads(threads)
     {
-        float factors[PRODUCT_ROWS];
+        float factors[ROWS];
         for (int first = 0; first < positions; first += POSITIONS) {
             int count = positions - first < POSITIONS ? positions - first : POSITIONS;
             const STORED *x_at = x + (size_t)first * in, *dy_at = dy + (size_t)first * out;
-            const LEFT *d = direct ? (const LEFT *)dy_at : (LEFT *)converted;
+            const float *d = direct ? (const float *)dy_at : converted;
             float x_scale = 1, dy_scale = 1;
 #ifdef HALVES
             int x_power = SCALE_OF_FACTOR(LEVEL(exponent)(x_at, (size_t)count * in));
             int dy_power = SCALE_OF_FACTOR(LEVEL(exponent)(dy_at, (size_t)count * out));
             x_scale = LEVEL(power)(x_power);
             dy_scale = LEVEL(power)(dy_power);
-            for (int row = 0; row < PRODUCT_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
+            for (int row = 0; row < ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
 #endif
 #pragma omp for schedule(static)
             for (int start = 0; start < count; start += SHARE) {
                 int part = count - start < SHARE ? count - start : SHARE;
-                size_t at = (size_t)start * out;
-                TYPED(to_panels)(x_at, (RIGHT *)v, in, start, part, x_scale);
-                if (!direct) TYPED(to_left)(dy_at + at, (LEFT *)converted + at, (size_t)part * out, dy_scale);
+                TYPED(to_panels)(x_at, v, in, start, part, x_scale);
+                if (!direct) TYPED(to_units)(dy_at, converted, out, start, part, dy_scale);
             }
 #pragma omp for schedule(static) nowait
             for (int c = 0; c < out; c += WIDTH) {
@@ -141,12 +163,12 @@ void TYPED(pointwise_backward)(
                 put(total + c, get(total + c) + sum);
             }
 #pragma omp for schedule(static)
-            for (int column = 0; column < in; column += PRODUCT_COLUMNS)
-                for (int row = 0; row < out; row += PRODUCT_ROWS) {
+            for (int column = 0; column < in; column += 2 * WIDTH)
+                for (int row = 0; row < out; row += ROWS) {
                     float *at = weights + (size_t)row * in + column;
                     PRODUCT(
-                        d + row, 1, out, (RIGHT *)v + (size_t)column * POSITIONS, 2 * WIDTH, at, in, count,
-                        first ? at : NULL, in, factors, in - column, (size_t)2 * WIDTH * POSITIONS
+                        d + row, 1, out, v + (size_t)column * POSITIONS / PER_UNIT, 2 * WIDTH, at, in,
+                        (count + PER_UNIT - 1) / PER_UNIT, first ? at : NULL, in, factors
                     );
                 }
         }

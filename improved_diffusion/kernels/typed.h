@@ -8,7 +8,7 @@
 #define FACTOR uint16_t
 #define COPIES 1
 #define LOAD_FACTOR LEVEL(get_half)
-#define STORE_FACTOR LEVEL(put_right)
+#define STORE_FACTOR LEVEL(put_half)
 #define UNITS_ADDED DEPTH
 #define SUM LEVEL(sum_of_pairs)
 #include "attention.h"
@@ -20,15 +20,19 @@
 #undef SCALE_OF_GRADIENT
 #else
 #include "norms.h"
+#define PER_UNIT 1
 #define LEFT float
-#define RIGHT float
 #define PUT_LEFT put
-#define PUT_RIGHT put
+#define UNIT_OF(first, second) ((void)(second), (first))
+#define LOAD_PART(from, part) LOAD((from) + (part) * WIDTH)
+#define COLUMN(part, lane) ((part) * WIDTH + (lane))
 #define SCALED(v, scale) ((void)(scale), (v))
-#define PRODUCT_ROWS ROWS
-#define PRODUCT_COLUMNS (2 * WIDTH)
-#define PRODUCT(a, row, step, b, b_row, m, m_row, depth, start, start_row, factors, columns, b_next)                   \
+#define PRODUCT(a, row, step, b, b_row, m, m_row, depth, start, start_row, factors)                                    \
     ((void)(factors), LEVEL(product)(a, row, step, b, b_row, m, m_row, depth, start, start_row))
+#define SUMS float
+#define GET_SUMS get
+#define PRODUCT_TO_SUMS(a, row, b, b_row, m, m_row, depth, start)                                                      \
+    LEVEL(product)(a, row, 1, b, b_row, m, m_row, depth, start, 0)
 #include "winograd.h"
 #include "pointwise.h"
 #define FACTOR STORED
@@ -52,14 +56,17 @@
 #undef STORE_FACTOR
 #undef UNITS_ADDED
 #undef SUM
+#undef PER_UNIT
 #undef LEFT
-#undef RIGHT
 #undef PUT_LEFT
-#undef PUT_RIGHT
+#undef UNIT_OF
+#undef LOAD_PART
+#undef COLUMN
 #undef SCALED
-#undef PRODUCT_ROWS
-#undef PRODUCT_COLUMNS
 #undef PRODUCT
+#undef SUMS
+#undef GET_SUMS
+#undef PRODUCT_TO_SUMS
 #undef TYPED
 #undef LOAD
 #undef STORE

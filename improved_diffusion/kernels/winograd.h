@@ -65,68 +65,78 @@ static inline void TYPED(weights_from_points)(const vec t[6], vec g[3]) {
     g[1] = P * difference + Q * difference2;
     g[2] = P2 * sum + Q2 * sum2 + t[5];
 }
-// The 36 matrices of weights, [in, out] each, in panels of 2 * WIDTH columns: [panels, in, 2 * WIDTH]. Those of the
-// gradient of the input are [out, in], of the weights turned by 180 degrees.
+
+// The 36 matrices of weights, [in, out] each, in units of PER_UNIT rows and panels of 2 * WIDTH columns: [panels,
+// units, 2 * WIDTH]. Those of the gradient of the input are [out, in], of the weights turned by 180 degrees.
 // weight: [out, 3, 3, in].
 static void TYPED(winograd_weights)(const STORED *weight, float *to, struct conv size, int backward, float scale) {
     int rows = backward ? size.out : size.in, columns = backward ? size.in : size.out, panel = 2 * WIDTH;
-    size_t matrix = winograd_matrix(rows, columns);
+    size_t matrix = winograd_matrix(rows / PER_UNIT, columns);
 #pragma omp for schedule(static)
     for (int block = 0; block < columns; block += panel)
-        for (int part = 0; part < panel * (rows / WIDTH); part += WIDTH) {
+        for (int number = 0; number < 2 * rows / WIDTH; number++) {
             // The parts of a row of a panel one after the other, because they may share a line of the cache.
-            int first = part / panel * WIDTH, column = block + part % panel;
-            size_t panel_at = (size_t)block * rows + part % panel;
+            int first = number / 2 * WIDTH, part = number % 2;
             float turned[9][WIDTH * WIDTH];
             for (int tap = 0; tap < 9; tap++) {
                 if (backward) {
-                    for (int r = 0; r < WIDTH; r++)
-                        put(turned[8 - tap] + r * WIDTH, LOAD(weight + ((size_t)(first + r) * 9 + tap) * size.in + column));
+                    for (int r = 0; r < WIDTH; r++) {
+                        const STORED *from = weight + ((size_t)(first + r) * 9 + tap) * size.in + block;
+                        put(turned[8 - tap] + r * WIDTH, LOAD_PART(from, part));
+                    }
                 } else {
                     float rows_of_out[WIDTH * WIDTH];
-                    for (int r = 0; r < WIDTH; r++)
-                        put(rows_of_out + r * WIDTH, LOAD(weight + ((size_t)(column + r) * 9 + tap) * size.in + first));
+                    for (int r = 0; r < WIDTH; r++) {
+                        size_t column = block + COLUMN(part, r);
+                        put(rows_of_out + r * WIDTH, LOAD(weight + (column * 9 + tap) * size.in + first));
+                    }
                     LEVEL(turn)(rows_of_out, WIDTH, turned[tap], WIDTH, WIDTH, WIDTH);
                 }
             }
-            for (int r = 0; r < WIDTH; r++) {
-                size_t at = panel_at + (size_t)(first + r) * panel;
-                vec half[6][3];
-                for (int j = 0; j < 3; j++) {
-                    vec g[3], t[6];
-                    for (int i = 0; i < 3; i++) g[i] = get(turned[3 * i + j] + r * WIDTH);
-                    TYPED(weights_to_points)(g, t);
-                    for (int i = 0; i < 6; i++) half[i][j] = t[i];
-                }
+            for (int r = 0; r < WIDTH; r += PER_UNIT) {
+                float *at = to + ((size_t)block * rows + (size_t)(first + r) * panel) / PER_UNIT + part * WIDTH;
+                vec half[PER_UNIT][6][3];
+                for (int k = 0; k < PER_UNIT; k++)
+                    for (int j = 0; j < 3; j++) {
+                        vec g[3], t[6];
+                        for (int i = 0; i < 3; i++) g[i] = get(turned[3 * i + j] + (r + k) * WIDTH);
+                        TYPED(weights_to_points)(g, t);
+                        for (int i = 0; i < 6; i++) half[k][i][j] = SCALED(t[i], scale);
+                    }
                 for (int i = 0; i < 6; i++) {
-                    vec t[6];
-                    TYPED(weights_to_points)(half[i], t);
-                    for (int j = 0; j < 6; j++)
-                        PUT_RIGHT((RIGHT *)(to + (6 * i + j) * matrix) + at, SCALED(t[j], scale));
+                    vec t[PER_UNIT][6];
+                    for (int k = 0; k < PER_UNIT; k++) TYPED(weights_to_points)(half[k][i], t[k]);
+                    for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, UNIT_OF(t[0][j], t[PER_UNIT - 1][j]));
                 }
             }
         }
 }
 
-// The 36 numbers of `count` tiles from number `first` on, [36][count, channels], as left or right factors.
-// x: [images, height, width, channels]. nothing: `channels` zeros, for what lies outside the image.
-static inline void TYPED(tiles_of_input)(
-    const STORED *x, const STORED *nothing, float *to, int left_factors, const float *scales, struct conv size,
-    int channels, size_t first, int count
+// Where the 36 pixels of a tile lie. nothing: zeros, for what lies outside the image.
+static inline void TYPED(pixels_of_tile)(
+    const STORED *x, const STORED *nothing, struct conv size, int channels, size_t tile, const STORED *pixels[POINTS]
 ) {
-    size_t matrix = winograd_matrix(TILES, channels);
+    struct place place = winograd_place(size, tile);
+    int top = place.top - 1, left = place.left - 1;
+    for (int i = 0; i < 6; i++)
+        for (int j = 0; j < 6; j++) {
+            int inside = top + i >= 0 && top + i < size.height && left + j >= 0 && left + j < size.width;
+            size_t pixel = (place.image * size.height + top + i) * size.width + left + j;
+            pixels[6 * i + j] = inside ? x + pixel * channels : nothing;
+        }
+}
+
+// The 36 numbers of `count` tiles from number `first` on as left factors, [36][count, channels].
+// x: [images, height, width, channels]. nothing: `channels` zeros.
+static inline void TYPED(tiles_of_input)(
+    const STORED *x, const STORED *nothing, float *to, const float *scales, struct conv size, int channels,
+    size_t first, int count
+) {
+    size_t matrix = winograd_matrix(TILES, channels / PER_UNIT);
     for (int tile = 0; tile < count; tile++) {
-        struct place place = winograd_place(size, first + tile);
-        int top = place.top - 1, left = place.left - 1;
         const STORED *pixels[POINTS];
-        for (int i = 0; i < 6; i++)
-            for (int j = 0; j < 6; j++) {
-                int inside = top + i >= 0 && top + i < size.height && left + j >= 0 && left + j < size.width;
-                size_t pixel = (place.image * size.height + top + i) * size.width + left + j;
-                pixels[6 * i + j] = inside ? x + pixel * channels : nothing;
-            }
+        TYPED(pixels_of_tile)(x, nothing, size, channels, first + tile, pixels);
         for (int c = 0; c < channels; c += WIDTH) {
-            size_t at = (size_t)tile * channels + c;
             vec half[6][6];
             for (int j = 0; j < 6; j++) {
                 vec d[6], t[6];
@@ -138,67 +148,109 @@ static inline void TYPED(tiles_of_input)(
                 vec t[6];
                 TYPED(to_points)(half[i], t);
                 for (int j = 0; j < 6; j++) {
-                    float *numbers = to + (6 * i + j) * matrix;
-                    if (left_factors) PUT_LEFT((LEFT *)numbers + at, SCALED(t[j], scales[tile]));
-                    else PUT_RIGHT((RIGHT *)numbers + at, SCALED(t[j], scales[tile]));
+                    LEFT *at = (LEFT *)(to + (6 * i + j) * matrix) + (size_t)tile * channels + c;
+                    PUT_LEFT(at, SCALED(t[j], scales[tile]));
                 }
             }
         }
     }
 }
 
-// As `tiles_of_input`, for the gradient of the output, as left factors. sums: the sums of its numbers in each tile,
-// [count, channels].
-static inline void TYPED(tiles_of_gradient)(
-    const STORED *dy, float *to, const float *scales, float *sums, struct conv size, int channels, size_t first,
+// As `tiles_of_input`, as right factors: in units of PER_UNIT tiles, [36][units, channels]. If tiles are missing in the
+// last unit, zeros complete it.
+static inline void TYPED(units_of_input)(
+    const STORED *x, const STORED *nothing, float *to, float scale, struct conv size, int channels, size_t first,
     int count
 ) {
     size_t matrix = winograd_matrix(TILES, channels);
-    for (int tile = 0; tile < count; tile++) {
-        struct place place = winograd_place(size, first + tile);
-        const STORED *from = dy + ((place.image * size.height + place.top) * size.width + place.left) * channels;
+    for (int tile = 0; tile < count; tile += PER_UNIT) {
+        const STORED *pixels[PER_UNIT][POINTS];
+        for (int k = 0; k < PER_UNIT; k++)
+            if (tile + k < count) TYPED(pixels_of_tile)(x, nothing, size, channels, first + tile + k, pixels[k]);
+            else for (int i = 0; i < POINTS; i++) pixels[k][i] = nothing;
         for (int c = 0; c < channels; c += WIDTH) {
-            size_t at = (size_t)tile * channels + c;
-            vec half[6][4], sum = zero();
-            for (int j = 0; j < 4; j++) {
-                vec d[4], t[6];
-                for (int i = 0; i < 4; i++) d[i] = LOAD(from + ((size_t)i * size.width + j) * channels + c);
-                sum += (d[0] + d[1]) + (d[2] + d[3]);
-                TYPED(gradients_to_points)(d, t);
-                for (int i = 0; i < 6; i++) half[i][j] = t[i];
-            }
+            float *at = to + (size_t)tile / PER_UNIT * channels + c;
+            int panel = c / (2 * WIDTH) * 2 * WIDTH, part = c / WIDTH % 2;
+            vec half[PER_UNIT][6][6];
+            for (int k = 0; k < PER_UNIT; k++)
+                for (int j = 0; j < 6; j++) {
+                    vec d[6], t[6];
+                    for (int i = 0; i < 6; i++) d[i] = LOAD_PART(pixels[k][6 * i + j] + panel, part);
+                    TYPED(to_points)(d, t);
+                    for (int i = 0; i < 6; i++) half[k][i][j] = SCALED(t[i], scale);
+                }
             for (int i = 0; i < 6; i++) {
-                vec t[6];
-                TYPED(gradients_to_points)(half[i], t);
-                for (int j = 0; j < 6; j++)
-                    PUT_LEFT((LEFT *)(to + (6 * i + j) * matrix) + at, SCALED(t[j], scales[tile]));
+                vec t[PER_UNIT][6];
+                for (int k = 0; k < PER_UNIT; k++) TYPED(to_points)(half[k][i], t[k]);
+                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, UNIT_OF(t[0][j], t[PER_UNIT - 1][j]));
             }
-            put(sums + (size_t)tile * channels + c, sum);
         }
     }
 }
 
-// The outputs of `count` tiles from their products, [36][count, channels].
-static inline void TYPED(outputs_of_tiles)(
-    const float *from, const STORED *bias, STORED *y, struct conv size, int channels, size_t first, int count
+// As `units_of_input`, for the gradient of the output, as left factors. sums: the sums of its numbers in each tile,
+// [count, channels].
+static inline void TYPED(units_of_gradient)(
+    const STORED *dy, const STORED *nothing, float *to, float scale, float *sums, struct conv size,
+    int channels, size_t first, int count
 ) {
     size_t matrix = winograd_matrix(TILES, channels);
+    for (int tile = 0; tile < count; tile += PER_UNIT) {
+        const STORED *from[PER_UNIT];
+        size_t across[PER_UNIT];  // from one pixel to the next
+        for (int k = 0; k < PER_UNIT; k++) {
+            struct place place = winograd_place(size, first + tile + k);
+            size_t pixel = (place.image * size.height + place.top) * size.width + place.left;
+            from[k] = tile + k < count ? dy + pixel * channels : nothing;
+            across[k] = tile + k < count ? channels : 0;
+        }
+        for (int c = 0; c < channels; c += WIDTH) {
+            float *at = to + (size_t)tile / PER_UNIT * channels + c;
+            vec half[PER_UNIT][6][4];
+            for (int k = 0; k < PER_UNIT; k++) {
+                vec sum = zero();
+                for (int j = 0; j < 4; j++) {
+                    vec d[4], t[6];
+                    for (int i = 0; i < 4; i++) d[i] = LOAD(from[k] + (i * size.width + j) * across[k] + c);
+                    sum += (d[0] + d[1]) + (d[2] + d[3]);
+                    TYPED(gradients_to_points)(d, t);
+                    for (int i = 0; i < 6; i++) half[k][i][j] = SCALED(t[i], scale);
+                }
+                put(sums + (size_t)(tile + k) * channels + c, sum);
+            }
+            for (int i = 0; i < 6; i++) {
+                vec t[PER_UNIT][6];
+                for (int k = 0; k < PER_UNIT; k++) TYPED(gradients_to_points)(half[k][i], t[k]);
+                for (int j = 0; j < 6; j++) put(at + (6 * i + j) * matrix, UNIT_OF(t[0][j], t[PER_UNIT - 1][j]));
+            }
+        }
+    }
+}
+
+// The outputs of `count` tiles from their products, [36][count, channels], which are multiplied by the factor of their
+// tile.
+static inline void TYPED(outputs_of_tiles)(
+    const SUMS *from, const float *factors, const STORED *bias, STORED *y, struct conv size, int channels,
+    size_t first, int count
+) {
+    size_t matrix = PER_UNIT * winograd_matrix(TILES, channels / PER_UNIT);
     for (int tile = 0; tile < count; tile++) {
         struct place place = winograd_place(size, first + tile);
         STORED *to = y + ((place.image * size.height + place.top) * size.width + place.left) * channels;
         for (int c = 0; c < channels; c += WIDTH) {
-            const float *at = from + (size_t)tile * channels + c;
+            const SUMS *at = from + (size_t)tile * channels + c;
             vec half[4][6], offset = bias ? LOAD(bias + c) : zero();
             for (int j = 0; j < 6; j++) {
                 vec m[6], t[4];
-                for (int i = 0; i < 6; i++) m[i] = get(at + (6 * i + j) * matrix);
+                for (int i = 0; i < 6; i++) m[i] = GET_SUMS(at + (6 * i + j) * matrix);
                 TYPED(from_points)(m, t);
                 for (int i = 0; i < 4; i++) half[i][j] = t[i];
             }
             for (int i = 0; i < 4; i++) {
                 vec t[4];
                 TYPED(from_points)(half[i], t);
-                for (int j = 0; j < 4; j++) STORE(to + ((size_t)i * size.width + j) * channels + c, t[j] + offset);
+                for (int j = 0; j < 4; j++)
+                    STORE(to + ((size_t)i * size.width + j) * channels + c, SCALED(t[j], factors[tile]) + offset);
             }
         }
     }
@@ -206,8 +258,8 @@ static inline void TYPED(outputs_of_tiles)(
 
 // The working memory of the functions below, in numbers of 4 bytes.
 size_t TYPED(winograd_room)(size_t in, size_t out, size_t threads) {
-    size_t of_thread = winograd_matrix(TILES, in) + winograd_matrix(TILES, out);
-    return in + (TILES + 2) * out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
+    size_t of_thread = winograd_matrix(TILES, in) + winograd_matrix(TILES, out), nothing = in > out ? in : out;
+    return nothing + (PER_UNIT * TILES + 1) * out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
 }
 
 // y = the convolution of x with weight, plus bias; or, if `backward`, the gradient of x from that of y, where x and y
@@ -221,8 +273,8 @@ void TYPED(winograd_forward)(
     struct conv size = {images, height, width, in, out};
     int rows = backward ? out : in, columns = backward ? in : out;
     size_t tiles = (size_t)images * (height / 4) * (width / 4), blocks = (tiles + TILES - 1) / TILES;
-    size_t of_weights = winograd_matrix(rows, columns), of_input = winograd_matrix(TILES, rows);
-    size_t of_output = winograd_matrix(TILES, columns);
+    size_t of_weights = winograd_matrix(rows / PER_UNIT, columns);
+    size_t of_input = winograd_matrix(TILES, rows / PER_UNIT), of_output = winograd_matrix(TILES, columns / PER_UNIT);
     const STORED *nothing = memset(room, 0, rows * sizeof(float));
     float *weights = room + rows;
     float of_all = 1;  // scale of the weights
@@ -236,31 +288,38 @@ void TYPED(winograd_forward)(
         TYPED(winograd_weights)(weight, weights, size, backward, of_all);
         float *v = weights + POINTS * (of_weights + omp_get_thread_num() * (of_input + of_output));
         float *m = v + POINTS * of_input;
+#ifdef HALVES
+        size_t known = images, numbers = (size_t)height * width * rows;
+        int power = 0;
+#endif
 #pragma omp for schedule(static)
         for (size_t block = 0; block < blocks; block++) {
             size_t first = block * TILES;
             int count = tiles - first < TILES ? (int)(tiles - first) : TILES;
 #ifdef HALVES
-            int exponents[TILES];
-            TYPED(exponents_of_tiles)(x, 1, exponents, size, rows, first, count);
+            // Each image has a power of its own, so that it comes out the same in any batch.
             for (int tile = 0; tile < count; tile++) {
-                int power = SCALE_OF_INPUT(exponents[tile]);
+                size_t image = winograd_place(size, first + tile).image;
+                if (image != known) {
+                    known = image;
+                    power = SCALE_OF_INPUT(LEVEL(exponent)(x + image * numbers, numbers)) - LEVEL(spare)(rows);
+                }
                 scales[tile] = LEVEL(power)(power);
                 factors[tile] = LEVEL(power)(-power - SCALE_OF_WEIGHTS(exponent));
             }
 #endif
-            TYPED(tiles_of_input)(x, nothing, v, 1, scales, size, rows, first, count);
+            TYPED(tiles_of_input)(x, nothing, v, scales, size, rows, first, count);
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < columns; column += PRODUCT_COLUMNS)
+                for (int column = 0; column < columns; column += 2 * WIDTH)
                     // Rows behind the last tile hold old numbers, and nobody reads what comes of them.
-                    for (int row = 0; row < count; row += PRODUCT_ROWS)
-                        PRODUCT(
-                            (LEFT *)(v + point * of_input) + (size_t)row * rows, rows, 1,
-                            (RIGHT *)(weights + point * of_weights) + (size_t)column * rows, 2 * WIDTH,
-                            m + point * of_output + (size_t)row * columns + column, columns, rows, NULL, 0,
-                            factors + row, columns - column, (size_t)2 * WIDTH * rows
+                    for (int row = 0; row < count; row += ROWS)
+                        PRODUCT_TO_SUMS(
+                            v + point * of_input + (size_t)row * rows / PER_UNIT, rows / PER_UNIT,
+                            weights + point * of_weights + (size_t)column * rows / PER_UNIT, 2 * WIDTH,
+                            (SUMS *)(m + point * of_output) + (size_t)row * columns + column, columns,
+                            rows / PER_UNIT, NULL
                         );
-            TYPED(outputs_of_tiles)(m, bias, y, size, columns, first, count);
+            TYPED(outputs_of_tiles)((SUMS *)m, factors, bias, y, size, columns, first, count);
         }
     }
 }
@@ -274,46 +333,42 @@ void TYPED(winograd_backward)(
     int tiles = images * (height / 4) * (width / 4);
     size_t of_weights = winograd_matrix(in, out), of_input = winograd_matrix(TILES, in);
     size_t of_output = winograd_matrix(TILES, out);
-    const STORED *nothing = memset(room, 0, in * sizeof(float));
-    float *total = memset(room + in, 0, out * sizeof(float)), *sums = total + out, *weights = sums + TILES * out;
+    size_t zeros = in > out ? in : out;
+    const STORED *nothing = memset(room, 0, zeros * sizeof(float));
+    float *total = memset(room + zeros, 0, out * sizeof(float)), *sums = total + out;
+    float *weights = sums + PER_UNIT * TILES * out;
     float *v = weights + POINTS * of_weights, *d = v + POINTS * of_input;
-    enum { SHARE = TILES / 4 };  // tiles that a thread turns at a time
+    // Tiles that are turned together, and that a thread turns at a time.
+    enum { TOGETHER = PER_UNIT * TILES, SHARE = TOGETHER / 4 };
 #ifdef HALVES
-    int of_x[TILES], of_dy[TILES];
+    size_t pixels = (size_t)height * width;
+    int most_x = INT_MIN, most_dy = INT_MIN;
 #endif
 #pragma omp parallel num_threads(threads)
     {
-        float x_scales[TILES], dy_scales[TILES], factors[PRODUCT_ROWS];
-        for (int first = 0; first < tiles; first += TILES) {
-            int count = tiles - first < TILES ? tiles - first : TILES;
+        float x_scale = 1, dy_scale = 1, factors[ROWS];
 #ifdef HALVES
-#pragma omp for schedule(static)
-            for (int start = 0; start < count; start += SHARE) {
-                int part = count - start < SHARE ? count - start : SHARE;
-                TYPED(exponents_of_tiles)(x, 1, of_x + start, size, in, first + start, part);
-                TYPED(exponents_of_tiles)(dy, 0, of_dy + start, size, out, first + start, part);
-            }
-            int most_x = of_x[0], most_dy = of_dy[0];
-            for (int tile = 1; tile < count; tile++) {
-                if (of_x[tile] > most_x) most_x = of_x[tile];
-                if (of_dy[tile] > most_dy) most_dy = of_dy[tile];
-            }
-            int x_power = SCALE_OF_INPUT(most_x), dy_power = SCALE_OF_GRADIENT(most_dy);
-            for (int tile = 0; tile < TILES; tile++) {
-                x_scales[tile] = LEVEL(power)(x_power);
-                dy_scales[tile] = LEVEL(power)(dy_power);
-            }
-            for (int row = 0; row < PRODUCT_ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
+#pragma omp for schedule(static) reduction(max : most_x, most_dy)
+        for (int image = 0; image < images; image++) {
+            int of_x = LEVEL(exponent)(x + image * pixels * in, pixels * in);
+            int of_dy = LEVEL(exponent)(dy + image * pixels * out, pixels * out);
+            most_x = of_x > most_x ? of_x : most_x;
+            most_dy = of_dy > most_dy ? of_dy : most_dy;
+        }
+        int x_power = SCALE_OF_INPUT(most_x), dy_power = SCALE_OF_GRADIENT(most_dy);
+        x_scale = LEVEL(power)(x_power);
+        dy_scale = LEVEL(power)(dy_power);
+        for (int row = 0; row < ROWS; row++) factors[row] = LEVEL(power)(-x_power - dy_power);
 #endif
+        for (int first = 0; first < tiles; first += TOGETHER) {
+            int count = tiles - first < TOGETHER ? tiles - first : TOGETHER;
 #pragma omp for schedule(static)
             for (int start = 0; start < count; start += SHARE) {
                 int part = count - start < SHARE ? count - start : SHARE;
-                // Right factors may be smaller than 4 bytes.
-                TYPED(tiles_of_input)(
-                    x, nothing, (float *)((RIGHT *)v + (size_t)start * in), 0, x_scales, size, in, first + start, part
-                );
-                TYPED(tiles_of_gradient)(
-                    dy, d + (size_t)start * out, dy_scales, sums + (size_t)start * out, size, out, first + start, part
+                size_t unit = start / PER_UNIT;
+                TYPED(units_of_input)(x, nothing, v + unit * in, x_scale, size, in, first + start, part);
+                TYPED(units_of_gradient)(
+                    dy, nothing, d + unit * out, dy_scale, sums + (size_t)start * out, size, out, first + start, part
                 );
             }
 #pragma omp for schedule(static) nowait
@@ -324,12 +379,12 @@ void TYPED(winograd_backward)(
             }
 #pragma omp for schedule(static)
             for (int point = 0; point < POINTS; point++)
-                for (int column = 0; column < in; column += PRODUCT_COLUMNS)
-                    for (int row = 0; row < out; row += PRODUCT_ROWS) {
+                for (int column = 0; column < in; column += 2 * WIDTH)
+                    for (int row = 0; row < out; row += ROWS) {
                         float *at = weights + point * of_weights + (size_t)row * in + column;
                         PRODUCT(
-                            (LEFT *)(d + point * of_output) + row, 1, out, (RIGHT *)(v + point * of_input) + column, in,
-                            at, in, count, first ? at : NULL, in, factors, in - column, 2 * WIDTH
+                            d + point * of_output + row, 1, out, v + point * of_input + column, in, at, in,
+                            (count + PER_UNIT - 1) / PER_UNIT, first ? at : NULL, in, factors
                         );
                     }
         }

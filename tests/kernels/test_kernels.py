@@ -594,6 +594,18 @@ def assert_scale_does_not_matter(convolve, x, weight, dy):
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
+def test_the_largest_sums_of_a_convolution_stay_finite(generation, dtype):
+    """All products of one of the 36 points have the same sign, and the largest size, in all channels."""
+    x, weight, bias = some_that_suit(generation, 1, 512, 32, 16, 16, dtype)
+    sign = th.tensor([-1.0, -1, 1, 1])
+    x.zero_()[:, :, :4, :4] = 1.99 * sign[:, None] * sign
+    weight[:] = 1.99
+    y, exact = winograd.conv3x3(x, weight, bias), definition(x.double(), weight.double(), bias.double())
+    error = (y.double() - exact).norm()
+    assert error <= 0.1 * exact.norm()  # equal numbers have equal rounding errors, which add up
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_convolution_keeps_what_is_not_finite(generation, value, dtype):
     x, weight, bias = some_that_suit(generation, 2, 32, 32, 8, 8, dtype)
@@ -898,6 +910,17 @@ def test_a_pointwise_convolution_of_larger_or_smaller_numbers_is_as_exact(genera
     weight, none = weight[:, :, 1, 1].contiguous(), th.zeros(96, dtype=dtype)
     skip_unless_they_suit(pointwise, generation, x, weight, none)
     assert_scale_does_not_matter(pointwise.pointwise, x, weight, th.randn(3, 96, 5, 7).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_the_largest_sums_of_a_pointwise_convolution_stay_finite(generation, dtype):
+    x = th.full((1, 1024, 4, 4), 1.99).to(dtype).contiguous(memory_format=th.channels_last)
+    weight, bias = th.full((32, 1024), 1.99).to(dtype), th.zeros(32).to(dtype)
+    skip_unless_they_suit(pointwise, generation, x, weight, bias)
+    y = pointwise.pointwise(x, weight, bias)
+    exact = pointwise_definition(x.double(), weight.double(), bias.double())
+    error = (y.double() - exact).norm()
+    assert error <= 0.1 * exact.norm()  # equal numbers have equal rounding errors, which add up
 
 
 def test_pointwise_convolutions_that_do_not_suit_are_left_to_pytorch(generation):
