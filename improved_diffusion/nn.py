@@ -9,6 +9,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
+from improved_diffusion import kernels
 from improved_diffusion.kernels import pointwise, winograd
 
 NUM_GROUPS = 32
@@ -26,6 +27,9 @@ class Conv2d(nn.Conv2d):
         usual = self.kernel_size == (3, 3) and self.padding == self.stride == self.dilation == (1, 1)
         if usual and self.padding_mode == "zeros" and winograd.suits(x, self.weight, self.bias):
             return winograd.conv3x3(x, self.weight, self.bias)
+        if kernels.avoids_bfloat16(x.dtype):
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
         return super().forward(x)
 
 

@@ -8,6 +8,8 @@ Jordan et al. 2024: "Muon: An optimizer for hidden layers in neural networks", h
 
 import torch as th
 
+from improved_diffusion.nn import in_channels_last
+
 MOMENTUM = 0.95
 # a, b, c of the polynomial a x + b x^3 + c x^5. Applied five times, it moves singular values between 0.01 and 1 near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -27,16 +29,18 @@ def orthogonalize(matrix: th.Tensor) -> th.Tensor:
     :return: float32 [M, N].
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (th.linalg.vector_norm(wide) + 1e-7)
     square = wide @ wide.T
+    norm = square.trace().sqrt() + 1e-7
+    square /= norm**2
     a, b, c = COEFFICIENTS
     product = None
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
         factor = th.addmm(square, square, square, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else factor @ product
-        square = factor @ square @ factor
-    result = product @ wide
+        if iteration + 1 < ITERATIONS:
+            square = factor @ square @ factor
+    result = (product / norm) @ wide
     return result if matrix.shape[0] <= matrix.shape[1] else result.T
 
 
@@ -49,6 +53,9 @@ def muon(param: th.Tensor, gradient: th.Tensor, momentum: th.Tensor, lr: float, 
     """
     momentum.mul_(MOMENTUM).add_(gradient)
     step = gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov momentum
-    matrix = step.reshape(len(step), -1)
-    update = orthogonalize(matrix).view_as(param)
-    param.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * RMS * max(matrix.shape) ** 0.5)
+    if in_channels_last(step):  # without a copy: the order of the columns does not matter
+        step, param = step.permute(0, 2, 3, 1), param.permute(0, 2, 3, 1)
+    matrix = step.flatten(1)
+    if weight_decay:
+        param.mul_(1 - lr * weight_decay)
+    param.add_(orthogonalize(matrix).view_as(param), alpha=-lr * RMS * max(matrix.shape) ** 0.5)

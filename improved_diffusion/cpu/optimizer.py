@@ -131,9 +131,10 @@ class Optimizer:
         more: Sequence[th.Tensor],
     ) -> None:
         """`step` for the parameter `index`, which Muon updates."""
-        value = gradient[index].float() * factor
+        value = gradient[index].to(th.float32, copy=True)
         if more:
-            value += more[index].float() * factor
+            value += more[index]
+        value *= factor
         muon(self.params[index], value, self.moments["exp_avg"][index], self.lr, self.weight_decay)
         self._follow([index], averages, copies)
 

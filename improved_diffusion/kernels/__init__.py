@@ -63,6 +63,11 @@ def multiplies(dtype: th.dtype) -> bool:
     return has("pointwise_forward", dtype) and not (dtype == th.bfloat16 and generation() in WITH_MATRICES)
 
 
+def avoids_bfloat16(dtype: th.dtype) -> bool:
+    """Whether PyTorch computes faster in float32 than in `dtype`, bfloat16: on processors that are fast in float16."""
+    return dtype == th.bfloat16 and generation() == IN_FLOAT16
+
+
 @functools.cache
 def function(
     name: str, arguments: tuple[type, ...], dtype: th.dtype | None = None, result: type | None = None
@@ -144,6 +149,15 @@ def _described(tensor: th.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{strides}"
 
 
+@functools.cache
+def size_of_room(name: str, dtype: th.dtype, *sizes: int) -> int:
+    """How much working memory the functions of this name take: the result of the compiled function `name`_room.
+
+    It is remembered, because other threads could take the interpreter during the call.
+    """
+    return function(f"{name}_room", (ctypes.c_size_t,) * len(sizes), dtype, ctypes.c_size_t)(*sizes)
+
+
 def room(size: int) -> int:
     """The address of `size` float32 numbers of working memory for this thread, until its next call.
 
@@ -179,7 +193,7 @@ def switched(setting: str) -> Iterator[None]:
 
 def _forget() -> None:
     """Forget the library, so that the next use of a kernel loads it again and reads the environment variable."""
-    for cached in (_library, has, multiplies, function):
+    for cached in (_library, has, multiplies, function, size_of_room):
         cached.cache_clear()
 
 

@@ -1,6 +1,6 @@
 """Self-attention as one compiled operation, on tensors with the channels last."""
 
-from ctypes import c_int, c_size_t, c_void_p
+from ctypes import c_int, c_void_p
 
 import torch as th
 from torch.autograd.function import once_differentiable
@@ -82,5 +82,5 @@ class _Attention(th.autograd.Function):
 
 
 def _room(dtype: th.dtype, positions: int, width: int, threads: int) -> th.Tensor:
-    size = kernels.function("attention_room", (c_size_t, c_size_t), dtype, c_size_t)(positions, width)
-    return th.empty(threads * size, dtype=th.float32, device="cpu")
+    size = threads * kernels.size_of_room("attention", dtype, positions, width)
+    return th.empty(size, dtype=th.float32, device="cpu")

@@ -1,6 +1,6 @@
 """What the compiled convolutions have in common: when they can be used, and their gradients."""
 
-from ctypes import c_int, c_size_t, c_void_p
+from ctypes import c_int, c_void_p
 
 import torch as th
 from torch.autograd.function import once_differentiable
@@ -111,5 +111,4 @@ def _differentiate(
 
 
 def _room(name: str, dtype: th.dtype, channels: int, out: int, threads: int) -> int:
-    size = kernels.function(f"{name}_room", (c_size_t,) * 3, dtype, c_size_t)
-    return kernels.room(size(channels, out, threads))
+    return kernels.room(kernels.size_of_room(name, dtype, channels, out, threads))

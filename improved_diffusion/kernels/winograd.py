@@ -20,13 +20,12 @@ def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
         return False
     height, width = x.shape[2:]
     pairs = weight.shape[0] * weight.shape[1]
-    in_float16 = kernels.generation() == kernels.IN_FLOAT16 and x.dtype == th.bfloat16
     return (
         height % TILE == 0
         and width % TILE == 0
         and any(
             height * width >= pixels and pairs <= most
-            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if in_float16 else MOST_PAIRS)
+            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if kernels.avoids_bfloat16(x.dtype) else MOST_PAIRS)
         )
     )
 

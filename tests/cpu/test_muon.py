@@ -28,6 +28,16 @@ def test_the_update_is_as_large_as_one_of_adamw():
     assert param.square().mean().sqrt() == pytest.approx(0.2e-2, rel=0.25)
 
 
+def test_the_layout_in_memory_does_not_matter():
+    start, gradient = th.randn(48, 16, 3, 3, generator=RNG), th.randn(48, 16, 3, 3, generator=RNG)
+    results = []
+    for layout in (th.contiguous_format, th.channels_last):
+        param, momentum = (t.clone(memory_format=layout) for t in (start, th.zeros_like(start)))
+        muon(param, gradient.clone(memory_format=layout), momentum, lr=1e-2, weight_decay=0.1)
+        results.append(param)
+    assert th.allclose(*results, atol=1e-6) and not th.allclose(results[0], start, atol=1e-3)
+
+
 def test_momentum_and_weight_decay():
     """Against the equations, with an exact orthogonal factor; the iterations come within a third of it."""
     param, momentum = th.eye(8), th.zeros(8, 8)
