@@ -178,20 +178,28 @@ void TYPED(attention_forward)(
                 TYPED(pack_rows)(v, v_step, values, positions, width);
                 for (int first = 0; first < positions; first += ROWS) {
                     TYPED(multiply)(q + first * q_step, q_step, keys, positions, scores, positions, positions, width);
-                    float inverse[ROWS];
+                    // One loop after the other, because the processor can work on several rows only if none waits for
+                    // a result of the one before.
+                    float top[ROWS], inverse[ROWS];
                     for (int row = 0; row < ROWS; row++) {
                         const float *of_row = scores + row * positions;
-                        vec most = get(of_row), sum = zero();
+                        vec most = get(of_row);
                         for (int i = WIDTH; i < positions; i += WIDTH) most = maximum(most, get(of_row + i));
-                        float top = LEVEL(largest)(most) * of_scores;
+                        top[row] = LEVEL(largest)(most) * of_scores;
+                    }
+                    vec sums[ROWS];
+                    for (int row = 0; row < ROWS; row++) {
+                        sums[row] = zero();
                         for (int i = 0; i < positions; i += WIDTH) {
-                            vec weight = EXPONENTIAL(get(of_row + i) * of_scores - top);
-                            sum += weight;
+                            vec weight = EXPONENTIAL(get(scores + row * positions + i) * of_scores - top[row]);
+                            sums[row] += weight;
                             STORE_FACTOR(weights + row * positions + i, weight);
                         }
-                        float total = LEVEL(total)(sum);
+                    }
+                    for (int row = 0; row < ROWS; row++) {
+                        float total = LEVEL(total)(sums[row]);
                         inverse[row] = of_v / total;
-                        logsum[first + row] = top + logf(total);
+                        logsum[first + row] = top[row] + logf(total);
                     }
                     TYPED(multiply)(weights, positions, values, width, result, width, width, positions);
                     for (int row = 0; row < ROWS; row++)

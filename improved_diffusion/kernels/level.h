@@ -43,6 +43,10 @@ static inline vec LEVEL(rough_sigmoid)(vec x) { return LEVEL(rough_reciprocal)(1
 #endif
 static inline vec LEVEL(sigmoid)(vec x) { return 1 / (1 + LEVEL(exponential)(-x)); }
 
+#ifdef __AVX512F__
+static inline float LEVEL(total)(vec v) { return _mm512_reduce_add_ps(v); }
+static inline float LEVEL(largest)(vec v) { return _mm512_reduce_max_ps(v); }
+#else
 static inline float LEVEL(total)(vec v) {
     float parts[WIDTH], sum = 0;
     put(parts, v);
@@ -56,6 +60,7 @@ static inline float LEVEL(largest)(vec v) {
     for (int k = 1; k < WIDTH; k++) most = parts[k] > most ? parts[k] : most;
     return most;
 }
+#endif
 // Transpose a matrix of units of 4 bytes, [rows, columns]. The steps are the distances between rows, in units.
 static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t to_step, int rows, int columns) {
     typedef int indices __attribute__((vector_size(4 * WIDTH)));
