@@ -9,10 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention
+from improved_diffusion.kernels import attention, fused
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import (
+    Conv2d,
     Dropout,
+    PointwiseConv2d,
     avg_pool_nd,
     conv_nd,
     in_channels_last,
@@ -152,6 +154,9 @@ class ResBlock(nn.Module):
         return self._evaluate(x, projected)
 
     def _evaluate(self, x: th.Tensor, projected: th.Tensor) -> th.Tensor:
+        layers = self._fusible()
+        if layers is not None and fused.suits_residual(x, projected, *layers):
+            return fused.residual(x, projected, *layers)
         norm, _, conv = self.in_layers
         h, x = normalize(norm, x)
         h = conv(h)
@@ -161,6 +166,16 @@ class ResBlock(nn.Module):
         else:
             h, _ = normalize(norm, h + projected.reshape(*projected.shape, *[1] * (h.dim() - 2)))
         return self.skip_connection(x) + conv(dropout(h))
+
+    def _fusible(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]] | None:
+        """The normalisations and convolutions of a block as `fused.residual` computes it; None for other blocks."""
+        norm1, _, conv1 = self.in_layers
+        norm2, _, dropout, conv2 = self.out_layers
+        skip = () if isinstance(self.skip_connection, nn.Identity) else (self.skip_connection,)
+        usual = isinstance(conv1, Conv2d) and all(isinstance(layer, PointwiseConv2d) for layer in skip)
+        if not (usual and self.use_scale_shift_norm) or (dropout.p and self.training):
+            return None
+        return (norm1, norm2), (conv1, conv2, *skip)
 
 
 Projected = dict[ResBlock, th.Tensor]
@@ -230,6 +245,9 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: th.Tensor) -> th.Tensor:
+        layers = (self.norm, self.qkv, self.proj_out, self.attention.num_heads)
+        if type(self.attention) is QKVAttention and fused.suits_attention(x, *layers):
+            return fused.attention_block(x, *layers)
         h, x = normalize(self.norm, x, activate=False)
         if in_channels_last(h):
             qkv = pointwise_channels_last(h, self.qkv.weight, self.qkv.bias)

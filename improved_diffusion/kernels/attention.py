@@ -16,13 +16,15 @@ MAX_POSITIONS = 1024  # the backward pass holds the gradients of all scores of a
 
 def suits(qkv: th.Tensor, num_heads: int) -> bool:
     """Whether `attention` can be used on `qkv` [N, T, heads * 3 * width]."""
-    if qkv.dim() != 3:
-        return False
-    positions, channels = qkv.shape[1:]
+    return qkv.dim() == 3 and qkv.is_cpu and takes(qkv.dtype, qkv.shape, num_heads)
+
+
+def takes(dtype: th.dtype, shape: th.Size, num_heads: int) -> bool:
+    """Whether `attention` can be used on tensors of this type and shape."""
+    positions, channels = shape[1:]
     return (
-        kernels.has("attention_forward", qkv.dtype)
-        and qkv.is_cpu
-        and 0 < qkv.numel() < kernels.MOST
+        kernels.has("attention_forward", dtype)
+        and 0 < shape.numel() < kernels.MOST
         and channels % (3 * num_heads * TILE) == 0
         and positions % TILE == 0
         and positions <= MAX_POSITIONS
@@ -41,44 +43,52 @@ def attention(qkv: th.Tensor, num_heads: int) -> th.Tensor:
 class _Attention(th.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, heads):
-        n, positions, channels = qkv.shape
         qkv = qkv.contiguous()
-        out = qkv.new_empty(n, positions, channels // 3)
-        logsums = qkv.new_empty(n, heads, positions, dtype=th.float32)
-        width = channels // (3 * heads)
-        threads = th.get_num_threads()
-        kernel = kernels.function("attention_forward", FORWARD, qkv.dtype)
-        room = _room(qkv.dtype, positions, width, threads)
-        kernel(
-            kernels.address(qkv, qkv.dtype, (n, positions, 3 * heads * width)),
-            kernels.address(out, qkv.dtype, (n, positions, heads * width)),
-            kernels.address(logsums, th.float32, (n, heads, positions)),
-            *(room.data_ptr(), n, positions, heads, width, threads),
-        )
+        out, logsums = evaluate(qkv, heads)
         ctx.save_for_backward(qkv, out, logsums)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        qkv, out, logsums = ctx.saved_tensors
-        n, heads, positions = logsums.shape
-        dqkv = th.empty_like(qkv)
-        dout = dout.contiguous()
-        width = qkv.shape[2] // (3 * heads)
-        threads = th.get_num_threads()
-        kernel = kernels.function("attention_backward", BACKWARD, qkv.dtype)
-        room = _room(qkv.dtype, positions, width, threads)
-        full, narrow = (n, positions, 3 * heads * width), (n, positions, heads * width)
-        kernel(
-            kernels.address(dout, qkv.dtype, narrow),
-            kernels.address(qkv, qkv.dtype, full),
-            kernels.address(out, qkv.dtype, narrow),
-            kernels.address(logsums, th.float32, (n, heads, positions)),
-            kernels.address(dqkv, qkv.dtype, full),
-            *(room.data_ptr(), n, positions, heads, width, threads),
-        )
-        return dqkv, None
+        return differentiate(dout, *ctx.saved_tensors), None
+
+
+def evaluate(qkv: th.Tensor, heads: int) -> tuple[th.Tensor, th.Tensor]:
+    """The result of `attention`, and what `differentiate` needs: the logarithms of the sums of the softmax."""
+    n, positions, channels = qkv.shape
+    out = qkv.new_empty(n, positions, channels // 3)
+    logsums = qkv.new_empty(n, heads, positions, dtype=th.float32)
+    width = channels // (3 * heads)
+    threads = th.get_num_threads()
+    room = _room(qkv.dtype, positions, width, threads)
+    kernels.function("attention_forward", FORWARD, qkv.dtype)(
+        kernels.address(qkv, qkv.dtype, (n, positions, 3 * heads * width)),
+        kernels.address(out, qkv.dtype, (n, positions, heads * width)),
+        kernels.address(logsums, th.float32, (n, heads, positions)),
+        *(room.data_ptr(), n, positions, heads, width, threads),
+    )
+    return out, logsums
+
+
+def differentiate(dout: th.Tensor, qkv: th.Tensor, out: th.Tensor, logsums: th.Tensor) -> th.Tensor:
+    """The gradient of `qkv` from that of the result."""
+    n, heads, positions = logsums.shape
+    dqkv = th.empty_like(qkv)
+    dout = dout.contiguous()
+    width = qkv.shape[2] // (3 * heads)
+    threads = th.get_num_threads()
+    room = _room(qkv.dtype, positions, width, threads)
+    full, narrow = (n, positions, 3 * heads * width), (n, positions, heads * width)
+    kernels.function("attention_backward", BACKWARD, qkv.dtype)(
+        kernels.address(dout, qkv.dtype, narrow),
+        kernels.address(qkv, qkv.dtype, full),
+        kernels.address(out, qkv.dtype, narrow),
+        kernels.address(logsums, th.float32, (n, heads, positions)),
+        kernels.address(dqkv, qkv.dtype, full),
+        *(room.data_ptr(), n, positions, heads, width, threads),
+    )
+    return dqkv
 
 
 def _room(dtype: th.dtype, positions: int, width: int, threads: int) -> th.Tensor:

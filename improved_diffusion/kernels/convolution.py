@@ -13,16 +13,23 @@ CHANNELS = 32  # the numbers of channels must be multiples of it
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `convolve` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
     return (
-        kernels.multiplies(x.dtype)
-        and x.dim() == 4
+        x.dim() == 4
         and x.is_cpu
-        and x.shape[1] == weight.shape[1]
-        and x.shape[1] % CHANNELS == 0
-        and weight.shape[0] % CHANNELS == 0
-        and 0 < x.numel() < kernels.MOST
-        and x.numel() // x.shape[1] * weight.shape[0] < kernels.MOST
         and x.is_contiguous(memory_format=th.channels_last)
-        and all(t is not None and t.is_cpu and t.dtype == x.dtype for t in (weight, bias))
+        and takes(x.dtype, x.shape, weight, bias)
+    )
+
+
+def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | None) -> bool:
+    """Whether `convolve` can be used for images of this type and shape in channels_last."""
+    return (
+        kernels.multiplies(dtype)
+        and shape[1] == weight.shape[1]
+        and shape[1] % CHANNELS == 0
+        and weight.shape[0] % CHANNELS == 0
+        and 0 < shape.numel() < kernels.MOST
+        and shape.numel() // shape[1] * weight.shape[0] < kernels.MOST
+        and all(t is not None and t.is_cpu and t.dtype == dtype for t in (weight, bias))
     )
 
 
@@ -42,10 +49,9 @@ def convolve(
 class _Convolution(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, name, sizes):
-        weight = weight.contiguous(memory_format=_layout(weight))
         ctx.save_for_backward(x, weight)
         ctx.name, ctx.sizes = name, sizes
-        return _evaluate(name, sizes, x, weight, bias.contiguous())
+        return evaluate(name, sizes, x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -55,9 +61,9 @@ class _Convolution(th.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         if of_x:
-            dx = _evaluate(ctx.name, ctx.sizes, dy, weight, None, backward=True)
+            dx = evaluate(ctx.name, ctx.sizes, dy, weight, None, backward=True)
         if of_weight or of_bias:
-            dweight, dbias = _differentiate(ctx.name, ctx.sizes, x, dy, weight)
+            dweight, dbias = differentiate(ctx.name, ctx.sizes, x, dy, weight)
         return dx, dweight, dbias, None, None
 
 
@@ -65,7 +71,7 @@ def _layout(weight: th.Tensor) -> th.memory_format:
     return th.channels_last if weight.dim() == 4 else th.contiguous_format
 
 
-def _evaluate(
+def evaluate(
     name: str,
     sizes: tuple[int, ...],
     x: th.Tensor,
@@ -74,6 +80,8 @@ def _evaluate(
     backward: bool = False,
 ) -> th.Tensor:
     """The convolution of `x`, or, if `backward`, the gradient of its input from that of its output, `x`."""
+    weight = weight.contiguous(memory_format=_layout(weight))
+    bias = None if bias is None else bias.contiguous()
     out, channels = weight.shape[:2]
     n, _, height, width = x.shape
     before, after = (out, channels) if backward else (channels, out)
@@ -91,13 +99,13 @@ def _evaluate(
     return y
 
 
-def _differentiate(
+def differentiate(
     name: str, sizes: tuple[int, ...], x: th.Tensor, dy: th.Tensor, weight: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """The gradients of weight and bias from that of the output, `dy`."""
     out, channels = weight.shape[:2]
     n, _, height, width = x.shape
-    dweight, dbias = th.empty_like(weight), weight.new_empty(out)
+    dweight, dbias = th.empty_like(weight, memory_format=_layout(weight)), weight.new_empty(out)
     threads = th.get_num_threads()
     # Addresses, then sizes, channels of the input and of the output, and threads.
     arguments = (*[c_void_p] * 5, *[c_int] * (len(sizes) + 3))

@@ -21,20 +21,27 @@ def suits(x: th.Tensor, norm: nn.GroupNorm, modulation: th.Tensor | None = None)
     return (
         x.dim() == 4
         and x.is_cpu
-        and kernels.has("norm_forward", x.dtype)
-        and x.shape[1] == norm.num_channels
-        and x.shape[1] % CHANNELS == 0
-        and norm.num_groups <= MAX_GROUPS
-        and 0 < x.numel() < kernels.MOST
         and x.is_contiguous(memory_format=th.channels_last)
-        and _fits(norm.weight, x, (norm.num_channels,))
-        and _fits(norm.bias, x, (norm.num_channels,))
-        and (modulation is None or _fits(modulation, x, (len(x), 2 * norm.num_channels)))
+        and takes(x.dtype, x.shape, norm, modulation)
     )
 
 
-def _fits(tensor: th.Tensor | None, x: th.Tensor, shape: tuple[int, ...]) -> bool:
-    return tensor is not None and tensor.dtype == x.dtype and tensor.is_cpu and tensor.shape == shape
+def takes(dtype: th.dtype, shape: th.Size, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
+    """Whether `norm_act` can be used for images of this type and shape in channels_last."""
+    return (
+        kernels.has("norm_forward", dtype)
+        and shape[1] == norm.num_channels
+        and shape[1] % CHANNELS == 0
+        and norm.num_groups <= MAX_GROUPS
+        and 0 < shape.numel() < kernels.MOST
+        and _fits(norm.weight, dtype, (norm.num_channels,))
+        and _fits(norm.bias, dtype, (norm.num_channels,))
+        and (modulation is None or _fits(modulation, dtype, (shape[0], 2 * norm.num_channels)))
+    )
+
+
+def _fits(tensor: th.Tensor | None, dtype: th.dtype, shape: tuple[int, ...]) -> bool:
+    return tensor is not None and tensor.dtype == dtype and tensor.is_cpu and tensor.shape == shape
 
 
 def norm_act(
@@ -55,25 +62,7 @@ class _NormAct(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, modulation, groups, epsilon, activate):
         ctx.set_materialize_grads(False)
-        if modulation is not None:
-            modulation = modulation.contiguous()
-        weight, bias = weight.contiguous(), bias.contiguous()
-        n, channels, height, width = x.shape
-        # Only what comes from outside is checked. Python takes a noticeable part of the time of small images.
-        given = [
-            kernels.address(x, x.dtype, x.shape, th.channels_last),
-            kernels.address(weight, x.dtype, (channels,)),
-            kernels.address(bias, x.dtype, (channels,)),
-            kernels.address(modulation, x.dtype, (n, 2 * channels)),
-        ]
-        y = th.empty_like(x)
-        # means, 1 / sqrt(variance + epsilon), and working memory
-        floats = th.empty(2 * n * (groups + channels), dtype=th.float32, device="cpu")
-        kernel = kernels.function("norm_forward", FORWARD, x.dtype)
-        kernel(
-            *(*given, y.data_ptr(), *_parts(floats, n, groups)),
-            *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
-        )
+        y, floats = evaluate(x, weight, bias, modulation, groups, epsilon, activate)
         ctx.save_for_backward(x, weight, bias, modulation, floats)
         ctx.groups, ctx.activate = groups, activate
         return y, x
@@ -83,23 +72,73 @@ class _NormAct(th.autograd.Function):
     def backward(ctx, dy, more):
         if dy is None:
             return more, None, None, None, None, None, None
-        x, weight, bias, modulation, floats = ctx.saved_tensors
-        n, channels, height, width = x.shape
-        dy = dy.contiguous(memory_format=th.channels_last)
-        if more is not None:
-            more = more.contiguous(memory_format=th.channels_last)
-        given = (kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more))
-        dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
-        dmodulation = None if modulation is None else th.empty_like(modulation)
-        means, deviations, sums = _parts(floats, n, ctx.groups)
-        kernel = kernels.function("norm_backward", BACKWARD, x.dtype)
-        kernel(
-            *(*given, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(modulation)),
-            *(means, deviations, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()),
-            *(_pointer(dmodulation), sums),
-            *(n, height * width, channels, ctx.groups, ctx.activate, th.get_num_threads()),
-        )
-        return dx, dweight, dbias, dmodulation, None, None, None
+        return *differentiate(dy, more, *ctx.saved_tensors, ctx.groups, ctx.activate), None, None, None
+
+
+def evaluate(
+    x: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor,
+    modulation: th.Tensor | None,
+    groups: int,
+    epsilon: float,
+    activate: bool,
+) -> tuple[th.Tensor, th.Tensor]:
+    """The result of `norm_act`, and what `differentiate` needs."""
+    if modulation is not None:
+        modulation = modulation.contiguous()
+    n, channels, height, width = x.shape
+    # Only what comes from outside is checked. Python takes a noticeable part of the time of small images.
+    given = [
+        kernels.address(x, x.dtype, x.shape, th.channels_last),
+        kernels.address(weight.contiguous(), x.dtype, (channels,)),
+        kernels.address(bias.contiguous(), x.dtype, (channels,)),
+        kernels.address(modulation, x.dtype, (n, 2 * channels)),
+    ]
+    y = th.empty_like(x)
+    # means, 1 / sqrt(variance + epsilon), and working memory
+    floats = th.empty(2 * n * (groups + channels), dtype=th.float32, device="cpu")
+    kernels.function("norm_forward", FORWARD, x.dtype)(
+        *(*given, y.data_ptr(), *_parts(floats, n, groups)),
+        *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
+    )
+    return y, floats
+
+
+def differentiate(
+    dy: th.Tensor,
+    more: th.Tensor | None,
+    x: th.Tensor,
+    weight: th.Tensor,
+    bias: th.Tensor,
+    modulation: th.Tensor | None,
+    floats: th.Tensor,
+    groups: int,
+    activate: bool,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor | None]:
+    """The gradients of `x`, weight, bias and modulation.
+
+    :param dy: the gradient of the result. :param more: another gradient of `x`, which is added.
+    :param floats: from `evaluate`.
+    """
+    if modulation is not None:
+        modulation = modulation.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    n, channels, height, width = x.shape
+    dy = dy.contiguous(memory_format=th.channels_last)
+    if more is not None:
+        more = more.contiguous(memory_format=th.channels_last)
+    given = (kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more))
+    dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
+    dmodulation = None if modulation is None else th.empty_like(modulation)
+    means, deviations, sums = _parts(floats, n, groups)
+    kernels.function("norm_backward", BACKWARD, x.dtype)(
+        *(*given, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(modulation)),
+        *(means, deviations, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()),
+        *(_pointer(dmodulation), sums),
+        *(n, height * width, channels, groups, activate, th.get_num_threads()),
+    )
+    return dx, dweight, dbias, dmodulation
 
 
 def _parts(floats: th.Tensor, n: int, groups: int) -> tuple[int, int, int]:

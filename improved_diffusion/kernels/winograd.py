@@ -16,16 +16,21 @@ MOST_PAIRS_IN_FLOAT16 = (*MOST_PAIRS, (16, 2**16))
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `conv3x3` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
-    if weight.shape[2:] != (3, 3) or not convolution.suits(x, weight, bias):
+    return convolution.suits(x, weight, bias) and takes(x.dtype, x.shape, weight, bias)
+
+
+def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | None) -> bool:
+    """Whether `conv3x3` can be used for images of this type and shape in channels_last."""
+    if weight.shape[2:] != (3, 3) or not convolution.takes(dtype, shape, weight, bias):
         return False
-    height, width = x.shape[2:]
+    height, width = shape[2:]
     pairs = weight.shape[0] * weight.shape[1]
     return (
         height % TILE == 0
         and width % TILE == 0
         and any(
             height * width >= pixels and pairs <= most
-            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if kernels.avoids_bfloat16(x.dtype) else MOST_PAIRS)
+            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if kernels.avoids_bfloat16(dtype) else MOST_PAIRS)
         )
     )
 

@@ -18,11 +18,11 @@ from torch import nn
 
 import improved_diffusion
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, pointwise, update, winograd
+from improved_diffusion.kernels import attention, fused, pointwise, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import Conv2d, pointwise_channels_last
 from improved_diffusion.shipped import why_not_compiled
-from improved_diffusion.unet import UNetModel
+from improved_diffusion.unet import AttentionBlock, ResBlock, UNetModel
 
 PACKAGE = Path(improved_diffusion.__file__).parent
 CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensors
@@ -687,6 +687,104 @@ def test_only_convolutions_that_suit_reach_the_kernel(generation, monkeypatch):
 def test_second_gradients_of_a_convolution_are_refused(generation):
     leaves = [t.requires_grad_() for t in some(1, 32, 32, 8, 8)]
     gradient = th.autograd.grad(winograd.conv3x3(*leaves).square().sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+# -- whole blocks --------------------------------------------------------------------------------------------
+
+
+def with_random_weights(block, dtype):
+    """`block` without weights of zero, which would hide errors."""
+    for p in block.parameters():
+        p.data.add_(0.05 * th.randn_like(p))
+    return block.to(dtype).to(memory_format=th.channels_last)
+
+
+def some_images(n, channels, height, width, dtype):
+    x = th.randn(n, channels, height, width).to(dtype).contiguous(memory_format=th.channels_last)
+    return x.requires_grad_()
+
+
+def forbid(monkeypatch):
+    for name in ("suits_residual", "suits_attention"):
+        monkeypatch.setattr(fused, name, lambda *layers: False)
+
+
+def counted(monkeypatch, name):
+    """The calls of a function in `fused`, as a list that grows."""
+    calls, function = [], getattr(fused, name)
+    monkeypatch.setattr(fused, name, lambda *given: calls.append(name) or function(*given))
+    return calls
+
+
+def result_and_gradients(block, *inputs):
+    y = block(*inputs)
+    weights = [p for p in block.parameters() if p.requires_grad]
+    return [y, *th.autograd.grad((y * th.arange(y.numel()).view_as(y).cos()).sum(), [*inputs, *weights])]
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("out", [64, 96])
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_residual_block(generation, monkeypatch, dtype, out, use_checkpoint):
+    block = ResBlock(64, 40, 0.0, out_channels=out, use_scale_shift_norm=True, use_checkpoint=use_checkpoint)
+    with_random_weights(block, dtype)
+    inputs = some_images(3, 64, 8, 12, dtype), th.randn(3, 40).to(dtype).requires_grad_()
+    calls = counted(monkeypatch, "residual")
+    found = result_and_gradients(block, *inputs)
+    assert len(calls) == (1 + use_checkpoint if kernels.multiplies(dtype) else 0)
+    forbid(monkeypatch)
+    expected = result_and_gradients(block, *inputs)
+    assert len(found) == (13 if out == 64 else 15)
+    assert all(th.equal(one, other) for one, other in zip(found, expected))
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_a_block_of_attention(generation, monkeypatch, dtype):
+    block = with_random_weights(AttentionBlock(64, num_heads=2), dtype)
+    x = some_images(3, 64, 4, 8, dtype)
+    calls = counted(monkeypatch, "attention_block")
+    found = result_and_gradients(block, x)
+    assert len(calls) == (kernels.multiplies(dtype) and kernels.has("attention_forward", dtype))
+    forbid(monkeypatch)
+    assert all(th.equal(one, other) for one, other in zip(found, result_and_gradients(block, x)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_scale_shift_norm": False},
+        {"dropout": 0.1},
+        {"use_conv": True, "out_channels": 96},
+    ],
+)
+def test_other_residual_blocks_are_computed_step_by_step(monkeypatch, change):
+    usual = {"channels": 64, "emb_channels": 40, "dropout": 0.0, "use_scale_shift_norm": True}
+    calls = counted(monkeypatch, "residual")
+    for options, count in ((usual, kernels.generation() is not None), ({**usual, **change}, 0)):
+        calls.clear()
+        block = ResBlock(**options).to(memory_format=th.channels_last)
+        block(some_images(2, 64, 8, 8, th.float32), th.randn(2, 40))
+        assert len(calls) == count
+    if "dropout" in change:  # which does nothing in evaluation
+        block.eval()(some_images(2, 64, 8, 8, th.float32), th.randn(2, 40))
+        assert len(calls) == (kernels.generation() is not None)
+
+
+def test_other_images_are_computed_step_by_step(generation, monkeypatch):
+    """Contiguous ones, and sizes that are no multiple of 4."""
+    calls = counted(monkeypatch, "residual")
+    block = ResBlock(64, 40, 0.0, use_scale_shift_norm=True).to(memory_format=th.channels_last)
+    for x in (some_images(2, 64, 8, 8, th.float32).contiguous(), some_images(2, 64, 6, 8, th.float32)):
+        block(x, th.randn(2, 40))
+    assert not calls
+
+
+def test_second_gradients_of_a_block_are_refused(generation):
+    block = with_random_weights(ResBlock(32, 40, 0.0, use_scale_shift_norm=True), th.float32)
+    x = some_images(2, 32, 8, 8, th.float32)
+    (gradient,) = th.autograd.grad(block(x, th.randn(2, 40)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
 
