@@ -38,6 +38,8 @@ class Gradients:
         self.workers = workers or Workers(1)
         self.copies = ModelCopies(model, self.workers.count, precision)
         self.params = list(model.parameters())
+        # Walking through a model takes Python longer than some of its layers take.
+        self._parameters = {copy: list(copy.parameters()) for copy in self.copies.models}
         self.blocks = blocks_of(self.params)
         self._idle: SimpleQueue[nn.Module] = SimpleQueue()
         for copy in self.copies.models:
@@ -69,7 +71,7 @@ class Gradients:
         :param model: the copy from `self.model()`.
         :param number: the number of the pass, from 0 on since `clear`.
         """
-        parameters = list(model.parameters())
+        parameters = self._parameters[model]
         # Here, and not in the update, because here each core does it for its own pass.
         gradient = update.in_order(th.autograd.grad(loss, parameters), parameters)
         with self._lock:

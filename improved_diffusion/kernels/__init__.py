@@ -164,7 +164,7 @@ def room(size: int) -> int:
     It is kept, because fresh memory would cost as much time as a small convolution.
     """
     kept = getattr(_own, "room", None)
-    if kept is None or len(kept) < size:
+    if kept is None or kept.numel() < size:
         kept = _own.room = th.empty(size, dtype=th.float32, device="cpu")
     return kept.data_ptr()
 

@@ -49,7 +49,7 @@ class _Residual(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, modulation, settings, *parameters):
         norm1, norm2, (weight1, bias1), (weight2, bias2), *skip = zip(parameters[::2], parameters[1::2])
-        sizes = (len(x), *x.shape[2:])
+        sizes = (x.shape[0], *x.shape[2:])
         h1, floats1 = norm.evaluate(x, *norm1, None, *settings[0], True)
         c1 = convolution.evaluate("winograd", sizes, h1, weight1, bias1)
         h2, floats2 = norm.evaluate(c1, *norm2, modulation, *settings[1], True)
@@ -65,7 +65,7 @@ class _Residual(th.autograd.Function):
         x, modulation, h1, floats1, c1, h2, floats2, *parameters = ctx.saved_tensors
         norm1, norm2, (weight1, _), (weight2, _), *skip = zip(parameters[::2], parameters[1::2])
         (groups1, _), (groups2, _) = ctx.settings
-        sizes = (len(x), *x.shape[2:])
+        sizes = (x.shape[0], *x.shape[2:])
         dy = dy.contiguous(memory_format=th.channels_last)
         of_conv2 = convolution.differentiate("winograd", sizes, h2, dy, weight2)
         dh2 = convolution.evaluate("winograd", sizes, dy, weight2, None, backward=True)
