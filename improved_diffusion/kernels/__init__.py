@@ -169,6 +169,11 @@ def room(size: int) -> int:
     return kept.data_ptr()
 
 
+def in_channels_last(x: th.Tensor) -> bool:
+    """Whether `x` is [N, C, H, W] in channels_last layout on the CPU."""
+    return x.dim() == 4 and x.is_cpu and x.is_contiguous(memory_format=th.channels_last)
+
+
 def in_one_piece(tensor: th.Tensor) -> bool:
     """Whether `tensor` fills a range of memory without gaps, contiguous or in channels_last layout."""
     return tensor.is_contiguous() or (

@@ -43,52 +43,44 @@ def attention(qkv: th.Tensor, num_heads: int) -> th.Tensor:
 class _Attention(th.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, heads):
+        n, positions, channels = qkv.shape
         qkv = qkv.contiguous()
-        out, logsums = evaluate(qkv, heads)
+        out = qkv.new_empty(n, positions, channels // 3)
+        logsums = qkv.new_empty(n, heads, positions, dtype=th.float32)
+        width = channels // (3 * heads)
+        threads = th.get_num_threads()
+        kernel = kernels.function("attention_forward", FORWARD, qkv.dtype)
+        room = _room(qkv.dtype, positions, width, threads)
+        kernel(
+            kernels.address(qkv, qkv.dtype, (n, positions, 3 * heads * width)),
+            kernels.address(out, qkv.dtype, (n, positions, heads * width)),
+            kernels.address(logsums, th.float32, (n, heads, positions)),
+            *(room.data_ptr(), n, positions, heads, width, threads),
+        )
         ctx.save_for_backward(qkv, out, logsums)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return differentiate(dout, *ctx.saved_tensors), None
-
-
-def evaluate(qkv: th.Tensor, heads: int) -> tuple[th.Tensor, th.Tensor]:
-    """The result of `attention`, and what `differentiate` needs: the logarithms of the sums of the softmax."""
-    n, positions, channels = qkv.shape
-    out = qkv.new_empty(n, positions, channels // 3)
-    logsums = qkv.new_empty(n, heads, positions, dtype=th.float32)
-    width = channels // (3 * heads)
-    threads = th.get_num_threads()
-    room = _room(qkv.dtype, positions, width, threads)
-    kernels.function("attention_forward", FORWARD, qkv.dtype)(
-        kernels.address(qkv, qkv.dtype, (n, positions, 3 * heads * width)),
-        kernels.address(out, qkv.dtype, (n, positions, heads * width)),
-        kernels.address(logsums, th.float32, (n, heads, positions)),
-        *(room.data_ptr(), n, positions, heads, width, threads),
-    )
-    return out, logsums
-
-
-def differentiate(dout: th.Tensor, qkv: th.Tensor, out: th.Tensor, logsums: th.Tensor) -> th.Tensor:
-    """The gradient of `qkv` from that of the result."""
-    n, heads, positions = logsums.shape
-    dqkv = th.empty_like(qkv)
-    dout = dout.contiguous()
-    width = qkv.shape[2] // (3 * heads)
-    threads = th.get_num_threads()
-    room = _room(qkv.dtype, positions, width, threads)
-    full, narrow = (n, positions, 3 * heads * width), (n, positions, heads * width)
-    kernels.function("attention_backward", BACKWARD, qkv.dtype)(
-        kernels.address(dout, qkv.dtype, narrow),
-        kernels.address(qkv, qkv.dtype, full),
-        kernels.address(out, qkv.dtype, narrow),
-        kernels.address(logsums, th.float32, (n, heads, positions)),
-        kernels.address(dqkv, qkv.dtype, full),
-        *(room.data_ptr(), n, positions, heads, width, threads),
-    )
-    return dqkv
+        qkv, out, logsums = ctx.saved_tensors
+        n, heads, positions = logsums.shape
+        dqkv = th.empty_like(qkv)
+        dout = dout.contiguous()
+        width = qkv.shape[2] // (3 * heads)
+        threads = th.get_num_threads()
+        kernel = kernels.function("attention_backward", BACKWARD, qkv.dtype)
+        room = _room(qkv.dtype, positions, width, threads)
+        full, narrow = (n, positions, 3 * heads * width), (n, positions, heads * width)
+        kernel(
+            kernels.address(dout, qkv.dtype, narrow),
+            kernels.address(qkv, qkv.dtype, full),
+            kernels.address(out, qkv.dtype, narrow),
+            kernels.address(logsums, th.float32, (n, heads, positions)),
+            kernels.address(dqkv, qkv.dtype, full),
+            *(room.data_ptr(), n, positions, heads, width, threads),
+        )
+        return dqkv, None
 
 
 def _room(dtype: th.dtype, positions: int, width: int, threads: int) -> th.Tensor:

@@ -12,12 +12,7 @@ CHANNELS = 32  # the numbers of channels must be multiples of it
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `convolve` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
-    return (
-        x.dim() == 4
-        and x.is_cpu
-        and x.is_contiguous(memory_format=th.channels_last)
-        and takes(x.dtype, x.shape, weight, bias)
-    )
+    return kernels.in_channels_last(x) and takes(x.dtype, x.shape, weight, bias)
 
 
 def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | None) -> bool:
@@ -49,9 +44,10 @@ def convolve(
 class _Convolution(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, name, sizes):
+        weight = weight.contiguous(memory_format=layout(weight))
         ctx.save_for_backward(x, weight)
         ctx.name, ctx.sizes = name, sizes
-        return evaluate(name, sizes, x, weight, bias)
+        return _evaluate(name, sizes, x, weight, bias.contiguous())
 
     @staticmethod
     @once_differentiable
@@ -61,17 +57,18 @@ class _Convolution(th.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         if of_x:
-            dx = evaluate(ctx.name, ctx.sizes, dy, weight, None, backward=True)
+            dx = _evaluate(ctx.name, ctx.sizes, dy, weight, None, backward=True)
         if of_weight or of_bias:
-            dweight, dbias = differentiate(ctx.name, ctx.sizes, x, dy, weight)
+            dweight, dbias = _differentiate(ctx.name, ctx.sizes, x, dy, weight)
         return dx, dweight, dbias, None, None
 
 
-def _layout(weight: th.Tensor) -> th.memory_format:
+def layout(weight: th.Tensor) -> th.memory_format:
+    """The memory format in which the kernels take `weight`."""
     return th.channels_last if weight.dim() == 4 else th.contiguous_format
 
 
-def evaluate(
+def _evaluate(
     name: str,
     sizes: tuple[int, ...],
     x: th.Tensor,
@@ -80,8 +77,6 @@ def evaluate(
     backward: bool = False,
 ) -> th.Tensor:
     """The convolution of `x`, or, if `backward`, the gradient of its input from that of its output, `x`."""
-    weight = weight.contiguous(memory_format=_layout(weight))
-    bias = None if bias is None else bias.contiguous()
     out, channels = weight.shape[:2]
     n, _, height, width = x.shape
     before, after = (out, channels) if backward else (channels, out)
@@ -91,7 +86,7 @@ def evaluate(
     arguments = (*[c_void_p] * 5, *[c_int] * (len(sizes) + 4))
     kernels.function(f"{name}_forward", arguments, x.dtype)(
         kernels.address(x, x.dtype, (n, before, height, width), th.channels_last),
-        kernels.address(weight, x.dtype, tuple(weight.shape), _layout(weight)),
+        kernels.address(weight, x.dtype, tuple(weight.shape), layout(weight)),
         kernels.address(bias, x.dtype, (out,)),
         *(y.data_ptr(), _room(name, x.dtype, channels, out, threads)),
         *(*sizes, channels, out, backward, threads),
@@ -99,13 +94,13 @@ def evaluate(
     return y
 
 
-def differentiate(
+def _differentiate(
     name: str, sizes: tuple[int, ...], x: th.Tensor, dy: th.Tensor, weight: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """The gradients of weight and bias from that of the output, `dy`."""
     out, channels = weight.shape[:2]
     n, _, height, width = x.shape
-    dweight, dbias = th.empty_like(weight, memory_format=_layout(weight)), weight.new_empty(out)
+    dweight, dbias = th.empty_like(weight), weight.new_empty(out)
     threads = th.get_num_threads()
     # Addresses, then sizes, channels of the input and of the output, and threads.
     arguments = (*[c_void_p] * 5, *[c_int] * (len(sizes) + 3))

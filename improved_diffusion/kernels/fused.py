@@ -1,15 +1,48 @@
 """Whole blocks of the UNet as one operation of autograd each, by the compiled kernels.
 
-They compute what the kernels compute one after the other, bit for bit. But for each operation autograd runs some
-Python code, and only one thread at a time can run Python: two passes side by side waited for each other for a tenth of
-their time.
+They compute what the kernels compute one after the other, bit for bit. But Python code runs before and after each
+operation, and only one thread at a time can run Python: with an operation for each layer, two passes side by side
+waited for each other for a tenth of their time.
 """
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_void_p
 
 import torch as th
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from improved_diffusion.kernels import attention, convolution, norm, pointwise, winograd
+from improved_diffusion import kernels
+from improved_diffusion.kernels import attention, convolution, norm, winograd
+
+OF_RESIDUAL = (
+    *("x", "modulation", "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
+    *("weight1", "bias1", "weight2", "bias2", "skip_weight", "skip_bias"),
+)
+OF_ATTENTION = ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+
+
+def _structure(name: str, addresses: tuple[str, ...], ints: tuple[str, ...], floats: tuple[str, ...]) -> type:
+    fields = [(address, c_void_p) for address in addresses]
+    fields += [(number, c_int) for number in ints] + [(number, c_float) for number in floats]
+    return type(name, (Structure,), {"_fields_": fields})
+
+
+# As in kernels.c.
+_ResidualOf = _structure(
+    "_ResidualOf",
+    (*OF_RESIDUAL, "h1", "c1", "h2", "skip", "y", "floats", "room"),
+    ("images", "height", "width", "channels", "out", "groups1", "groups2", "threads"),
+    ("epsilon1", "epsilon2"),
+)
+_ResidualGradients = _structure("_ResidualGradients", (*OF_RESIDUAL, "h", "c1", "skip", "y"), (), ())
+_AttentionOf = _structure(
+    "_AttentionOf",
+    (*OF_ATTENTION, "h", "qkv", "a", "y", "floats", "logsums", "room"),
+    ("images", "positions", "heads", "width", "groups", "threads"),
+    ("epsilon",),
+)
+_AttentionGradients = _structure("_AttentionGradients", (*OF_ATTENTION, "h", "qkv", "y"), (), ())
 
 
 def suits_residual(
@@ -17,7 +50,7 @@ def suits_residual(
 ) -> bool:
     """Whether `residual` can be used, with these normalisations and convolutions."""
     first, second, *skip = convs
-    if not (x.dim() == 4 and x.is_cpu and x.is_contiguous(memory_format=th.channels_last)):
+    if not kernels.in_channels_last(x):
         return False
     inner = th.Size((x.shape[0], first.weight.shape[0], *x.shape[2:]))
     return (
@@ -36,54 +69,80 @@ def residual(
 
     :param x: [N, C, H, W]; `suits_residual` must accept it.
     :param modulation: scales, then shifts of the second normalisation, [N, 2 out_channels].
-    :param convs: two convolutions with 3x3 pixels and, if the block changes the number of channels, a pointwise one.
+    :param convs: two convolutions of 3x3 pixels and, if the block changes the number of channels, a pointwise one.
     :return: [N, out_channels, H, W] in channels_last layout.
     """
-    settings = [(n.num_groups, n.eps) for n in norms]
-    return _Residual.apply(
-        x, modulation, settings, *(p for layer in (*norms, *convs) for p in (layer.weight, layer.bias))
-    )
+    groups, epsilons = [n.num_groups for n in norms], [n.eps for n in norms]
+    parameters = (p for layer in (*norms, *convs) for p in (layer.weight, layer.bias))
+    return _Residual.apply(x, modulation, groups, epsilons, *parameters)
 
 
 class _Residual(th.autograd.Function):
     @staticmethod
-    def forward(ctx, x, modulation, settings, *parameters):
-        norm1, norm2, (weight1, bias1), (weight2, bias2), *skip = zip(parameters[::2], parameters[1::2])
-        sizes = (x.shape[0], *x.shape[2:])
-        h1, floats1 = norm.evaluate(x, *norm1, None, *settings[0], True)
-        c1 = convolution.evaluate("winograd", sizes, h1, weight1, bias1)
-        h2, floats2 = norm.evaluate(c1, *norm2, modulation, *settings[1], True)
-        y = convolution.evaluate("winograd", sizes, h2, weight2, bias2)
-        y += _pointwise(x, *skip[0]) if skip else x
-        ctx.save_for_backward(x, modulation, h1, floats1, c1, h2, floats2, *parameters)
-        ctx.settings = settings
+    def forward(ctx, x, modulation, groups, epsilons, *parameters):
+        n, channels, height, width = x.shape
+        modulation, *parameters = _in_layout(modulation, *parameters)
+        out = parameters[4].shape[0]
+        pixels = n * height * width
+        # What is kept, h1, c1 and h2, and what is added, in one piece of memory.
+        kept = x.new_empty(pixels * (channels + 2 * out))
+        floats = x.new_empty(2 * n * (sum(groups) + channels + out), dtype=th.float32)
+        skip = x.new_empty(pixels * out) if len(parameters) > 8 else None
+        y = _images(x, out)
+        ctx.save_for_backward(x, modulation, kept, floats, *parameters)
+        ctx.groups, ctx.epsilons = groups, epsilons
+        block = _residual(x, modulation, kept, floats, parameters, groups, epsilons)
+        block.skip, block.y = _address(skip), y.data_ptr()
+        kernels.function("residual_forward", (POINTER(_ResidualOf),), x.dtype)(ctypes.byref(block))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, modulation, h1, floats1, c1, h2, floats2, *parameters = ctx.saved_tensors
-        norm1, norm2, (weight1, _), (weight2, _), *skip = zip(parameters[::2], parameters[1::2])
-        (groups1, _), (groups2, _) = ctx.settings
-        sizes = (x.shape[0], *x.shape[2:])
+        x, modulation, kept, floats, *parameters = ctx.saved_tensors
+        n, channels, height, width = x.shape
+        out = parameters[4].shape[0]
+        pixels = n * height * width
         dy = dy.contiguous(memory_format=th.channels_last)
-        of_conv2 = convolution.differentiate("winograd", sizes, h2, dy, weight2)
-        dh2 = convolution.evaluate("winograd", sizes, dy, weight2, None, backward=True)
-        dc1, *of_norm2, dmodulation = norm.differentiate(
-            dh2, None, c1, *norm2, modulation, floats2, groups2, True
+        gradients = [th.empty_like(t) for t in (x, modulation, *parameters)]
+        scratch = x.new_empty(pixels * (max(channels, out) + out + channels))
+        h = scratch.data_ptr()
+        c1 = h + scratch.element_size() * pixels * max(channels, out)
+        skip = c1 + scratch.element_size() * pixels * out
+        addresses = [t.data_ptr() for t in gradients] + [None] * (12 - len(gradients))
+        given = _ResidualGradients(
+            *addresses, h, c1, skip, kernels.address(dy, x.dtype, (n, out, height, width), th.channels_last)
         )
-        of_conv1 = convolution.differentiate("winograd", sizes, h1, dc1, weight1)
-        dh1 = convolution.evaluate("winograd", sizes, dc1, weight1, None, backward=True)
-        more, of_skip = dy, ()
-        if skip:
-            more, of_skip = _pointwise_gradients(x, dy, skip[0][0])
-        dx, *of_norm1, _ = norm.differentiate(dh1, more, x, *norm1, None, floats1, groups1, True)
-        return dx, dmodulation, None, *of_norm1, *of_norm2, *of_conv1, *of_conv2, *of_skip
+        block = _residual(x, modulation, kept, floats, parameters, ctx.groups, ctx.epsilons)
+        arguments = (POINTER(_ResidualOf), POINTER(_ResidualGradients))
+        kernel = kernels.function("residual_backward", arguments, x.dtype)
+        kernel(ctypes.byref(block), ctypes.byref(given))
+        dx, dmodulation, *others = gradients
+        return dx, dmodulation, None, None, *others
+
+
+def _residual(x, modulation, kept, floats, parameters, groups, epsilons) -> Structure:
+    """The C structure residual, without its result."""
+    n, channels, height, width = x.shape
+    out, threads = parameters[4].shape[0], th.get_num_threads()
+    room = max(
+        kernels.size_of_room("winograd", x.dtype, channels, out, threads),
+        kernels.size_of_room("winograd", x.dtype, out, out, threads),
+        kernels.size_of_room("pointwise", x.dtype, channels, out, threads),
+    )
+    h1, image = kept.data_ptr(), kept.element_size() * n * height * width
+    c1 = h1 + image * channels
+    return _ResidualOf(
+        *(x.data_ptr(), modulation.data_ptr(), *(p.data_ptr() for p in parameters)),
+        *([None] * (10 - len(parameters))),
+        *(h1, c1, c1 + image * out, None, None, floats.data_ptr(), kernels.room(room)),
+        *(n, height, width, channels, out, *groups, threads, *epsilons),
+    )
 
 
 def suits_attention(x: th.Tensor, norm_layer: nn.Module, qkv: nn.Module, proj: nn.Module, heads: int) -> bool:
     """Whether `attention_block` can be used, with these layers."""
-    if not (x.dim() == 4 and x.is_cpu and x.is_contiguous(memory_format=th.channels_last)):
+    if not kernels.in_channels_last(x):
         return False
     n, channels, height, width = x.shape
     return (
@@ -102,54 +161,75 @@ def attention_block(
     :param x: [N, C, H, W]; `suits_attention` must accept it. :return: [N, C, H, W] in channels_last layout.
     """
     parameters = (p for layer in (norm_layer, qkv, proj) for p in (layer.weight, layer.bias))
-    return _AttentionBlock.apply(x, (norm_layer.num_groups, norm_layer.eps), heads, *parameters)
+    return _AttentionBlock.apply(x, heads, norm_layer.num_groups, norm_layer.eps, *parameters)
 
 
 class _AttentionBlock(th.autograd.Function):
     @staticmethod
-    def forward(ctx, x, settings, heads, *parameters):
-        weight, bias, qkv_weight, qkv_bias, proj_weight, proj_bias = parameters
-        h, floats = norm.evaluate(x, weight, bias, None, *settings, False)
-        qkv = _rows(_pointwise(h, qkv_weight, qkv_bias))
-        a, logsums = attention.evaluate(qkv, heads)
-        y = _pointwise(_images(a, x), proj_weight, proj_bias)
-        y += x
-        ctx.save_for_backward(x, h, floats, qkv, a, logsums, *parameters)
-        ctx.settings = settings
+    def forward(ctx, x, heads, groups, epsilon, *parameters):
+        n, channels, height, width = x.shape
+        parameters = _in_layout(*parameters)
+        positions = height * width
+        kept = x.new_empty(n * positions * 5 * channels)  # h, qkv and a
+        floats = x.new_empty(2 * n * (groups + channels) + n * heads * positions, dtype=th.float32)
+        y = _images(x, channels)
+        ctx.save_for_backward(x, kept, floats, *parameters)
+        ctx.settings = heads, groups, epsilon
+        block = _attending(x, kept, floats, parameters, *ctx.settings)
+        block.y = y.data_ptr()
+        kernels.function("attending_forward", (POINTER(_AttentionOf),), x.dtype)(ctypes.byref(block))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, h, floats, qkv, a, logsums, weight, bias, qkv_weight, _, proj_weight, _ = ctx.saved_tensors
+        x, kept, floats, *parameters = ctx.saved_tensors
+        n, channels, height, width = x.shape
         dy = dy.contiguous(memory_format=th.channels_last)
-        da, of_proj = _pointwise_gradients(_images(a, x), dy, proj_weight)
-        dqkv = attention.differentiate(_rows(da), qkv, a, logsums)
-        dh, of_qkv = _pointwise_gradients(h, _images(dqkv, x), qkv_weight)
-        dx, *of_norm, _ = norm.differentiate(dh, dy, x, weight, bias, None, floats, ctx.settings[0], False)
-        return dx, None, None, *of_norm, *of_qkv, *of_proj
+        gradients = [th.empty_like(t) for t in (x, *parameters)]
+        scratch = x.new_empty(n * height * width * 4 * channels)
+        h = scratch.data_ptr()
+        given = _AttentionGradients(
+            *(t.data_ptr() for t in gradients),
+            *(h, h + scratch.element_size() * n * height * width * channels),
+            kernels.address(dy, x.dtype, x.shape, th.channels_last),
+        )
+        block = _attending(x, kept, floats, parameters, *ctx.settings)
+        arguments = (POINTER(_AttentionOf), POINTER(_AttentionGradients))
+        kernel = kernels.function("attending_backward", arguments, x.dtype)
+        kernel(ctypes.byref(block), ctypes.byref(given))
+        dx, *others = gradients
+        return dx, None, None, None, *others
 
 
-def _rows(x: th.Tensor) -> th.Tensor:
-    """[N, C, H, W] in channels_last as [N, H * W, C]."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+def _attending(x, kept, floats, parameters, heads, groups, epsilon) -> Structure:
+    """The C structure attending, without its result."""
+    n, channels, height, width = x.shape
+    positions, threads = height * width, th.get_num_threads()
+    room = max(
+        threads * kernels.size_of_room("attention", x.dtype, positions, channels // heads),
+        kernels.size_of_room("pointwise", x.dtype, channels, 3 * channels, threads),
+    )
+    h, one = kept.data_ptr(), kept.element_size() * n * positions * channels
+    statistics = floats.data_ptr()
+    return _AttentionOf(
+        *(x.data_ptr(), *(p.data_ptr() for p in parameters), h, h + one, h + 4 * one, None),
+        *(statistics, statistics + 4 * 2 * n * (groups + channels), kernels.room(room)),
+        *(n, positions, heads, channels // heads, groups, threads, epsilon),
+    )
 
 
-def _images(rows: th.Tensor, like: th.Tensor) -> th.Tensor:
-    """[N, H * W, C] as [N, C, H, W] in channels_last."""
+def _in_layout(*tensors: th.Tensor) -> list[th.Tensor]:
+    """The tensors as the kernels need them in memory."""
+    return [t.contiguous(memory_format=convolution.layout(t)) for t in tensors]
+
+
+def _images(like: th.Tensor, channels: int) -> th.Tensor:
     n, _, height, width = like.shape
-    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return th.empty(
+        n, channels, height, width, dtype=like.dtype, device="cpu", memory_format=th.channels_last
+    )
 
 
-def _pointwise(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    return convolution.evaluate("pointwise", pointwise.sizes(x), x, weight.flatten(1), bias)
-
-
-def _pointwise_gradients(
-    x: th.Tensor, dy: th.Tensor, weight: th.Tensor
-) -> tuple[th.Tensor, tuple[th.Tensor, th.Tensor]]:
-    """The gradient of `x`, and those of weight and bias."""
-    sizes, matrix = pointwise.sizes(x), weight.flatten(1)
-    dx = convolution.evaluate("pointwise", sizes, dy, matrix, None, backward=True)
-    dweight, dbias = convolution.differentiate("pointwise", sizes, x, dy, matrix)
-    return dx, (dweight.view_as(weight), dbias)
+def _address(tensor: th.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

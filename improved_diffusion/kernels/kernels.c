@@ -44,6 +44,31 @@ struct adamw {
     float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: for the gradient
 };
 
+// A residual block (blocks.h): its input and weights, what is kept for the backward pass, and its result. floats: of both
+// normalisations, [images * (groups + channels) * 2] each: means, deviations and working memory. Without skip_weight, the
+// input itself is added.
+struct residual {
+    void *x, *modulation, *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias, *weight1, *bias1, *weight2, *bias2;
+    void *skip_weight, *skip_bias, *h1, *c1, *h2, *skip, *y;
+    float *floats, *room;
+    int images, height, width, in, out, groups1, groups2, threads;
+    float epsilon1, epsilon2;
+};
+struct residual_gradients {
+    void *x, *modulation, *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias, *weight1, *bias1, *weight2, *bias2;
+    void *skip_weight, *skip_bias, *h, *c1, *skip, *y;
+};
+// A block of attention, in the same way.
+struct attending {
+    void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias, *h, *qkv, *a, *y;
+    float *floats, *logsums, *room;
+    int images, positions, heads, width, groups, threads;
+    float epsilon;
+};
+struct attending_gradients {
+    void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias, *h, *qkv, *y;
+};
+
 // These are here, before the first generation, because GCC cannot inline what is compiled for a newer processor.
 // Numbers in one of the 36 matrices of winograd.h.
 static inline size_t winograd_matrix(size_t rows, size_t columns) { return rows * columns + GAP; }

@@ -18,12 +18,7 @@ CHANNELS = 32  # the number of channels must be a multiple of it
 
 def suits(x: th.Tensor, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
     """Whether `norm_act` can be used: `x` must be [N, C, H, W] in channels_last, with the type of the weights."""
-    return (
-        x.dim() == 4
-        and x.is_cpu
-        and x.is_contiguous(memory_format=th.channels_last)
-        and takes(x.dtype, x.shape, norm, modulation)
-    )
+    return kernels.in_channels_last(x) and takes(x.dtype, x.shape, norm, modulation)
 
 
 def takes(dtype: th.dtype, shape: th.Size, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
@@ -62,7 +57,25 @@ class _NormAct(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, modulation, groups, epsilon, activate):
         ctx.set_materialize_grads(False)
-        y, floats = evaluate(x, weight, bias, modulation, groups, epsilon, activate)
+        if modulation is not None:
+            modulation = modulation.contiguous()
+        weight, bias = weight.contiguous(), bias.contiguous()
+        n, channels, height, width = x.shape
+        # Only what comes from outside is checked. Python takes a noticeable part of the time of small images.
+        given = [
+            kernels.address(x, x.dtype, x.shape, th.channels_last),
+            kernels.address(weight, x.dtype, (channels,)),
+            kernels.address(bias, x.dtype, (channels,)),
+            kernels.address(modulation, x.dtype, (n, 2 * channels)),
+        ]
+        y = th.empty_like(x)
+        # means, 1 / sqrt(variance + epsilon), and working memory
+        floats = th.empty(2 * n * (groups + channels), dtype=th.float32, device="cpu")
+        kernel = kernels.function("norm_forward", FORWARD, x.dtype)
+        kernel(
+            *(*given, y.data_ptr(), *_parts(floats, n, groups)),
+            *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
+        )
         ctx.save_for_backward(x, weight, bias, modulation, floats)
         ctx.groups, ctx.activate = groups, activate
         return y, x
@@ -72,73 +85,23 @@ class _NormAct(th.autograd.Function):
     def backward(ctx, dy, more):
         if dy is None:
             return more, None, None, None, None, None, None
-        return *differentiate(dy, more, *ctx.saved_tensors, ctx.groups, ctx.activate), None, None, None
-
-
-def evaluate(
-    x: th.Tensor,
-    weight: th.Tensor,
-    bias: th.Tensor,
-    modulation: th.Tensor | None,
-    groups: int,
-    epsilon: float,
-    activate: bool,
-) -> tuple[th.Tensor, th.Tensor]:
-    """The result of `norm_act`, and what `differentiate` needs."""
-    if modulation is not None:
-        modulation = modulation.contiguous()
-    n, channels, height, width = x.shape
-    # Only what comes from outside is checked. Python takes a noticeable part of the time of small images.
-    given = [
-        kernels.address(x, x.dtype, x.shape, th.channels_last),
-        kernels.address(weight.contiguous(), x.dtype, (channels,)),
-        kernels.address(bias.contiguous(), x.dtype, (channels,)),
-        kernels.address(modulation, x.dtype, (n, 2 * channels)),
-    ]
-    y = th.empty_like(x)
-    # means, 1 / sqrt(variance + epsilon), and working memory
-    floats = th.empty(2 * n * (groups + channels), dtype=th.float32, device="cpu")
-    kernels.function("norm_forward", FORWARD, x.dtype)(
-        *(*given, y.data_ptr(), *_parts(floats, n, groups)),
-        *(n, height * width, channels, groups, epsilon, activate, th.get_num_threads()),
-    )
-    return y, floats
-
-
-def differentiate(
-    dy: th.Tensor,
-    more: th.Tensor | None,
-    x: th.Tensor,
-    weight: th.Tensor,
-    bias: th.Tensor,
-    modulation: th.Tensor | None,
-    floats: th.Tensor,
-    groups: int,
-    activate: bool,
-) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor | None]:
-    """The gradients of `x`, weight, bias and modulation.
-
-    :param dy: the gradient of the result. :param more: another gradient of `x`, which is added.
-    :param floats: from `evaluate`.
-    """
-    if modulation is not None:
-        modulation = modulation.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    n, channels, height, width = x.shape
-    dy = dy.contiguous(memory_format=th.channels_last)
-    if more is not None:
-        more = more.contiguous(memory_format=th.channels_last)
-    given = (kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more))
-    dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
-    dmodulation = None if modulation is None else th.empty_like(modulation)
-    means, deviations, sums = _parts(floats, n, groups)
-    kernels.function("norm_backward", BACKWARD, x.dtype)(
-        *(*given, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(modulation)),
-        *(means, deviations, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()),
-        *(_pointer(dmodulation), sums),
-        *(n, height * width, channels, groups, activate, th.get_num_threads()),
-    )
-    return dx, dweight, dbias, dmodulation
+        x, weight, bias, modulation, floats = ctx.saved_tensors
+        n, channels, height, width = x.shape
+        dy = dy.contiguous(memory_format=th.channels_last)
+        if more is not None:
+            more = more.contiguous(memory_format=th.channels_last)
+        given = (kernels.address(images, x.dtype, x.shape, th.channels_last) for images in (dy, more))
+        dx, dweight, dbias = th.empty_like(x), th.empty_like(weight), th.empty_like(bias)
+        dmodulation = None if modulation is None else th.empty_like(modulation)
+        means, deviations, sums = _parts(floats, n, ctx.groups)
+        kernel = kernels.function("norm_backward", BACKWARD, x.dtype)
+        kernel(
+            *(*given, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _pointer(modulation)),
+            *(means, deviations, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()),
+            *(_pointer(dmodulation), sums),
+            *(n, height * width, channels, ctx.groups, ctx.activate, th.get_num_threads()),
+        )
+        return dx, dweight, dbias, dmodulation, None, None, None
 
 
 def _parts(floats: th.Tensor, n: int, groups: int) -> tuple[int, int, int]:

@@ -16,10 +16,5 @@ def pointwise(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     :param x: [N, C, H, W]; `suits` must accept it. :param weight: [out_channels, C]. :param bias: [out_channels].
     :return: [N, out_channels, H, W] in channels_last layout.
     """
-    return convolution.convolve("pointwise", sizes(x), x, weight, bias)
-
-
-def sizes(x: th.Tensor) -> tuple[int]:
-    """The size that the compiled functions take: the number of positions."""
     n, _, height, width = x.shape
-    return (n * height * width,)
+    return convolution.convolve("pointwise", (n * height * width,), x, weight, bias)

@@ -12,6 +12,7 @@
 #define UNITS_ADDED DEPTH
 #define SUM LEVEL(sum_of_pairs)
 #include "attention.h"
+#include "blocks.h"
 #undef add_products_of_halves
 #undef HALVES
 #undef DEPTH
@@ -44,6 +45,7 @@
 #ifdef UNIT
 #include "attention.h"
 #endif
+#include "blocks.h"
 #if defined(__AVX512BF16__) && __GNUC__ >= 11 && UNIT == 2
 #include "tiles.h"
 #endif

@@ -140,6 +140,7 @@ from torch import nn
 from improved_diffusion import kernels
 from improved_diffusion.kernels import attention, pointwise, update, winograd
 from improved_diffusion.kernels.norm import norm_act, suits
+from improved_diffusion.unet import AttentionBlock, ResBlock
 
 assert kernels.__file__.startswith(sys.argv[1])
 th.set_num_threads(2)
@@ -175,6 +176,11 @@ def call_all():
                     th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
                     leaves[1] = weight[:, :, 0, 0].clone().requires_grad_()
                     th.autograd.grad(pointwise.pointwise(*leaves).sum(), leaves)
+        for n, channels, out in [(1, 64, 64), (3, 32, 96)]:
+            x = th.randn(n, channels, 8, 8).to(dtype).contiguous(memory_format=th.channels_last)
+            residual = ResBlock(channels, 8, 0.0, out_channels=out, use_scale_shift_norm=True).to(dtype)
+            residual(x.requires_grad_(), th.randn(n, 8).to(dtype)).sum().backward()
+            AttentionBlock(channels, num_heads=2).to(dtype)(x).sum().backward()
         params = [th.randn(shape) for shape in [(1,), (17, 5), (40, 33, 1, 1), (5000,)]]
         params[1][0, 0] = nan
         gradient = [th.randn_like(p).to(dtype) for p in params]
