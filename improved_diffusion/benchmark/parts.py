@@ -43,15 +43,16 @@ def measure_parts(settings: Settings) -> dict[str, Any]:
     precision = settings.compute.precision
     images = settings.read_images()
     stream = BatchStream(images, settings.batch_size)
-    loop = training_loop(settings, precision, workers=1)
+    loop = training_loop(settings, precision, workers=1, layered=True)
     keep_memory()
     rounds = [_time_parts(settings, loop, stream) for _ in range(1 + settings.rounds)][1:]
     steps = [sum(seconds.values()) for seconds in rounds]
     rounds = [{**seconds, "whole step": step} for seconds, step in zip(rounds, steps)]
     return {
         "title": f"Parts of a step of {settings.batch_size} images in {NAMES[precision]}, on one core",
-        "note": "operations in forward and backward passes, by PyTorch's profiler; copies and additions, also those of "
-        "attention, are among the other operations",
+        "note": "operations in forward and backward passes, by PyTorch's profiler; each layer is one operation here, "
+        "which takes a little longer than one for each block; copies and additions, also those of attention, are "
+        "among the other operations",
         "rows": [
             {
                 "part": part,

@@ -69,6 +69,27 @@ PLAIN = {
 }
 
 
+class LayeredResBlock(ResBlock):
+    """The fast operations, one for each layer."""
+
+    def _fusible(self) -> None:
+        return None
+
+
+class LayeredAttention(QKVAttention):
+    """The fast operations, one for each layer: blocks are computed as a whole only with the class itself."""
+
+
+LAYERED = {ResBlock: LayeredResBlock, QKVAttention: LayeredAttention}
+
+
+def layer_by_layer(model: nn.Module) -> nn.Module:
+    """Let `model` compute its blocks by one operation for each layer, not for each block. :return: `model`."""
+    for module in model.modules():
+        module.__class__ = LAYERED.get(type(module), type(module))
+    return model
+
+
 def make_plain(model: nn.Module, kinds: Collection[type[nn.Module]] = tuple(PLAIN)) -> nn.Module:
     """Switch the modules of these `kinds` in `model` to plain operations. :return: `model`."""
     for module in model.modules():

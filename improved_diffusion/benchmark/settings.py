@@ -5,7 +5,7 @@ from typing import Any
 
 import torch as th
 
-from improved_diffusion.benchmark.plain import make_plain
+from improved_diffusion.benchmark.plain import layer_by_layer, make_plain
 from improved_diffusion.benchmark.timing import Contender
 from improved_diffusion.config import ImageFlags
 from improved_diffusion.cpu.compute import Compute
@@ -70,17 +70,19 @@ def random_images(settings: Settings, count: int) -> th.Tensor:
 
 
 def training_loop(
-    settings: Settings, precision: str, workers: int | None = None, plain=(), **arguments
+    settings: Settings, precision: str, workers: int | None = None, plain=(), layered=False, **arguments
 ) -> TrainLoop:
     """A loop on the fast path.
 
     :param workers: by default, the cores of `settings`.
     :param plain: kinds of modules that compute the plain way (see `make_plain`).
+    :param layered: whether each layer is an operation of its own (see `layer_by_layer`).
     :param arguments: of `TrainLoop`, in addition.
     """
     model, diffusion = build(settings)
+    model = make_plain(model, plain)
     return TrainLoop(
-        model=make_plain(model, plain),
+        model=layer_by_layer(model) if layered else model,
         diffusion=diffusion,
         batch_size=settings.batch_size,
         microbatch=settings.microbatch,

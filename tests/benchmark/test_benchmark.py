@@ -16,7 +16,14 @@ from improved_diffusion.benchmark import ablation as benchmark_ablation
 from improved_diffusion.benchmark import cost as benchmark_cost
 from improved_diffusion.benchmark import training as benchmark_training
 from improved_diffusion.benchmark.parts import PARTS
-from improved_diffusion.benchmark.plain import PLAIN, PlainTraining, PlainUNet, make_plain
+from improved_diffusion.benchmark.plain import (
+    LAYERED,
+    PLAIN,
+    PlainTraining,
+    PlainUNet,
+    layer_by_layer,
+    make_plain,
+)
 from improved_diffusion.benchmark.report import section
 from improved_diffusion.benchmark.sampling import measure_sampling
 from improved_diffusion.benchmark.settings import Settings, build, random_images
@@ -24,6 +31,7 @@ from improved_diffusion.benchmark.timing import Contender, interleave, ratios, s
 from improved_diffusion.benchmark.training import measure_command
 from improved_diffusion.cpu.compute import Compute
 from improved_diffusion.cpu.gradients import Gradients
+from improved_diffusion.kernels import fused
 
 SETTINGS = Settings(
     model=TINY, batch_size=4, microbatch=2, data_dir="builtin", compute=Compute("fp32", 2), rounds=2
@@ -141,6 +149,20 @@ def test_single_kinds_are_made_plain():
         found = {type(module) for module in make_plain(build(SETTINGS)[0], [kind]).modules()}
         assert PLAIN[kind] in found and kind not in found
         assert found >= set(kinds) - {kind}
+
+
+def test_layer_by_layer_nothing_changes_but_the_operations(monkeypatch):
+    flags = {"image_size": 16, "num_channels": 32, "channel_mult": "1,1", "attention_resolutions": "16"}
+    model, _ = build(replace(SETTINGS, model={**TINY, **flags, "use_scale_shift_norm": True}))
+    images, timesteps, blocks = random_images(SETTINGS, 2), th.tensor([3, 700]), []
+    for name in ("residual", "attention_block"):
+        function = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *given, f=function: blocks.append(f) or f(*given))
+    whole = model(images, timesteps)
+    assert bool(blocks) == (kernels.generation() is not None)
+    blocks.clear()
+    assert th.equal(layer_by_layer(model)(images, timesteps), whole) and not blocks
+    assert set(LAYERED.values()) <= {type(module) for module in model.modules()}
 
 
 def test_contenders_take_turns():
