@@ -1,7 +1,7 @@
 // Operations that are slow in PyTorch on a CPU, in C with GCC's vector types, for several generations of processors:
 // of x86-64, AVX2, AVX-512 without bfloat16, with bfloat16 and with float16 too, and AMX; of ARM64, NEON without and
-// with bfloat16. norm.py, attention.py, convolution.py and update.py call them. Without this library, PyTorch's
-// operations do the same.
+// with bfloat16. norm.py, attention.py, convolution.py, fused.py and update.py call them. Without this library,
+// PyTorch's operations do the same.
 
 #if !defined(__GNUC__) || defined(__clang__) || !(defined(__x86_64__) || defined(__aarch64__))
 #error "written for GCC on x86-64 or ARM64"
