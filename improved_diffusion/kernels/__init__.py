@@ -169,8 +169,8 @@ def room(size: int) -> int:
     return kept.data_ptr()
 
 
-def in_channels_last(x: th.Tensor) -> bool:
-    """Whether `x` is [N, C, H, W] in channels_last layout on the CPU."""
+def suits_layout(x: th.Tensor) -> bool:
+    """Whether `x` lies in memory as the kernels for images need it: [N, C, H, W] in channels_last on the CPU."""
     return x.dim() == 4 and x.is_cpu and x.is_contiguous(memory_format=th.channels_last)
 
 

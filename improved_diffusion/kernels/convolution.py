@@ -12,7 +12,7 @@ CHANNELS = 32  # the numbers of channels must be multiples of it
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `convolve` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
-    return kernels.in_channels_last(x) and takes(x.dtype, x.shape, weight, bias)
+    return kernels.suits_layout(x) and takes(x.dtype, x.shape, weight, bias)
 
 
 def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | None) -> bool:

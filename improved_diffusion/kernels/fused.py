@@ -50,7 +50,7 @@ def suits_residual(
 ) -> bool:
     """Whether `residual` can be used, with these normalisations and convolutions."""
     first, second, *skip = convs
-    if not kernels.in_channels_last(x):
+    if not kernels.suits_layout(x):
         return False
     inner = th.Size((x.shape[0], first.weight.shape[0], *x.shape[2:]))
     return (
@@ -84,15 +84,15 @@ class _Residual(th.autograd.Function):
         modulation, *parameters = _in_layout(modulation, *parameters)
         out = parameters[4].shape[0]
         pixels = n * height * width
-        # What is kept, h1, c1 and h2, and what is added, in one piece of memory.
+        # h1, c1 and h2, for the backward pass
         kept = x.new_empty(pixels * (channels + 2 * out))
         floats = x.new_empty(2 * n * (sum(groups) + channels + out), dtype=th.float32)
         skip = x.new_empty(pixels * out) if len(parameters) > 8 else None
         y = _images(x, out)
         ctx.save_for_backward(x, modulation, kept, floats, *parameters)
         ctx.groups, ctx.epsilons = groups, epsilons
-        block = _residual(x, modulation, kept, floats, parameters, groups, epsilons)
-        block.skip, block.y = _address(skip), y.data_ptr()
+        block = _residual_of(x, modulation, kept, floats, parameters, groups, epsilons)
+        block.skip, block.y = None if skip is None else skip.data_ptr(), y.data_ptr()
         kernels.function("residual_forward", (POINTER(_ResidualOf),), x.dtype)(ctypes.byref(block))
         return y
 
@@ -113,7 +113,7 @@ class _Residual(th.autograd.Function):
         given = _ResidualGradients(
             *addresses, h, c1, skip, kernels.address(dy, x.dtype, (n, out, height, width), th.channels_last)
         )
-        block = _residual(x, modulation, kept, floats, parameters, ctx.groups, ctx.epsilons)
+        block = _residual_of(x, modulation, kept, floats, parameters, ctx.groups, ctx.epsilons)
         arguments = (POINTER(_ResidualOf), POINTER(_ResidualGradients))
         kernel = kernels.function("residual_backward", arguments, x.dtype)
         kernel(ctypes.byref(block), ctypes.byref(given))
@@ -121,7 +121,7 @@ class _Residual(th.autograd.Function):
         return dx, dmodulation, None, None, *others
 
 
-def _residual(x, modulation, kept, floats, parameters, groups, epsilons) -> Structure:
+def _residual_of(x, modulation, kept, floats, parameters, groups, epsilons) -> Structure:
     """The C structure residual, without its result."""
     n, channels, height, width = x.shape
     out, threads = parameters[4].shape[0], th.get_num_threads()
@@ -142,7 +142,7 @@ def _residual(x, modulation, kept, floats, parameters, groups, epsilons) -> Stru
 
 def suits_attention(x: th.Tensor, norm_layer: nn.Module, qkv: nn.Module, proj: nn.Module, heads: int) -> bool:
     """Whether `attention_block` can be used, with these layers."""
-    if not kernels.in_channels_last(x):
+    if not kernels.suits_layout(x):
         return False
     n, channels, height, width = x.shape
     return (
@@ -175,7 +175,7 @@ class _AttentionBlock(th.autograd.Function):
         y = _images(x, channels)
         ctx.save_for_backward(x, kept, floats, *parameters)
         ctx.settings = heads, groups, epsilon
-        block = _attending(x, kept, floats, parameters, *ctx.settings)
+        block = _attention_of(x, kept, floats, parameters, *ctx.settings)
         block.y = y.data_ptr()
         kernels.function("attending_forward", (POINTER(_AttentionOf),), x.dtype)(ctypes.byref(block))
         return y
@@ -194,7 +194,7 @@ class _AttentionBlock(th.autograd.Function):
             *(h, h + scratch.element_size() * n * height * width * channels),
             kernels.address(dy, x.dtype, x.shape, th.channels_last),
         )
-        block = _attending(x, kept, floats, parameters, *ctx.settings)
+        block = _attention_of(x, kept, floats, parameters, *ctx.settings)
         arguments = (POINTER(_AttentionOf), POINTER(_AttentionGradients))
         kernel = kernels.function("attending_backward", arguments, x.dtype)
         kernel(ctypes.byref(block), ctypes.byref(given))
@@ -202,7 +202,7 @@ class _AttentionBlock(th.autograd.Function):
         return dx, None, None, None, *others
 
 
-def _attending(x, kept, floats, parameters, heads, groups, epsilon) -> Structure:
+def _attention_of(x, kept, floats, parameters, heads, groups, epsilon) -> Structure:
     """The C structure attending, without its result."""
     n, channels, height, width = x.shape
     positions, threads = height * width, th.get_num_threads()
@@ -229,7 +229,3 @@ def _images(like: th.Tensor, channels: int) -> th.Tensor:
     return th.empty(
         n, channels, height, width, dtype=like.dtype, device="cpu", memory_format=th.channels_last
     )
-
-
-def _address(tensor: th.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

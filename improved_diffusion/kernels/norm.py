@@ -18,7 +18,7 @@ CHANNELS = 32  # the number of channels must be a multiple of it
 
 def suits(x: th.Tensor, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:
     """Whether `norm_act` can be used: `x` must be [N, C, H, W] in channels_last, with the type of the weights."""
-    return kernels.in_channels_last(x) and takes(x.dtype, x.shape, norm, modulation)
+    return kernels.suits_layout(x) and takes(x.dtype, x.shape, norm, modulation)
 
 
 def takes(dtype: th.dtype, shape: th.Size, norm: nn.GroupNorm, modulation: th.Tensor | None = None) -> bool:

@@ -16,7 +16,7 @@ MOST_PAIRS_IN_FLOAT16 = (*MOST_PAIRS, (16, 2**16))
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
     """Whether `conv3x3` can be used: for `x` [N, C, H, W] in channels_last, with the type of the weights."""
-    return kernels.in_channels_last(x) and takes(x.dtype, x.shape, weight, bias)
+    return kernels.suits_layout(x) and takes(x.dtype, x.shape, weight, bias)
 
 
 def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | None) -> bool:
