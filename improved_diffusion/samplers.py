@@ -43,6 +43,9 @@ Known = list[tuple[int, Tensor]]  # levels, and the x_0 or eps predicted there, 
 # the last few of a thousand timesteps cover a third of the range of lambda there. In the very last one, 1 / alpha is
 # 20,000, which multiplies the error of a model of eps.
 NOISIEST_LAMBDA = -5.1
+# "karras" goes to this sigma / alpha in its first step. With images in [-1, 1], the layout of an image is decided below
+# it, and of 20 steps, seven would be spent above it (docs/sampling.md).
+KARRAS_SIGMA = 20.0
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 GAUSS_NODES, GAUSS_WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # quadrature on [0, 1]
@@ -386,7 +389,8 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     ``"uniform"``: whole timesteps from T - 1 on, evenly spaced (those of `space_timesteps`).
     ``"quadratic"``: from T - 1 on, evenly spaced in the square root of the timestep (Song et al. 2020, appendix D.2).
     ``"logsnr"``: evenly spaced in lambda (Lu et al. 2022). ``"karras"``: evenly spaced in (sigma / alpha)^(1/7)
-    (Karras et al. 2022, eq. 5). Both start at `NOISIEST_LAMBDA`, or at T - 1 where that has less noise.
+    (Karras et al. 2022, eq. 5) from `KARRAS_SIGMA` on, to which the first step leads. Both start at `NOISIEST_LAMBDA`,
+    or at T - 1 where that has less noise.
     All but "uniform" give timesteps between the whole ones.
 
     :raises ValueError: the spacing is unknown, or `steps` is below 1 or above the number of timesteps.
@@ -407,7 +411,10 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     if spacing == "logsnr":
         lam = np.linspace(lowest, highest, steps)
     else:
-        lam = -7 * np.log(np.linspace(math.exp(-lowest / 7), math.exp(-highest / 7), steps))
+        begin = min(max(lowest, -math.log(KARRAS_SIGMA)), highest)
+        above = [lowest] if lowest < begin else []
+        roots = np.linspace(math.exp(-begin / 7), math.exp(-highest / 7), steps - len(above))
+        lam = np.append(above, -7 * np.log(roots))
     timesteps = np.interp(-lam, -known, np.arange(last + 1))
     if lowest == known[last]:
         timesteps[0] = last  # without the rounding of np.interp

@@ -10,6 +10,8 @@ from diffusions import build
 from scipy.integrate import solve_ivp
 
 from improved_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
     ModelMeanType,
     ModelVarType,
 )
@@ -506,10 +508,33 @@ def test_levels_are_even_in_what_the_spacing_says():
     for spacing, measure in {
         "quadratic": np.sqrt,
         "logsnr": lambda t: log_snr(diffusion, t),
-        "karras": lambda t: np.exp(-log_snr(diffusion, t) / 7),
     }.items():
         steps = np.diff(measure(space_levels(diffusion, 20, spacing)))
         assert steps == pytest.approx(np.full(19, steps.mean()), rel=1e-9)
+
+
+def test_karras_levels_are_even_below_much_noise():
+    for diffusion, noisiest in (
+        (build(), math.exp(-log_snr(build(), 999))),
+        (build(schedule="cosine"), math.exp(5.1)),
+    ):
+        sigma = np.exp(-log_snr(diffusion, space_levels(diffusion, 20, "karras")))
+        assert sigma[:2] == pytest.approx([noisiest, 20], rel=1e-6)
+        steps = np.diff(sigma[1:] ** (1 / 7))
+        assert steps == pytest.approx(np.full(18, steps.mean()), rel=1e-9)
+
+
+def test_karras_levels_are_all_even_where_there_is_little_noise():
+    diffusion = GaussianDiffusion(
+        betas=np.linspace(1e-4, 5e-3, 1000),
+        model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )
+    sigma = np.exp(-log_snr(diffusion, space_levels(diffusion, 8, "karras")))
+    assert sigma[0] == pytest.approx(math.exp(-log_snr(diffusion, 999))) and sigma[0] < 20
+    steps = np.diff(sigma ** (1 / 7))
+    assert steps == pytest.approx(np.full(7, steps.mean()), rel=1e-9)
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "karras"])
