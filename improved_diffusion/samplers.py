@@ -43,9 +43,9 @@ Known = list[tuple[int, Tensor]]  # levels, and the x_0 or eps predicted there, 
 # the last few of a thousand timesteps cover a third of the range of lambda there. In the very last one, 1 / alpha is
 # 20,000, which multiplies the error of a model of eps.
 NOISIEST_LAMBDA = -5.1
-# "karras" goes to this sigma / alpha in its first step. With images in [-1, 1], the layout of an image is decided below
-# it, and of 20 steps, seven would be spent above it (docs/sampling.md).
-KARRAS_SIGMA = 20.0
+# "karras" goes to this sigma / alpha in its first step. Nothing but the mean colour of an image shows above it, and of
+# 20 steps, five would be spent there (docs/sampling.md).
+KARRAS_SIGMA = 40.0
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 GAUSS_NODES, GAUSS_WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # quadrature on [0, 1]
