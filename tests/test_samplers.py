@@ -482,6 +482,31 @@ def test_few_steps_survive_the_noisy_end_of_the_cosine_schedule(sampler, spacing
     assert images.abs().max() < 2
 
 
+@pytest.mark.parametrize("spread, most", [(1, 0.7), (2, 2.5)])
+def test_default_steps_keep_what_images_vary_in(spread, most):
+    """The sampler is linear here, so the answers to each of its random numbers alone give the variance exactly."""
+    std = (
+        spread * 15 / th.arange(1, 1025, dtype=th.float64)
+    )  # as of natural images: of the mean colour down to details
+    diffusion, steps = build(), 20
+    x = th.zeros(1 + steps, 1, 1, len(std), dtype=th.float64)
+    x[0] = 1
+    drawn = []
+
+    def impulse(x):
+        drawn.append(0)
+        alone = th.zeros_like(x)
+        alone[len(drawn) :][:1] = 1
+        return alone
+
+    model = perfect_model(diffusion, [(1.0, 0.0, std)])
+    options = {"spacing": "karras", "eta": 1.0, "clip_denoised": False, "randn_like": impulse}
+    answers = run(model, diffusion, x, "sde_dpmpp_2m", steps, **options)[-1]
+    assert len(drawn) == steps - 1
+    frechet = (answers.square().sum(0).sqrt() - std).square().sum()
+    assert frechet < most
+
+
 # The levels
 
 
