@@ -752,7 +752,7 @@ class GuidanceFlags(Flags):
         "guide away from this worse model, such as an early checkpoint (autoguidance, Karras et al. 2024)",
         per_machine=True,
     )
-    autoguidance_scale: float = flag(2.0, "strength of the autoguidance; 1: none")
+    autoguidance_scale: float = flag(1.3, "strength of the autoguidance; 1: none")
 
 
 @dataclass(frozen=True)
