@@ -43,8 +43,8 @@ Known = list[tuple[int, Tensor]]  # levels, and the x_0 or eps predicted there, 
 # the last few of a thousand timesteps cover a third of the range of lambda there. In the very last one, 1 / alpha is
 # 20,000, which multiplies the error of a model of eps.
 NOISIEST_LAMBDA = -5.1
-# "karras" goes to this sigma / alpha in its first step. Nothing but the mean colour of an image shows above it, and of
-# 20 steps, five would be spent there (docs/sampling.md).
+# The first step of "karras" leads at least to this sigma / alpha. Above it, nothing but the mean colour of an image
+# shows, and of 20 steps, five would be spent there (docs/sampling.md).
 KARRAS_SIGMA = 40.0
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -389,8 +389,8 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     ``"uniform"``: whole timesteps from T - 1 on, evenly spaced (those of `space_timesteps`).
     ``"quadratic"``: from T - 1 on, evenly spaced in the square root of the timestep (Song et al. 2020, appendix D.2).
     ``"logsnr"``: evenly spaced in lambda (Lu et al. 2022). ``"karras"``: evenly spaced in (sigma / alpha)^(1/7)
-    (Karras et al. 2022, eq. 5) from `KARRAS_SIGMA` on, to which the first step leads. Both start at `NOISIEST_LAMBDA`,
-    or at T - 1 where that has less noise.
+    (Karras et al. 2022, eq. 5), but the first step leads to `KARRAS_SIGMA` if it would end above it. Both start at
+    `NOISIEST_LAMBDA`, or at T - 1 where that has less noise.
     All but "uniform" give timesteps between the whole ones.
 
     :raises ValueError: the spacing is unknown, or `steps` is below 1 or above the number of timesteps.
@@ -411,16 +411,21 @@ def space_levels(diffusion: GaussianDiffusion, steps: int, spacing: str) -> np.n
     if spacing == "logsnr":
         lam = np.linspace(lowest, highest, steps)
     else:
-        begin = min(max(lowest, -math.log(KARRAS_SIGMA)), highest)
-        above = [lowest] if lowest < begin else []
-        roots = np.linspace(math.exp(-begin / 7), math.exp(-highest / 7), steps - len(above))
-        lam = np.append(above, -7 * np.log(roots))
+        lam = _even_roots(lowest, highest, steps)
+        after = -math.log(KARRAS_SIGMA)
+        if steps > 1 and lam[1] < after < highest:
+            lam = np.append(lowest, _even_roots(after, highest, steps - 1))
     timesteps = np.interp(-lam, -known, np.arange(last + 1))
     if lowest == known[last]:
         timesteps[0] = last  # without the rounding of np.interp
     if steps > 1:
         timesteps[-1] = 0
     return timesteps
+
+
+def _even_roots(first: float, last: float, count: int) -> np.ndarray:
+    """`count` values of lambda from `first` to `last`, evenly spaced in (sigma / alpha)^(1/7)."""
+    return -7 * np.log(np.linspace(math.exp(-first / 7), math.exp(-last / 7), count))
 
 
 def _results(path: Path, moves: Moves, x: Tensor, steps: int) -> Iterator[dict[str, Tensor]]:

@@ -549,6 +549,13 @@ def test_karras_levels_are_even_below_much_noise():
         assert steps == pytest.approx(np.full(18, steps.mean()), rel=1e-9)
 
 
+def test_few_karras_levels_are_all_even():
+    for steps, second in ((3, 5.91), (5, 36.9)):
+        sigma = np.exp(-log_snr(build(), space_levels(build(), steps, "karras")))
+        assert sigma[1] == pytest.approx(second, rel=0.01)
+        assert np.ptp(np.diff(sigma ** (1 / 7))) == pytest.approx(0, abs=1e-9)
+
+
 def test_karras_levels_are_all_even_where_there_is_little_noise():
     diffusion = GaussianDiffusion(
         betas=np.linspace(1e-4, 5e-3, 1000),
