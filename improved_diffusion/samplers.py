@@ -43,7 +43,7 @@ Known = list[tuple[int, Tensor]]  # levels, and the x_0 or eps predicted there, 
 # the last few of a thousand timesteps cover a third of the range of lambda there. In the very last one, 1 / alpha is
 # 20,000, which multiplies the error of a model of eps.
 NOISIEST_LAMBDA = -5.1
-# The first step of "karras" leads at least to this sigma / alpha. Above it, nothing but the mean colour of an image
+# The first step of "karras" leads to this sigma / alpha or below. Above it, nothing but the mean colour of an image
 # shows, and of 20 steps, five would be spent there (docs/sampling.md).
 KARRAS_SIGMA = 40.0
 

@@ -485,18 +485,17 @@ def test_few_steps_survive_the_noisy_end_of_the_cosine_schedule(sampler, spacing
 @pytest.mark.parametrize("spread, most", [(1, 0.7), (2, 2.5)])
 def test_default_steps_keep_what_images_vary_in(spread, most):
     """The sampler is linear here, so the answers to each of its random numbers alone give the variance exactly."""
-    std = (
-        spread * 15 / th.arange(1, 1025, dtype=th.float64)
-    )  # as of natural images: of the mean colour down to details
+    # About as in natural images, from the mean colour down to details.
+    std = spread * 15 / th.arange(1, 1025, dtype=th.float64)
     diffusion, steps = build(), 20
-    x = th.zeros(1 + steps, 1, 1, len(std), dtype=th.float64)
+    x = th.zeros(steps, 1, 1, len(std), dtype=th.float64)
     x[0] = 1
     drawn = []
 
     def impulse(x):
         drawn.append(0)
         alone = th.zeros_like(x)
-        alone[len(drawn) :][:1] = 1
+        alone[len(drawn)] = 1
         return alone
 
     model = perfect_model(diffusion, [(1.0, 0.0, std)])
