@@ -14,6 +14,7 @@ def build(
     steps=1000,
     *,
     schedule="linear",
+    betas=None,
     mean=ModelMeanType.EPSILON,
     var=ModelVarType.FIXED_SMALL,
     loss=LossType.MSE,
@@ -23,7 +24,7 @@ def build(
     loss_weighting=None,
 ):
     arguments = {
-        "betas": get_named_beta_schedule(schedule, steps),
+        "betas": get_named_beta_schedule(schedule, steps) if betas is None else betas,
         "model_mean_type": mean,
         "model_var_type": var,
         "loss_type": loss,

@@ -10,8 +10,6 @@ from diffusions import build
 from scipy.integrate import solve_ivp
 
 from improved_diffusion.gaussian_diffusion import (
-    GaussianDiffusion,
-    LossType,
     ModelMeanType,
     ModelVarType,
 )
@@ -526,6 +524,11 @@ def test_levels_fall_from_the_last_timestep_to_the_first(spacing, schedule):
             assert (np.diff(levels) < 0).all() and (steps == 1 or levels[-1] == 0)
 
 
+def assert_even(values):
+    steps = np.diff(values)
+    assert steps == pytest.approx(np.full(len(steps), steps.mean()), rel=1e-9)
+
+
 def test_levels_are_even_in_what_the_spacing_says():
     diffusion = build()
     assert set(space_levels(diffusion, 250, "uniform")) == space_timesteps(1000, "250")
@@ -533,8 +536,7 @@ def test_levels_are_even_in_what_the_spacing_says():
         "quadratic": np.sqrt,
         "logsnr": lambda t: log_snr(diffusion, t),
     }.items():
-        steps = np.diff(measure(space_levels(diffusion, 20, spacing)))
-        assert steps == pytest.approx(np.full(19, steps.mean()), rel=1e-9)
+        assert_even(measure(space_levels(diffusion, 20, spacing)))
 
 
 def test_karras_levels_are_even_below_much_noise():
@@ -544,28 +546,21 @@ def test_karras_levels_are_even_below_much_noise():
     ):
         sigma = np.exp(-log_snr(diffusion, space_levels(diffusion, 20, "karras")))
         assert sigma[:2] == pytest.approx([noisiest, 40], rel=1e-6)
-        steps = np.diff(sigma[1:] ** (1 / 7))
-        assert steps == pytest.approx(np.full(18, steps.mean()), rel=1e-9)
+        assert_even(sigma[1:] ** (1 / 7))
 
 
 def test_few_karras_levels_are_all_even():
     for steps, second in ((3, 5.91), (5, 36.9)):
         sigma = np.exp(-log_snr(build(), space_levels(build(), steps, "karras")))
         assert sigma[1] == pytest.approx(second, rel=0.01)
-        assert np.ptp(np.diff(sigma ** (1 / 7))) == pytest.approx(0, abs=1e-9)
+        assert_even(sigma ** (1 / 7))
 
 
 def test_karras_levels_are_all_even_where_there_is_little_noise():
-    diffusion = GaussianDiffusion(
-        betas=np.linspace(1e-4, 5e-3, 1000),
-        model_mean_type=ModelMeanType.EPSILON,
-        model_var_type=ModelVarType.FIXED_SMALL,
-        loss_type=LossType.MSE,
-    )
+    diffusion = build(betas=np.linspace(1e-4, 5e-3, 1000))
     sigma = np.exp(-log_snr(diffusion, space_levels(diffusion, 8, "karras")))
     assert sigma[0] == pytest.approx(math.exp(-log_snr(diffusion, 999))) and sigma[0] < 40
-    steps = np.diff(sigma ** (1 / 7))
-    assert steps == pytest.approx(np.full(7, steps.mean()), rel=1e-9)
+    assert_even(sigma ** (1 / 7))
 
 
 @pytest.mark.parametrize("spacing", ["logsnr", "karras"])
