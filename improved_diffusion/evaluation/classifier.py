@@ -235,3 +235,13 @@ def class_accuracy(found: np.ndarray, asked: np.ndarray) -> float:
     """The share of images, [N], whose class `found` is the one `asked` for."""
     assert len(found) == len(asked) > 0
     return float(np.mean(np.asarray(found) == np.asarray(asked)))
+
+
+def accuracy_of_each_class(
+    found: np.ndarray, asked: np.ndarray, class_names: Sequence[str]
+) -> dict[str, float]:
+    """`class_accuracy` of the images of each class that was asked for, by its name."""
+    return {
+        class_names[number]: class_accuracy(found[asked == number], asked[asked == number])
+        for number in np.unique(asked)
+    }

@@ -57,6 +57,9 @@ def table(record: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<{width}}  {metrics[name]:.5g}" + (f" +- {spread:.2g}" if spread is not None else "")
         )
+    if record["accuracy_of_each_class"]:
+        shares = (f"{name} {share:.2f}" for name, share in record["accuracy_of_each_class"].items())
+        lines.append(f"  of each class: {', '.join(shares)}")
     return "\n".join(lines + [f"WARNING: {warning}" for warning in record["warnings"]])
 
 

@@ -11,7 +11,12 @@ import numpy as np
 from improved_diffusion.config import EvalConfig, ImageFlags, ReferenceFlags
 from improved_diffusion.data.image_set import ImageSet
 from improved_diffusion.evaluation import report
-from improved_diffusion.evaluation.classifier import class_accuracy, classify, load_classifier
+from improved_diffusion.evaluation.classifier import (
+    accuracy_of_each_class,
+    class_accuracy,
+    classify,
+    load_classifier,
+)
 from improved_diffusion.evaluation.features import Extractor, load_extractor
 from improved_diffusion.evaluation.inception import DownloadError
 from improved_diffusion.evaluation.measuring import reference_statistics, statistics_of
@@ -51,7 +56,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     samples = read_samples(config.samples)
     reference = read_flag("reference", config.reference, samples.image_size)
     print(f"samples: {describe(samples)}\nreference: {describe(reference)}")
-    accuracy = _class_accuracy(config.classifier, samples) if config.classifier else {}
+    accuracy, of_classes = _class_accuracy(config.classifier, samples) if config.classifier else ({}, {})
     extractor = open_extractor(config)
 
     real = reference_statistics(reference, extractor, config.batch_size)
@@ -77,6 +82,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "compared_images": min(len(drawn.kept), len(real.kept)),
         "image_size": samples.image_size,
         "metrics": metrics,
+        "accuracy_of_each_class": of_classes,
         "warnings": report.warnings(drawn, real),
         "images_per_minute": round(60 * len(samples) / seconds, 1),
     }
@@ -94,9 +100,10 @@ def open_extractor(config: ReferenceFlags) -> Extractor:
         raise named(error, {name: name for name in ("features", "inception_weights")}) from None
 
 
-def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
+def _class_accuracy(path: str, samples: ImageSet) -> tuple[dict[str, float], dict[str, float]]:
     """The metric class_accuracy: the share of the samples that the classifier finds in the requested class.
 
+    :return: the metric, and the same share of the samples of each class.
     :raises ValueError: the classifier or the classes are unusable.
     """
     with errors_about("classifier"):
@@ -117,7 +124,8 @@ def _class_accuracy(path: str, samples: ImageSet) -> dict[str, float]:
             f"--classifier {path}: knows {len(names)} classes; the samples have class {max(numbers)}"
         )
     found = classify(model, samples.get(np.arange(len(samples))))
-    return {"class_accuracy": class_accuracy(found, np.array(numbers)[samples.labels])}
+    asked = np.array(numbers)[samples.labels]
+    return {"class_accuracy": class_accuracy(found, asked)}, accuracy_of_each_class(found, asked, names)
 
 
 def read_samples(path: str) -> ImageSet:

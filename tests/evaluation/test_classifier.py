@@ -11,6 +11,7 @@ from conftest import read_json
 from improved_diffusion.data.builtin_images import CLASS_NAMES, draw_builtin
 from improved_diffusion.evaluation.classifier import (
     Classifier,
+    accuracy_of_each_class,
     class_accuracy,
     classify,
     load_classifier,
@@ -82,7 +83,11 @@ def test_no_images():
 
 
 def test_the_share_of_images_that_are_of_the_class():
-    assert class_accuracy(np.array([1, 2, 0, 0]), np.array([1, 2, 3, 0])) == 0.75
+    found, asked = np.array([1, 2, 0, 0, 1]), np.array([1, 2, 3, 0, 0])
+    assert class_accuracy(found, asked) == 0.6
+    # Class 4 was not asked for.
+    expected = {"a": 0.5, "b": 1, "c": 1, "d": 0}
+    assert accuracy_of_each_class(found, asked, ["a", "b", "c", "d", "e"]) == expected
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,13 @@ def test_the_scripts_train_it_and_measure_with_it(files, call_script):
         ]
         done = call_script("image_eval.py", *flags, "--classifier", path, "--output", files / "result.json")
         assert done.returncode == 0, done.stderr
-        measured[name] = read_json(files / "result.json")["metrics"]["class_accuracy"]
+        record = read_json(files / "result.json")
+        measured[name] = record["metrics"]["class_accuracy"]
+        of_classes = record["accuracy_of_each_class"]
+        assert list(of_classes) == list(map(str, range(10)))
+        # There are as many images of each class.
+        assert sum(of_classes.values()) / 10 == pytest.approx(measured[name])
+        assert f"of each class: 0 {of_classes['0']:.2f}, 1 {of_classes['1']:.2f}" in done.stdout
     assert measured["drawn"] > 0.6 and measured["wrong"] < 0.3
 
 
