@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from improved_diffusion import kernels
-from improved_diffusion.kernels import pointwise, winograd
+from improved_diffusion.kernels import conv3x3, pointwise
 
 NUM_GROUPS = 32
 
@@ -25,8 +25,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         usual = self.kernel_size == (3, 3) and self.padding == self.stride == self.dilation == (1, 1)
-        if usual and self.padding_mode == "zeros" and winograd.suits(x, self.weight, self.bias):
-            return winograd.conv3x3(x, self.weight, self.bias)
+        if usual and self.padding_mode == "zeros" and conv3x3.suits(x, self.weight, self.bias):
+            return conv3x3.conv3x3(x, self.weight, self.bias)
         if kernels.avoids_bfloat16(x.dtype):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)

@@ -28,8 +28,7 @@ GENERATIONS = OF_ARM64 if platform.machine() == "aarch64" else OF_X86_64
 # amx without its matrix unit: slow, for tests, and used only if the environment asks for it.
 EMULATED = "amx_emulated"
 IN_FLOAT16 = "avx512fp16"  # products of bfloat16 numbers in float16 (see halves.h)
-# With instructions for products of matrices in bfloat16.
-WITH_MATRICES = ("neonbf16", EMULATED, "amx")
+WITH_TILES = (EMULATED, "amx")  # convolutions and attention in bfloat16 by products of tiles (see tiles.h)
 MOST = 2**31  # numbers in a tensor; the C functions take sizes as 32-bit integers
 TYPES = {th.float32: "fp32", th.bfloat16: "bf16"}
 
@@ -58,9 +57,15 @@ def has(name: str, dtype: th.dtype) -> bool:
 def multiplies(dtype: th.dtype) -> bool:
     """Whether the compiled products of matrices of type `dtype` are faster here than PyTorch's.
 
-    They are computed in float32, or in float16 for bfloat16 numbers where the processor has instructions for that.
+    They are computed in float32, or for bfloat16 numbers in float16 or by tiles where the processor has instructions
+    for that.
     """
-    return has("pointwise_forward", dtype) and not (dtype == th.bfloat16 and generation() in WITH_MATRICES)
+    return has("pointwise_forward", dtype) and not (dtype == th.bfloat16 and generation() == "neonbf16")
+
+
+def has_tiles(dtype: th.dtype) -> bool:
+    """Whether convolutions of type `dtype` are computed by products of tiles, as they are defined."""
+    return dtype == th.bfloat16 and generation() in WITH_TILES
 
 
 def avoids_bfloat16(dtype: th.dtype) -> bool:

@@ -5,38 +5,10 @@
 // qkv: [images, positions, heads * 3 * width], for each head queries, keys, values. positions and width are multiples
 // of 16. A matrix product a * b works on units of 4 bytes, which hold UNIT numbers: 1 float, or 2 bfloat16 or float16
 // numbers, which the processor multiplies in pairs. b is packed by units: [depth in units, columns]. Vectors multiply
-// broadcast units of a by units of b; tiles (see tiles.h) multiply 16 rows of a by 16 columns of b.
+// broadcast units of a by units of b; for tiles see tile_products.h.
 
+#ifndef TILE_MULTIPLY
 // c[ROWS, columns] = a[ROWS, depth] * b, b packed. The steps are the distances between rows.
-#ifdef TILE_MULTIPLY
-static inline void TYPED(multiply)(
-    const FACTOR *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int columns, int depth
-) {
-    __asm__ volatile("" ::: "memory");  // GCC does not know that the tiles are loaded from memory
-    for (int column = 0; column < columns; column += 32) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-        for (int k = 0; k < depth; k += 32) {
-            const uint32_t *of_b = b + k / 2 * b_step + column;
-            TILE_LOAD(4, a + k, a_step * sizeof *a);
-            TILE_LOAD(5, a + 16 * a_step + k, a_step * sizeof *a);
-            TILE_LOAD(6, of_b, b_step * sizeof *b);
-            TILE_LOAD(7, of_b + 16, b_step * sizeof *b);
-            TILE_MULTIPLY(0, 4, 6);
-            TILE_MULTIPLY(1, 4, 7);
-            TILE_MULTIPLY(2, 5, 6);
-            TILE_MULTIPLY(3, 5, 7);
-        }
-        float *of_c = c + column;
-        TILE_STORE(0, of_c, c_step * sizeof *c);
-        TILE_STORE(1, of_c + 16, c_step * sizeof *c);
-        TILE_STORE(2, of_c + 16 * c_step, c_step * sizeof *c);
-        TILE_STORE(3, of_c + 16 * c_step + 16, c_step * sizeof *c);
-    }
-}
-#else
 #define MULTIPLY_COLUMNS(COLUMNS)                                                                                      \
     static inline void TYPED(multiply_##COLUMNS)(                                                                      \
         const FACTOR *a, size_t a_step, const uint32_t *b, size_t b_step, float *c, size_t c_step, int units           \

@@ -5,7 +5,9 @@
 // The statistics and the working memory of a normalisation within its part of `floats`.
 #define STATISTICS(of_norm, images, groups)                                                                            \
     of_norm, of_norm + (images) * (groups), of_norm + 2 * (images) * (groups)
-#ifdef __AVX512FP16__  // normalisation is in the generation before
+#ifdef TILE_MULTIPLY  // normalisation takes no tiles
+#define NORM(name) LEVEL(name##_bf16)
+#elif defined(__AVX512FP16__)  // normalisation is in the generation before
 #define NORM(name) name##_bf16_avx512bf16
 void NORM(norm_forward)(
     const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation, STORED *y, float *mean,
@@ -34,14 +36,14 @@ void TYPED(residual_forward)(const struct residual *s) {
         s->x, s->norm1_weight, s->norm1_bias, NULL, s->h1, STATISTICS(of_norm1, s->images, s->groups1), s->images,
         positions, s->in, s->groups1, s->epsilon1, 1, s->threads
     );
-    TYPED(winograd_forward)(
+    TYPED(conv3x3_forward)(
         s->h1, s->weight1, s->bias1, s->c1, s->room, s->images, s->height, s->width, s->in, s->out, 0, s->threads
     );
     NORM(norm_forward)(
         s->c1, s->norm2_weight, s->norm2_bias, s->modulation, s->h2, STATISTICS(of_norm2, s->images, s->groups2),
         s->images, positions, s->out, s->groups2, s->epsilon2, 1, s->threads
     );
-    TYPED(winograd_forward)(
+    TYPED(conv3x3_forward)(
         s->h2, s->weight2, s->bias2, s->y, s->room, s->images, s->height, s->width, s->out, s->out, 0, s->threads
     );
     if (s->skip_weight)
@@ -54,10 +56,10 @@ void TYPED(residual_forward)(const struct residual *s) {
 void TYPED(residual_backward)(const struct residual *s, const struct residual_gradients *d) {
     int positions = s->height * s->width, all = s->images * positions;
     float *of_norm1 = s->floats, *of_norm2 = of_norm1 + 2 * s->images * (s->groups1 + s->in);
-    TYPED(winograd_backward)(
+    TYPED(conv3x3_backward)(
         s->h2, d->y, d->weight2, d->bias2, s->room, s->images, s->height, s->width, s->out, s->out, s->threads
     );
-    TYPED(winograd_forward)(
+    TYPED(conv3x3_forward)(
         d->y, s->weight2, NULL, d->h, s->room, s->images, s->height, s->width, s->out, s->out, 1, s->threads
     );
     NORM(norm_backward)(
@@ -65,10 +67,10 @@ void TYPED(residual_backward)(const struct residual *s, const struct residual_gr
         of_norm2, of_norm2 + s->images * s->groups2, d->c1, d->norm2_weight, d->norm2_bias, d->modulation,
         of_norm2 + 2 * s->images * s->groups2, s->images, positions, s->out, s->groups2, 1, s->threads
     );
-    TYPED(winograd_backward)(
+    TYPED(conv3x3_backward)(
         s->h1, d->c1, d->weight1, d->bias1, s->room, s->images, s->height, s->width, s->in, s->out, s->threads
     );
-    TYPED(winograd_forward)(
+    TYPED(conv3x3_forward)(
         d->c1, s->weight1, NULL, d->h, s->room, s->images, s->height, s->width, s->in, s->out, 1, s->threads
     );
     if (s->skip_weight) {

@@ -33,8 +33,8 @@ def convolve(
 ) -> th.Tensor:
     """The convolution of `x` that keeps its height and width, by the compiled functions of this name.
 
-    :param name: such as "winograd", for the functions winograd_room, winograd_forward and winograd_backward.
-    :param sizes: the sizes of `x` that they take, without its channels.
+    :param name: such as "conv3x3", for the functions conv3x3_room, conv3x3_forward and conv3x3_backward.
+    :param sizes: the sizes of `x` that they take, without its channels. The room depends on all but the first.
     :param x: [N, C, H, W]; `suits` must accept it. :param weight: [out_channels, C, ...]. :param bias: [out_channels].
     :return: [N, out_channels, H, W] in channels_last layout.
     """
@@ -88,7 +88,7 @@ def _evaluate(
         kernels.address(x, x.dtype, (n, before, height, width), th.channels_last),
         kernels.address(weight, x.dtype, tuple(weight.shape), layout(weight)),
         kernels.address(bias, x.dtype, (out,)),
-        *(y.data_ptr(), _room(name, x.dtype, channels, out, threads)),
+        *(y.data_ptr(), _room(name, x.dtype, *sizes[1:], channels, out, threads)),
         *(*sizes, channels, out, backward, threads),
     )
     return y
@@ -107,11 +107,11 @@ def _differentiate(
     kernels.function(f"{name}_backward", arguments, x.dtype)(
         kernels.address(x, x.dtype, (n, channels, height, width), th.channels_last),
         kernels.address(dy, x.dtype, (n, out, height, width), th.channels_last),
-        *(dweight.data_ptr(), dbias.data_ptr(), _room(name, x.dtype, channels, out, threads)),
+        *(dweight.data_ptr(), dbias.data_ptr(), _room(name, x.dtype, *sizes[1:], channels, out, threads)),
         *(*sizes, channels, out, threads),
     )
     return dweight, dbias
 
 
-def _room(name: str, dtype: th.dtype, channels: int, out: int, threads: int) -> int:
-    return kernels.room(kernels.size_of_room(name, dtype, channels, out, threads))
+def _room(name: str, dtype: th.dtype, *sizes: int) -> int:
+    return kernels.room(kernels.size_of_room(name, dtype, *sizes))

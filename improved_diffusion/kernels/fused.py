@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, convolution, norm, winograd
+from improved_diffusion.kernels import attention, conv3x3, convolution, norm
 
 OF_RESIDUAL = (
     *("x", "modulation", "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"),
@@ -55,9 +55,9 @@ def suits_residual(
     inner = th.Size((x.shape[0], first.weight.shape[0], *x.shape[2:]))
     return (
         norm.takes(x.dtype, x.shape, norms[0])
-        and winograd.takes(x.dtype, x.shape, first.weight, first.bias)
+        and conv3x3.takes(x.dtype, x.shape, first.weight, first.bias)
         and norm.takes(x.dtype, inner, norms[1], modulation)
-        and winograd.takes(x.dtype, inner, second.weight, second.bias)
+        and conv3x3.takes(x.dtype, inner, second.weight, second.bias)
         and all(convolution.takes(x.dtype, x.shape, conv.weight, conv.bias) for conv in skip)
     )
 
@@ -126,8 +126,8 @@ def _residual_of(x, modulation, kept, floats, parameters, groups, epsilons) -> S
     n, channels, height, width = x.shape
     out, threads = parameters[4].shape[0], th.get_num_threads()
     room = max(
-        kernels.size_of_room("winograd", x.dtype, channels, out, threads),
-        kernels.size_of_room("winograd", x.dtype, out, out, threads),
+        kernels.size_of_room("conv3x3", x.dtype, height, width, channels, out, threads),
+        kernels.size_of_room("conv3x3", x.dtype, height, width, out, out, threads),
         kernels.size_of_room("pointwise", x.dtype, channels, out, threads),
     )
     h1, image = kept.data_ptr(), kept.element_size() * n * height * width

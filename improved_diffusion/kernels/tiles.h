@@ -1,6 +1,6 @@
-// Attention in bfloat16 by the matrix unit of AMX: TILES is a matrix product of 32 rows in its tile registers. This file
-// compiles attention.h twice: for the unit itself (amx), and for an emulation of it in plain C (amx_emulated), by which
-// the same code is tested on processors without the unit.
+// Attention, convolutions and the blocks made of them in bfloat16, by the matrix unit of AMX. This file compiles them
+// twice: for the unit itself (amx), and for an emulation of it in plain C (amx_emulated), by which the same code is
+// tested on processors without the unit.
 
 #pragma push_macro("TYPED")
 #pragma push_macro("ROWS")
@@ -87,7 +87,10 @@ int64_t tile_products_amx_emulated(void) { return emulated.products; }
 #define TILE_LOAD emulated_load
 #define TILE_STORE emulated_store
 #define TILE_MULTIPLY emulated_multiply
+#include "tile_products.h"
 #include "attention.h"
+#include "tile_convolutions.h"
+#include "blocks.h"
 #undef TYPED
 #undef TILE_CONFIGURE
 #undef TILE_RELEASE
@@ -105,32 +108,33 @@ int64_t tile_products_amx_emulated(void) { return emulated.products; }
 #define TILE_LOAD _tile_loadd
 #define TILE_STORE _tile_stored
 #define TILE_MULTIPLY _tile_dpbf16ps
+#include "tile_products.h"
 #include "attention.h"
+#include "tile_convolutions.h"
+#include "blocks.h"
 
-// Whether the system lets this process use the tiles, and whether a product of them is right.
+// Whether the system lets this process use the tiles, and whether they compute what the emulation computes: a convolution
+// and its gradients, of small whole numbers, whose sums are exact.
 int tiles_work(void) {
     enum { ASK_FOR_PERMISSION = 0x1023, TILE_DATA = 18 };  // arch_prctl(2), since Linux 5.16
     if (syscall(SYS_arch_prctl, ASK_FOR_PERMISSION, TILE_DATA)) return 0;
-    uint16_t a[32 * 32];
-    uint32_t b[16 * 32];
-    float found[32 * 32];
-    // Small whole numbers, whose sums of products are exact.
-    for (int i = 0; i < 32 * 32; i++) a[i] = float_to_bf16((float)(i * 7 % 11 - 5));
-    for (int i = 0; i < 16 * 32; i++)
-        b[i] = float_to_bf16((float)(i * 5 % 13 - 6)) | (uint32_t)float_to_bf16((float)(i * 3 % 7 - 3)) << 16;
-    TILE_CONFIGURE(&whole_tiles);
-    TYPED(multiply)(a, 32, b, 32, found, 32, 32, 32);
-    TILE_RELEASE();
-    for (int row = 0; row < 32; row++)
-        for (int column = 0; column < 32; column++) {
-            int sum = 0;
-            for (int k = 0; k < 32; k++) {
-                int i = row * 32 + k, j = k / 2 * 32 + column;
-                sum += (i * 7 % 11 - 5) * (k % 2 ? j * 3 % 7 - 3 : j * 5 % 13 - 6);
-            }
-            if (found[row * 32 + column] != (float)sum) return 0;
-        }
-    return 1;
+    enum { HEIGHT = 5, WIDE = 7, CHANNELS = 32, NUMBERS = HEIGHT * WIDE * CHANNELS, WEIGHTS = 9 * CHANNELS * CHANNELS };
+    uint16_t x[NUMBERS], dy[NUMBERS], weight[WEIGHTS], y[2][NUMBERS], dweight[2][WEIGHTS + CHANNELS];
+    for (int i = 0; i < NUMBERS; i++) x[i] = float_to_bf16(i * 7 % 11 - 5);
+    for (int i = 0; i < NUMBERS; i++) dy[i] = float_to_bf16(i * 3 % 7 - 3);
+    for (int i = 0; i < WEIGHTS; i++) weight[i] = float_to_bf16(i * 5 % 13 - 6);
+    float *room = malloc(TYPED(conv3x3_room)(HEIGHT, WIDE, CHANNELS, CHANNELS, 1) * sizeof *room);
+    if (!room) return 0;
+    conv3x3_forward_bf16_amx_emulated(x, weight, NULL, y[0], room, 1, HEIGHT, WIDE, CHANNELS, CHANNELS, 0, 1);
+    conv3x3_backward_bf16_amx_emulated(
+        x, dy, dweight[0], dweight[0] + WEIGHTS, room, 1, HEIGHT, WIDE, CHANNELS, CHANNELS, 1
+    );
+    TYPED(conv3x3_forward)(x, weight, NULL, y[1], room, 1, HEIGHT, WIDE, CHANNELS, CHANNELS, 0, 1);
+    TYPED(conv3x3_backward)(
+        x, dy, dweight[1], dweight[1] + WEIGHTS, room, 1, HEIGHT, WIDE, CHANNELS, CHANNELS, 1
+    );
+    free(room);
+    return !memcmp(y[0], y[1], sizeof y[0]) && !memcmp(dweight[0], dweight[1], sizeof dweight[0]);
 }
 
 #undef TYPED

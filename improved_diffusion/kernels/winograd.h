@@ -257,7 +257,8 @@ static inline void TYPED(outputs_of_tiles)(
 }
 
 // The working memory of the functions below, in numbers of 4 bytes.
-size_t TYPED(winograd_room)(size_t in, size_t out, size_t threads) {
+size_t TYPED(conv3x3_room)(size_t height, size_t width, size_t in, size_t out, size_t threads) {
+    (void)height, (void)width;
     size_t of_thread = winograd_matrix(TILES, in) + winograd_matrix(TILES, out), nothing = in > out ? in : out;
     return nothing + (PER_UNIT * TILES + 1) * out + POINTS * (winograd_matrix(in, out) + threads * of_thread);
 }
@@ -265,8 +266,8 @@ size_t TYPED(winograd_room)(size_t in, size_t out, size_t threads) {
 // y = the convolution of x with weight, plus bias; or, if `backward`, the gradient of x from that of y, where x and y
 // change places in the arguments.
 // x: [images, height, width, in]. weight: [out, 3, 3, in]. bias: [out], or NULL. y: [images, height, width, out].
-// height and width are multiples of 4, in and out of 32. room: working memory, of the size winograd_room.
-void TYPED(winograd_forward)(
+// height and width are multiples of 4, in and out of 32. room: working memory, of the size conv3x3_room.
+void TYPED(conv3x3_forward)(
     const STORED *x, const STORED *weight, const STORED *bias, STORED *y, float *room, int images, int height,
     int width, int in, int out, int backward, int threads
 ) {
@@ -324,8 +325,8 @@ void TYPED(winograd_forward)(
     }
 }
 
-// The gradients of weight and bias from x and the gradient of y. The arguments are those of winograd_forward.
-void TYPED(winograd_backward)(
+// The gradients of weight and bias from x and the gradient of y. The arguments are those of conv3x3_forward.
+void TYPED(conv3x3_backward)(
     const STORED *x, const STORED *dy, STORED *dweight, STORED *dbias, float *room, int images, int height, int width,
     int in, int out, int threads
 ) {

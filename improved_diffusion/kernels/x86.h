@@ -67,6 +67,12 @@ static inline vec LEVEL(pack_pairs)(vec first, vec second) {
     return (vec)__builtin_shuffle(both, (numbers){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 }
+// Pairs of numbers of 16 bits, those of the first in the lower halves.
+static inline vec LEVEL(pairs)(const uint16_t *first, const uint16_t *second) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)first));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)second));
+    return (vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 // add_products for pairs of bfloat16 numbers, whose two products are added.
 #define add_pair_products(sum, v, f) _mm512_dpbf16_ps(sum, (__m512bh)(v), (__m512bh)broadcast(f))
 #endif

@@ -18,7 +18,7 @@ from torch import nn
 
 import improved_diffusion
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, fused, pointwise, update, winograd
+from improved_diffusion.kernels import attention, conv3x3, fused, pointwise, update
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import Conv2d, pointwise_channels_last
 from improved_diffusion.shipped import why_not_compiled
@@ -29,7 +29,7 @@ CLOSE = {th.float32: 5e-6, th.bfloat16: 8e-3}  # relative errors of whole tensor
 WITHOUT_BF16 = ("avx2", "avx512", "neon")  # generations whose processors have no products of bfloat16 numbers
 
 
-@pytest.fixture(params=[name for name in kernels.GENERATIONS if name != kernels.EMULATED])
+@pytest.fixture(params=kernels.GENERATIONS)
 def generation(request):
     """Every generation of kernels that this processor can run, in turn; 0: none, where a test asks for that."""
     with kernels.switched(request.param):
@@ -93,7 +93,7 @@ def test_do_without(setting):
         x = images(1, 32, 4, 4, th.float32)
         assert not suits(x, nn.GroupNorm(32, 32)) and not update.suits([x])
         assert not attention.suits(th.zeros(1, 16, 48), 1)
-        assert not winograd.suits(images(1, 32, 8, 8, th.float32), th.zeros(32, 32, 3, 3), th.zeros(32))
+        assert not conv3x3.suits(images(1, 32, 8, 8, th.float32), th.zeros(32, 32, 3, 3), th.zeros(32))
 
 
 @pytest.mark.parametrize("change", ["another source", "not a library"])
@@ -138,7 +138,7 @@ import sys
 import torch as th
 from torch import nn
 from improved_diffusion import kernels
-from improved_diffusion.kernels import attention, pointwise, update, winograd
+from improved_diffusion.kernels import attention, conv3x3, pointwise, update
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.unet import AttentionBlock, ResBlock
 
@@ -169,11 +169,11 @@ def call_all():
         for n, channels, out, height, width in [(1, 32, 64, 8, 8), (3, 96, 32, 8, 12)]:
             x = th.randn(n, channels, height, width).to(dtype).contiguous(memory_format=th.channels_last)
             weight, bias = th.randn(out, channels, 3, 3).to(dtype), th.randn(out).to(dtype)
-            if winograd.suits(x, weight, bias):
+            if conv3x3.suits(x, weight, bias):
                 for value in (0.0, nan):
                     x[0, 0, 0, 0] = value
                     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-                    th.autograd.grad(winograd.conv3x3(*leaves).sum(), leaves)
+                    th.autograd.grad(conv3x3.conv3x3(*leaves).sum(), leaves)
                     leaves[1] = weight[:, :, 0, 0].clone().requires_grad_()
                     th.autograd.grad(pointwise.pointwise(*leaves).sum(), leaves)
         for n, channels, out in [(1, 64, 64), (3, 32, 96)]:
@@ -383,7 +383,6 @@ def test_the_default_type_does_not_matter(generation, default):
 # -- attention -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(
     ("n", "positions", "heads", "width", "threads"),
@@ -462,7 +461,6 @@ def test_scores_that_differ_widely(generation):
     assert error(attention.attention(qkv, 1), expected) < 1e-4
 
 
-@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("width", [16, 32, 1024])
 def test_attention_to_larger_or_smaller_numbers_is_as_exact(generation, dtype, width):
@@ -490,7 +488,6 @@ def test_attention_leaves_other_sizes_to_pytorch(shape):
     assert not attention.suits(th.zeros(shape), 1)
 
 
-@pytest.mark.parametrize("generation", kernels.GENERATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(("part", "rows"), [(0, [5]), (1, range(32)), (2, range(32))])
 def test_attention_keeps_what_is_not_a_number(generation, dtype, part, rows):
@@ -519,13 +516,13 @@ def some(n, channels, out, height, width, dtype=th.float32):
 
 def some_that_suit(generation, *sizes_and_type):
     tensors = some(*sizes_and_type)
-    skip_unless_they_suit(winograd, generation, *tensors)
+    skip_unless_they_suit(conv3x3, generation, *tensors)
     return tensors
 
 
 def skip_unless_they_suit(operation, generation, *tensors):
     if not operation.suits(*tensors):
-        assert tensors[0].dtype == th.bfloat16 and generation in kernels.WITH_MATRICES
+        assert tensors[0].dtype == th.bfloat16 and generation == "neonbf16"
         pytest.skip("products of matrices in bfloat16 are faster")
 
 
@@ -548,7 +545,7 @@ def test_convolution(generation, dtype, n, channels, out, height, width, threads
     tensors = some_that_suit(generation, n, channels, out, height, width, dtype)
     th.set_num_threads(threads)
     dy = th.randn(n, out, height, width).to(dtype)
-    found = with_gradients(winograd.conv3x3, tensors, dy)
+    found = with_gradients(conv3x3.conv3x3, tensors, dy)
     expected = with_gradients(definition, [t.double() for t in tensors], dy.double())
     for mine, exact in zip(found, expected):
         assert mine.dtype == dtype and mine.shape == exact.shape
@@ -557,15 +554,53 @@ def test_convolution(generation, dtype, n, channels, out, height, width, threads
     assert (found[0].double() - expected[0]).abs().max() <= 3 * CLOSE[dtype] * expected[0].abs().max()
 
 
+@pytest.mark.parametrize("generation", [kernels.EMULATED], indirect=True)
+@pytest.mark.parametrize(
+    ("n", "height", "width", "threads"), [(1, 1, 1, 1), (2, 5, 7, 2), (50, 4, 4, 3), (2, 24, 23, 2)]
+)
+def test_convolutions_by_tiles_of_any_size(generation, n, height, width, threads):
+    """Also of many small images together, and of numbers of positions that fill no whole tiles."""
+    x, weight, bias = some(n, 64, 32, height, width, th.bfloat16)
+    dy = th.randn(n, 32, height, width).bfloat16()
+    th.set_num_threads(threads)
+    for operation, expected, factors in (
+        (conv3x3, definition, weight),
+        (pointwise, lambda x, w, b: F.conv2d(x, w[:, :, None, None], b), weight[:, :, 1, 1].contiguous()),
+    ):
+        tensors = (x, factors, bias)
+        assert operation.suits(*tensors)
+        found = with_gradients(vars(operation)[operation.__name__.rpartition(".")[2]], tensors, dy)
+        exact = with_gradients(expected, [t.double() for t in tensors], dy.double())
+        assert all(error(mine, other) < CLOSE[th.bfloat16] for mine, other in zip(found, exact))
+
+
+@pytest.mark.parametrize("generation", [kernels.EMULATED], indirect=True)
+def test_products_of_a_convolution_by_tiles(generation):
+    """Each place of the kernel takes the products of all tiles of 16 positions, 32 channels and 16 outputs."""
+    products = kernels.function("tile_products", (), result=c_int64)
+    th.set_num_threads(1)  # each thread counts its own
+    x, weight, bias = (t.requires_grad_() for t in some(2, 64, 32, 31, 31, th.bfloat16))
+    counts = [products()]
+    y = conv3x3.conv3x3(x, weight, bias)
+    counts.append(products())
+    th.autograd.grad(y.sum(), (x, weight))
+    counts.append(products())
+    # 31 rows of 31 positions and one of zeros, and in the gradient of the weights one more row of zeros, which fill
+    # whole tiles of 32 positions.
+    of_image = 9 * (64 // 32) * (32 // 16)
+    assert counts[1] - counts[0] == 2 * of_image * (31 * 32 // 16)
+    assert counts[2] - counts[1] == 2 * of_image * (31 * 32 // 16 + 32 * 32 // 16)
+
+
 def test_only_some_gradients_of_a_convolution_are_wanted(generation):
     x, weight, bias = some(2, 32, 64, 8, 8)
     dy = th.randn(2, 64, 8, 8)
-    every = with_gradients(winograd.conv3x3, (x, weight, bias), dy)[1:]
+    every = with_gradients(conv3x3.conv3x3, (x, weight, bias), dy)[1:]
     for wanted in ([0], [1], [2], [1, 2]):
         leaves = [t.clone(memory_format=th.preserve_format) for t in (x, weight, bias)]
         for i in wanted:
             leaves[i].requires_grad_()
-        found = th.autograd.grad(winograd.conv3x3(*leaves), [leaves[i] for i in wanted], dy)
+        found = th.autograd.grad(conv3x3.conv3x3(*leaves), [leaves[i] for i in wanted], dy)
         assert all(th.equal(gradient, every[i]) for gradient, i in zip(found, wanted))
 
 
@@ -574,20 +609,20 @@ def test_an_image_is_convolved_alike_in_any_batch_on_any_number_of_threads(gener
     x, weight, bias = some_that_suit(generation, 21, 64, 32, 16, 12, dtype)
     x[::4] *= 1e6  # its neighbours must not matter, however large they are
     th.set_num_threads(1)
-    whole = winograd.conv3x3(x, weight, bias)
-    gradients = with_gradients(winograd.conv3x3, (x, weight, bias), whole)
+    whole = conv3x3.conv3x3(x, weight, bias)
+    gradients = with_gradients(conv3x3.conv3x3, (x, weight, bias), whole)
     th.set_num_threads(3)
-    again = with_gradients(winograd.conv3x3, (x, weight, bias), whole)
+    again = with_gradients(conv3x3.conv3x3, (x, weight, bias), whole)
     assert all(th.equal(one, other) for one, other in zip(gradients, again))
     for part in (slice(0, 1), slice(4, 9), slice(7, 21)):
-        assert th.equal(winograd.conv3x3(x[part], weight, bias), whole[part])
+        assert th.equal(conv3x3.conv3x3(x[part], weight, bias), whole[part])
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
 def test_a_convolution_of_larger_or_smaller_numbers_is_as_exact(generation, dtype):
     """Powers of two change no digit: not of the result, and not of the gradients."""
     x, weight, _ = some_that_suit(generation, 3, 64, 96, 12, 8, dtype)
-    assert_scale_does_not_matter(winograd.conv3x3, x, weight, th.randn(3, 96, 12, 8).to(dtype))
+    assert_scale_does_not_matter(conv3x3.conv3x3, x, weight, th.randn(3, 96, 12, 8).to(dtype))
 
 
 def assert_scale_does_not_matter(convolve, x, weight, dy):
@@ -606,7 +641,7 @@ def test_the_largest_sums_of_a_convolution_stay_finite(generation, dtype):
     sign = th.tensor([-1.0, -1, 1, 1])
     x.zero_()[:, :, :4, :4] = 1.99 * sign[:, None] * sign
     weight[:] = 1.99
-    y, exact = winograd.conv3x3(x, weight, bias), definition(x.double(), weight.double(), bias.double())
+    y, exact = conv3x3.conv3x3(x, weight, bias), definition(x.double(), weight.double(), bias.double())
     error = (y.double() - exact).norm()
     assert error <= 0.1 * exact.norm()  # equal numbers have equal rounding errors, which add up
 
@@ -616,7 +651,7 @@ def test_the_largest_sums_of_a_convolution_stay_finite(generation, dtype):
 def test_a_convolution_keeps_what_is_not_finite(generation, value, dtype):
     x, weight, bias = some_that_suit(generation, 2, 32, 32, 8, 8, dtype)
     x[1, 5, 4, 4] = value
-    y = winograd.conv3x3(x, weight, bias)
+    y = conv3x3.conv3x3(x, weight, bias)
     assert not y[1, :, 3:6, 3:6].isfinite().any()  # all that it reaches
     assert y[0].isfinite().all()
 
@@ -625,7 +660,7 @@ def test_a_convolution_by_weights_in_the_usual_layout(generation):
     x, weight, bias = some(2, 64, 32, 8, 8)
     usual = weight.contiguous()
     assert usual.stride() != weight.stride()
-    assert th.equal(winograd.conv3x3(x, usual, bias), winograd.conv3x3(x, weight, bias))
+    assert th.equal(conv3x3.conv3x3(x, usual, bias), conv3x3.conv3x3(x, weight, bias))
 
 
 @pytest.mark.parametrize(
@@ -643,28 +678,29 @@ def test_a_convolution_by_weights_in_the_usual_layout(generation):
 )
 def test_convolutions_of_other_sizes_are_left_to_pytorch(generation, change):
     shape = {"n": 1, "channels": 32, "out": 32, "height": 8, "width": 8}
-    assert winograd.suits(*some(**shape))
-    assert not winograd.suits(*some(**{**shape, **change}))
+    assert conv3x3.suits(*some(**shape))
+    assert not conv3x3.suits(*some(**{**shape, **change}))
 
 
 def test_the_smallest_images_are_convolved_by_products_in_float16_only(generation):
     for dtype, threads in itertools.product(CLOSE, (1, 2)):
         tensors = some(5, 64, 32, 4, 4, dtype)
-        assert winograd.suits(*tensors) == (generation == kernels.IN_FLOAT16 and dtype == th.bfloat16)
-        if winograd.suits(*tensors):
+        in_float16 = generation == kernels.IN_FLOAT16 and dtype == th.bfloat16
+        assert conv3x3.suits(*tensors) == (in_float16 or kernels.has_tiles(dtype))
+        if conv3x3.suits(*tensors):
             th.set_num_threads(threads)
             dy = th.randn(5, 32, 4, 4).to(dtype)
-            found = with_gradients(winograd.conv3x3, tensors, dy)
+            found = with_gradients(conv3x3.conv3x3, tensors, dy)
             expected = with_gradients(definition, [t.double() for t in tensors], dy.double())
             assert all(error(mine, exact) < CLOSE[dtype] for mine, exact in zip(found, expected))
 
 
 def test_convolutions_of_other_layouts_and_types_are_left_to_pytorch(generation):
     x, weight, bias = some(1, 32, 32, 8, 8)
-    assert not winograd.suits(x.contiguous(), weight, bias)
-    assert not winograd.suits(x, weight, None)
-    assert not winograd.suits(x, weight.double(), bias) and not winograd.suits(x, weight, bias.double())
-    assert not winograd.suits(x, weight[:, :, :1, :1], bias) and not winograd.suits(x[:, :, 0], weight, bias)
+    assert not conv3x3.suits(x.contiguous(), weight, bias)
+    assert not conv3x3.suits(x, weight, None)
+    assert not conv3x3.suits(x, weight.double(), bias) and not conv3x3.suits(x, weight, bias.double())
+    assert not conv3x3.suits(x, weight[:, :, :1, :1], bias) and not conv3x3.suits(x[:, :, 0], weight, bias)
 
 
 @pytest.mark.parametrize(
@@ -680,7 +716,7 @@ def test_a_convolution_of_any_kind_is_what_pytorch_computes(generation, options)
 
 def test_only_convolutions_that_suit_reach_the_kernel(generation, monkeypatch):
     asked = []
-    monkeypatch.setattr(winograd, "conv3x3", lambda *tensors: asked.append(tensors) or definition(*tensors))
+    monkeypatch.setattr(conv3x3, "conv3x3", lambda *tensors: asked.append(tensors) or definition(*tensors))
     x = some(1, 32, 32, 8, 8)[0]
     Conv2d(32, 32, 3, padding=1)(x)
     assert len(asked) == 1
@@ -692,7 +728,7 @@ def test_only_convolutions_that_suit_reach_the_kernel(generation, monkeypatch):
 
 def test_second_gradients_of_a_convolution_are_refused(generation):
     leaves = [t.requires_grad_() for t in some(1, 32, 32, 8, 8)]
-    gradient = th.autograd.grad(winograd.conv3x3(*leaves).square().sum(), leaves[0], create_graph=True)[0]
+    gradient = th.autograd.grad(conv3x3.conv3x3(*leaves).square().sum(), leaves[0], create_graph=True)[0]
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
 

@@ -1,11 +1,15 @@
-"""Convolutions of 3x3 pixels by Winograd's minimal filtering as compiled operations, in channels_last layout."""
+"""Convolutions of 3x3 pixels as compiled operations, in channels_last layout.
+
+They are computed by Winograd's minimal filtering, in a quarter of the multiplications (Lavin & Gray 2016, arXiv
+1509.09308), or, where the processor multiplies tiles, as they are defined.
+"""
 
 import torch as th
 
 from improved_diffusion import kernels
 from improved_diffusion.kernels import convolution
 
-TILE = 4  # height and width must be multiples of it
+TILE = 4  # of minimal filtering: height and width must be multiples of it
 # From this many pixels on, at most this many pairs of channels: the transformed weights take four times the memory, and
 # small images have too few tiles to pay for them. It is not the number of images that decides, so that an image comes
 # out the same in any batch.
@@ -23,6 +27,8 @@ def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | 
     """Whether `conv3x3` can be used for images of this type and shape in channels_last."""
     if weight.shape[2:] != (3, 3) or not convolution.takes(dtype, shape, weight, bias):
         return False
+    if kernels.has_tiles(dtype):
+        return True
     height, width = shape[2:]
     pairs = weight.shape[0] * weight.shape[1]
     return (
@@ -36,9 +42,9 @@ def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | 
 
 
 def conv3x3(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    """The convolution with padding 1, in a quarter of the multiplications (Lavin & Gray 2016, arXiv 1509.09308).
+    """The convolution with padding 1.
 
     :param x: [N, C, H, W]; `suits` must accept it. :param weight: [out_channels, C, 3, 3]. :param bias: [out_channels].
     :return: [N, out_channels, H, W] in channels_last layout.
     """
-    return convolution.convolve("winograd", (len(x), *x.shape[2:]), x, weight, bias)
+    return convolution.convolve("conv3x3", (len(x), *x.shape[2:]), x, weight, bias)
