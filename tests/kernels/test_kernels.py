@@ -576,7 +576,7 @@ def test_convolutions_by_tiles_of_any_size(generation, n, height, width, threads
 
 @pytest.mark.parametrize("generation", [kernels.EMULATED], indirect=True)
 def test_products_of_a_convolution_by_tiles(generation):
-    """Each place of the kernel takes the products of all tiles of 16 positions, 32 channels and 16 outputs."""
+    """Each tap of the kernel takes the products of all tiles of 16 positions, 32 channels and 16 outputs."""
     products = kernels.function("tile_products", (), result=c_int64)
     th.set_num_threads(1)  # each thread counts its own
     x, weight, bias = (t.requires_grad_() for t in some(2, 64, 32, 31, 31, th.bfloat16))
