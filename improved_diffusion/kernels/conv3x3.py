@@ -14,8 +14,8 @@ TILE = 4  # of minimal filtering: height and width must be multiples of it
 # small images have too few tiles to pay for them. It is not the number of images that decides, so that an image comes
 # out the same in any batch.
 MOST_PAIRS = ((256, 2**18), (64, 2**16))
-# Products in float16 take half the memory, and PyTorch's convolutions are slow in bfloat16 on these processors.
-MOST_PAIRS_IN_FLOAT16 = (*MOST_PAIRS, (16, 2**16))
+# Those of 4x4 pixels pay in bfloat16 only.
+MOST_PAIRS_IN_BFLOAT16 = (*MOST_PAIRS, (16, 2**16))
 
 
 def suits(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> bool:
@@ -36,7 +36,7 @@ def takes(dtype: th.dtype, shape: th.Size, weight: th.Tensor, bias: th.Tensor | 
         and width % TILE == 0
         and any(
             height * width >= pixels and pairs <= most
-            for pixels, most in (MOST_PAIRS_IN_FLOAT16 if kernels.avoids_bfloat16(dtype) else MOST_PAIRS)
+            for pixels, most in (MOST_PAIRS_IN_BFLOAT16 if dtype == th.bfloat16 else MOST_PAIRS)
         )
     )
 

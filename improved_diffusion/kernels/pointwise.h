@@ -1,5 +1,5 @@
 // Convolutions with a kernel of size 1: products of the positions [positions, in] and the weights [out, in]. It is
-// included once for each type, STORED.
+// included once for each type, STORED. AS_STORED: whether left factors and results have this type.
 
 #ifdef HALVES
 // The power of two for factors whose largest is less than 2^(exponent + 1): 128 products stay below 65504.
@@ -73,7 +73,6 @@ void TYPED(pointwise_forward)(
     int backward, int threads
 ) {
     int rows = backward ? out : in, columns = backward ? in : out, blocks = (positions + POSITIONS - 1) / POSITIONS;
-    int direct = sizeof(STORED) == sizeof(float);  // no numbers to convert
     float *offset = room, *weights = room + out;
     for (int c = 0; bias && c < out; c += WIDTH) put(offset + c, LOAD(bias + c));
     float of_weights = 1;  // scale of the weights
@@ -91,7 +90,7 @@ void TYPED(pointwise_forward)(
         for (int block = 0; block < blocks; block++) {
             int first = block * POSITIONS, count = positions - first < POSITIONS ? positions - first : POSITIONS;
             // Rows behind the last position hold old numbers, and nobody reads what comes of them.
-            int own = !direct || count % ROWS;
+            int own = !AS_STORED || count % ROWS;
             const STORED *from = x + (size_t)first * rows;
             const float *a = own ? v : (const float *)from;
             SUMS *to = own ? (SUMS *)m : (SUMS *)y + (size_t)first * columns;
@@ -104,7 +103,7 @@ void TYPED(pointwise_forward)(
                 TYPED(to_left)(from + at, (LEFT *)v + at, rows, LEVEL(power)(power));
             }
 #else
-            if (own) TYPED(to_left)(from, v, (size_t)count * rows, 1);
+            if (own) TYPED(to_left)(from, (LEFT *)v, (size_t)count * rows, 1);
 #endif
             for (int column = 0; column < columns; column += 2 * WIDTH)
                 for (int row = 0; row < count; row += ROWS)

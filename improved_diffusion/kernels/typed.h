@@ -4,6 +4,7 @@
 #ifdef __AVX512FP16__
 #include "halves.h"
 #include "winograd.h"
+#define AS_STORED 0
 #include "pointwise.h"
 #define FACTOR uint16_t
 #define COPIES 1
@@ -35,6 +36,11 @@
 #define PRODUCT_TO_SUMS(a, row, b, b_row, m, m_row, depth, start)                                                      \
     LEVEL(product)(a, row, 1, b, b_row, m, m_row, depth, start, 0)
 #include "winograd.h"
+#if defined(__AVX512BF16__) && UNIT == 2
+#include "pairs.h"
+#else
+#define AS_STORED (sizeof(STORED) == sizeof(float))
+#endif
 #include "pointwise.h"
 #define FACTOR STORED
 #define COPIES 0
@@ -52,6 +58,7 @@
 #endif
 
 #undef STORED
+#undef AS_STORED
 #undef FACTOR
 #undef COPIES
 #undef LOAD_FACTOR

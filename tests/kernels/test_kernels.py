@@ -682,11 +682,10 @@ def test_convolutions_of_other_sizes_are_left_to_pytorch(generation, change):
     assert not conv3x3.suits(*some(**{**shape, **change}))
 
 
-def test_the_smallest_images_are_convolved_by_products_in_float16_only(generation):
+def test_the_smallest_images_are_convolved_in_bfloat16_only(generation):
     for dtype, threads in itertools.product(CLOSE, (1, 2)):
         tensors = some(5, 64, 32, 4, 4, dtype)
-        in_float16 = generation == kernels.IN_FLOAT16 and dtype == th.bfloat16
-        assert conv3x3.suits(*tensors) == (in_float16 or kernels.has_tiles(dtype))
+        assert conv3x3.suits(*tensors) == (dtype == th.bfloat16 and kernels.multiplies(dtype))
         if conv3x3.suits(*tensors):
             th.set_num_threads(threads)
             dy = th.randn(5, 32, 4, 4).to(dtype)
