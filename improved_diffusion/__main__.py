@@ -48,7 +48,7 @@ def overview() -> str:
     if not compiled_kernels():
         lines += [
             "",
-            f"note: without compiled kernels, training takes 1.6 times as long ({why_not_compiled()})",
+            f"note: without compiled kernels, training takes 1.7 to 2.8 times as long ({why_not_compiled()})",
         ]
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def test_the_overview_says_that_there_was_no_compiler(installed, tmp_path):
 def _assert_kernels_are_missed(text):
     """A single line says what is lost without compiled kernels, and what helps."""
     (line,) = (line for line in text.splitlines() if "without compiled kernels" in line)
-    assert "training takes 1.6 times as long" in line
+    assert "training takes 1.7 to 2.8 times as long" in line
     if platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64"):
         assert "no compiler was found at the installation: install GCC and repeat it" in line
     else:

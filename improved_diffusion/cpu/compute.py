@@ -38,7 +38,7 @@ class Compute:
         compiled = (
             f"with kernels compiled for {generation}"
             if generation
-            else f"without compiled kernels, so training takes 1.6 times as long ({kernels.why_none()})"
+            else f"without compiled kernels, so training takes 1.7 to 2.8 times as long ({kernels.why_none()})"
         )
         return f"{bits}, on {cores}, {compiled}"
 
