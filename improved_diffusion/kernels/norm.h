@@ -96,12 +96,12 @@ static inline void NAME(measure_gradient)(
     EACH put(sums + size.channels + first + k * WIDTH, q[k]);
 }
 
-// Write the gradients of x and of the modulation. above: the gradient before SiLU. more: another gradient of x, which is
-// added, or NULL.
+// Write the gradients of x and of the modulation. above: the gradient before SiLU. more: another gradient of x, which
+// is added, or NULL.
 static inline void NAME(differentiate)(
     const STORED *above, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias,
-    const STORED *modulation, const float *mean, const float *rstd, STORED *dx, STORED *dmodulation, const float *sums, struct sizes size,
-    int first
+    const STORED *modulation, const float *mean, const float *rstd, STORED *dx, STORED *dmodulation,
+    const float *sums, struct sizes size, int first
 ) {
     float a[BLOCK], b[BLOCK], factors[BLOCK], constants[BLOCK];
     NAME(coefficients)(weight, bias, modulation, mean, rstd, size, first, a, b);
@@ -177,9 +177,9 @@ static void NAME(norm_forward)(
 // Compute the gradients of x, weight, bias and modulation from that of y, dy. more: another gradient of x, which is
 // added, or NULL. sums: working memory, [images, 2 * channels].
 static void NAME(norm_backward)(
-    const STORED *dy, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation,
-    const float *mean, const float *rstd, STORED *dx, STORED *dweight, STORED *dbias, STORED *dmodulation,
-    float *sums, int images, struct sizes size, int activate, int threads
+    const STORED *dy, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias,
+    const STORED *modulation, const float *mean, const float *rstd, STORED *dx, STORED *dweight, STORED *dbias,
+    STORED *dmodulation, float *sums, int images, struct sizes size, int activate, int threads
 ) {
     size_t length = (size_t)size.positions * size.channels, pair = 2 * (size_t)size.channels;
     const STORED *above = activate ? dx : dy;
@@ -191,8 +191,8 @@ static void NAME(norm_backward)(
                 first, activate
             ),
             NAME(differentiate)(
-                above + n * length, more ? more + n * length : NULL, x + n * length, weight, bias, OWN, STATISTICS, dx + n * length,
-                modulation ? dmodulation + n * pair : NULL, sums + n * pair, size, first
+                above + n * length, more ? more + n * length : NULL, x + n * length, weight, bias, OWN, STATISTICS,
+                dx + n * length, modulation ? dmodulation + n * pair : NULL, sums + n * pair, size, first
             )
         )
 #pragma omp for schedule(static)

@@ -28,14 +28,14 @@ void TYPED(norm_forward)(
 }
 
 void TYPED(norm_backward)(
-    const STORED *dy, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias, const STORED *modulation,
-    const float *mean, const float *rstd, STORED *dx, STORED *dweight, STORED *dbias, STORED *dmodulation,
-    float *sums, int images, int positions, int channels, int groups, int activate, int threads
+    const STORED *dy, const STORED *more, const STORED *x, const STORED *weight, const STORED *bias,
+    const STORED *modulation, const float *mean, const float *rstd, STORED *dx, STORED *dweight, STORED *dbias,
+    STORED *dmodulation, float *sums, int images, int positions, int channels, int groups, int activate, int threads
 ) {
     struct sizes size = {positions, channels, groups, channels / groups};
     BLOCKED(norm_backward)(
-        dy, more, x, weight, bias, modulation, mean, rstd, dx, dweight, dbias, dmodulation, sums, images, size, activate,
-        threads
+        dy, more, x, weight, bias, modulation, mean, rstd, dx, dweight, dbias, dmodulation, sums, images, size,
+        activate, threads
     );
 }
 
