@@ -8,6 +8,7 @@ Jordan et al. 2024: "Muon: An optimizer for hidden layers in neural networks", h
 
 import torch as th
 
+from improved_diffusion.kernels import update
 from improved_diffusion.nn import in_channels_last
 
 MOMENTUM = 0.95
@@ -44,6 +45,17 @@ def orthogonalize(matrix: th.Tensor) -> th.Tensor:
     return result if matrix.shape[0] <= matrix.shape[1] else result.T
 
 
+def rate(shape: th.Size, lr: float) -> float:
+    """What a matrix with singular values near 1 is multiplied by, as the step of a parameter of this shape."""
+    return lr * RMS * max(shape[0], shape[1:].numel()) ** 0.5
+
+
+def settings(shape: th.Size, lr: float, weight_decay: float, factor: float) -> update.MuonSettings:
+    """What the kernel needs to do as `muon` does, with the gradient multiplied by `factor`."""
+    keep = 1 - lr * weight_decay
+    return update.MuonSettings(MOMENTUM, factor, keep, rate(shape, lr), COEFFICIENTS, ITERATIONS)
+
+
 @th.no_grad()
 def muon(param: th.Tensor, gradient: th.Tensor, momentum: th.Tensor, lr: float, weight_decay: float) -> None:
     """Update `param` and its `momentum` in place.
@@ -55,7 +67,6 @@ def muon(param: th.Tensor, gradient: th.Tensor, momentum: th.Tensor, lr: float, 
     step = gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov momentum
     if in_channels_last(step):  # without a copy: the order of the columns does not matter
         step, param = step.permute(0, 2, 3, 1), param.permute(0, 2, 3, 1)
-    matrix = step.flatten(1)
     if weight_decay:
         param.mul_(1 - lr * weight_decay)
-    param.add_(orthogonalize(matrix).view_as(param), alpha=-lr * RMS * max(matrix.shape) ** 0.5)
+    param.add_(orthogonalize(step.flatten(1)).view_as(param), alpha=-rate(param.shape, lr))

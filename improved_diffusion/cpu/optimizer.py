@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 from torch.optim.adamw import adamw
 
-from improved_diffusion.cpu.muon import muon
+from improved_diffusion.cpu.muon import muon, settings
 from improved_diffusion.kernels import update
 from improved_diffusion.nn import update_ema
 
@@ -131,11 +131,19 @@ class Optimizer:
         more: Sequence[th.Tensor],
     ) -> None:
         """`step` for the parameter `index`, which Muon updates."""
+        param, momentum = self.params[index], self.moments["exp_avg"][index]
+        if update.muon(
+            *(param, gradient[index], momentum, settings(param.shape, self.lr, self.weight_decay, factor)),
+            [(tensors[index], decay) for tensors, decay in averages],
+            copies[index],
+            more[index] if more else None,
+        ):
+            return
         value = gradient[index].to(th.float32, copy=True)
         if more:
             value += more[index]
         value *= factor
-        muon(self.params[index], value, self.moments["exp_avg"][index], self.lr, self.weight_decay)
+        muon(param, value, momentum, self.lr, self.weight_decay)
         self._follow([index], averages, copies)
 
     @th.no_grad()

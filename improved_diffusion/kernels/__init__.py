@@ -155,7 +155,7 @@ def _described(tensor: th.Tensor) -> str:
 
 
 @functools.cache
-def size_of_room(name: str, dtype: th.dtype, *sizes: int) -> int:
+def size_of_room(name: str, dtype: th.dtype | None, *sizes: int) -> int:
     """How much working memory the functions of this name take: the result of the compiled function `name`_room.
 
     It is remembered, because other threads could take the interpreter during the call.

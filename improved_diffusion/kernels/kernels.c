@@ -43,6 +43,10 @@ struct place {
 struct adamw {
     float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: for the gradient
 };
+struct muon {
+    float momentum, factor, keep, rate, a, b, c;  // keep, rate: for the weights and their step; a, b, c: see cpu/muon.py
+    int iterations;
+};
 
 // A residual block (blocks.h): its input and weights, what is kept for the backward pass, and its result. floats: of both
 // normalisations, [images * (groups + channels) * 2] each: means, deviations and working memory. Without skip_weight, the
@@ -77,6 +81,10 @@ static inline struct place winograd_place(struct conv size, size_t tile) {
     size_t across = size.width / 4, tiles = size.height / 4 * across, number = tile % tiles;
     return (struct place){tile / tiles, (int)(number / across * 4), (int)(number % across * 4)};
 }
+// Rows of a side of a matrix in muon.h, in whole blocks, and numbers from one row to the next: no multiple of 128 bytes, so
+// that rows do not compete for places in the caches.
+static inline size_t muon_length(size_t side) { return (side + 31) / 32 * 32; }
+static inline size_t muon_row(size_t side) { return muon_length(side) + 16; }
 static inline float bf16_to_float(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
     float result;

@@ -124,6 +124,7 @@ static inline void LEVEL(turn)(const void *from, size_t step, void *to, size_t t
 #include "typed.h"
 
 #include "update.h"
+#include "muon.h"
 #endif
 
 #undef WIDTH

@@ -19,6 +19,43 @@ static inline float LEVEL(gradient_at)(const void *part, const void *other, int 
     return other ? g + LEVEL(part_at)(other, kinds & 2, at) : g;
 }
 
+// Of a tensor of `size` numbers, how many a vector holds from number `at` on.
+static inline int LEVEL(count)(int64_t at, int64_t size) { return at + WIDTH <= size ? WIDTH : (int)(size - at); }
+// Vectors of which only the first `count` numbers are read or written.
+static inline vec LEVEL(get_some)(const float *from, int count) {
+    if (count == WIDTH) return get(from);
+    vec v = {0};
+    for (int k = 0; k < count; k++) v[k] = from[k];
+    return v;
+}
+static inline void LEVEL(put_some)(float *to, vec v, int count) {
+    if (count == WIDTH) put(to, v);
+    else
+        for (int k = 0; k < count; k++) to[k] = v[k];
+}
+static inline vec LEVEL(gradient_of)(const void *part, const void *other, int kinds, size_t at, int count) {
+    if (count == WIDTH) return LEVEL(load_gradient)(part, other, kinds, at);
+    vec v = {0};
+    for (int k = 0; k < count; k++) v[k] = LEVEL(gradient_at)(part, other, kinds, at + k);
+    return v;
+}
+// Write weights from number `at` on, to their bfloat16 copy, if it is not NULL, and into their averages, of which
+// those of different rates are `apart` in the array.
+static inline void LEVEL(put_weights)(
+    vec p, int64_t at, int count, float *weights, uint16_t *copy, int rates, float *const *averages, size_t apart,
+    const float *shares
+) {
+    LEVEL(put_some)(weights + at, p, count);
+    if (copy && count == WIDTH) LEVEL(store_bf16)(copy + at, p);
+    else if (copy)
+        for (int k = 0; k < count; k++) copy[at + k] = float_to_bf16(p[k]);
+    for (int rate = 0; rate < rates; rate++) {
+        float *average = averages[rate * apart] + at;
+        vec e = LEVEL(get_some)(average, count);
+        LEVEL(put_some)(average, e + shares[rate] * (p - e), count);
+    }
+}
+
 // squares: for each tensor from number `begin` to `end` - 1, the sum of the squares of its gradient.
 void LEVEL(squares)(
     int begin, int end, const int64_t *sizes, const void *const *parts, const void *const *others, const uint8_t *kinds,
@@ -71,41 +108,14 @@ void LEVEL(adamw)(
     for (int i = begin; i < end; i++) {
         float c1 = corrections[2 * i], c2 = corrections[2 * i + 1];
         for (int64_t at = 0; at < sizes[i]; at += WIDTH) {
-            int full = at + WIDTH <= sizes[i], left = full ? WIDTH : (int)(sizes[i] - at);
-            vec p = {0}, g = {0}, m = {0}, v = {0};
-            if (full) {
-                p = get(params[i] + at);
-                g = LEVEL(load_gradient)(parts[i], others[i], kinds[i], at);
-                m = get(first[i] + at);
-                v = get(second[i] + at);
-            } else
-                for (int k = 0; k < left; k++) {
-                    p[k] = params[i][at + k];
-                    g[k] = LEVEL(gradient_at)(parts[i], others[i], kinds[i], at + k);
-                    m[k] = first[i][at + k];
-                    v[k] = second[i][at + k];
-                }
-            LEVEL(adam_result) r = LEVEL(adam)(p, g, m, v, settings, c1, c2);
-            if (full) {
-                put(params[i] + at, r.p);
-                put(first[i] + at, r.m);
-                put(second[i] + at, r.v);
-                if (copies[i]) LEVEL(store_bf16)(copies[i] + at, r.p);
-            } else
-                for (int k = 0; k < left; k++) {
-                    params[i][at + k] = r.p[k];
-                    first[i][at + k] = r.m[k];
-                    second[i][at + k] = r.v[k];
-                    if (copies[i]) copies[i][at + k] = float_to_bf16(r.p[k]);
-                }
-            for (int rate = 0; rate < rates; rate++) {
-                float *average = averages[(size_t)rate * count + i] + at;
-                if (full) {
-                    vec e = get(average);
-                    put(average, e + shares[rate] * (r.p - e));
-                } else
-                    for (int k = 0; k < left; k++) average[k] += shares[rate] * (r.p[k] - average[k]);
-            }
+            int left = LEVEL(count)(at, sizes[i]);
+            LEVEL(adam_result) r = LEVEL(adam)(
+                LEVEL(get_some)(params[i] + at, left), LEVEL(gradient_of)(parts[i], others[i], kinds[i], at, left),
+                LEVEL(get_some)(first[i] + at, left), LEVEL(get_some)(second[i] + at, left), settings, c1, c2
+            );
+            LEVEL(put_some)(first[i] + at, r.m, left);
+            LEVEL(put_some)(second[i] + at, r.v, left);
+            LEVEL(put_weights)(r.p, at, left, params[i], copies[i], rates, averages + i, count, shares);
         }
     }
 }

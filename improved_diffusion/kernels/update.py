@@ -1,8 +1,8 @@
-"""The norm of a gradient, and AdamW with moving averages and copies, which read every number from memory once."""
+"""The norm of a gradient, and AdamW and Muon with moving averages and copies of the weights, by compiled functions."""
 
 import math
 from collections.abc import Callable, Sequence
-from ctypes import Structure, c_float, c_int, c_void_p
+from ctypes import Structure, addressof, c_float, c_int, c_void_p
 from functools import partial
 
 import numpy as np
@@ -13,6 +13,7 @@ from improved_diffusion import kernels
 # Arguments of the compiled functions: the range of tensors to work on (and their number), then addresses of arrays.
 SQUARES = (c_int, c_int, *[c_void_p] * 5)
 ADAMW = (c_int, c_int, c_int, *[c_void_p] * 8, c_int, *[c_void_p] * 4)
+MUON = (c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 2, c_int, *[c_void_p] * 4)
 SHARE = 2**20  # numbers in a part of the work
 Run = Callable[[Sequence[Callable[[], object]]], object]
 NUMBERS = ("lr", "beta1", "beta2", "rest1", "rest2", "epsilon", "weight_decay", "factor")
@@ -28,6 +29,30 @@ class AdamWSettings(Structure):
     ):
         # 1 - beta is computed here, in float64: in float32, 1 - 0.999 is wrong in the fifth digit.
         super().__init__(lr, *betas, *(1 - beta for beta in betas), epsilon, weight_decay, factor)
+
+
+class MuonSettings(Structure):
+    """The C structure muon: settings of Muon, and the factor by which the gradient is multiplied.
+
+    :param keep: the weights are multiplied by it. :param rate: their step, a matrix with singular values near 1, too.
+    :param coefficients: a, b, c of the polynomial that is applied `iterations` times.
+    """
+
+    _fields_ = [
+        *((name, c_float) for name in ("momentum", "factor", "keep", "rate", "a", "b", "c")),
+        ("iterations", c_int),
+    ]
+
+    def __init__(
+        self,
+        momentum: float,
+        factor: float,
+        keep: float,
+        rate: float,
+        coefficients: tuple[float, float, float],
+        iterations: int,
+    ):
+        super().__init__(momentum, factor, keep, rate, *coefficients, iterations)
 
 
 def suits(tensors: Sequence[th.Tensor]) -> bool:
@@ -114,6 +139,48 @@ def adamw(
         run,
         *(kernel, arrays[0], len(params), *(array.ctypes.data for array in arrays)),
         *(len(averages), *(array.ctypes.data for array in others)),
+    )
+    return True
+
+
+def muon(
+    param: th.Tensor,
+    gradient: th.Tensor,
+    momentum: th.Tensor,
+    settings: MuonSettings,
+    averages: Sequence[tuple[th.Tensor, float]],
+    copy: th.Tensor | None,
+    more: th.Tensor | None = None,
+) -> bool:
+    """Update `param` by Muon in place, then its moving averages and its bfloat16 `copy` (see `cpu.muon`).
+
+    The arguments are those of `adamw`, for one parameter.
+    """
+    parts = [gradient] if more is None else [gradient, more]
+    if not suits(parts):
+        return False
+    like = [param]
+    single = (th.float32,)
+    try:
+        parts = in_order(parts, like * len(parts))
+        arrays = kernels.addresses([param, momentum], single, like * 2)
+        of_parts = kernels.addresses(parts, kernels.TYPES, like * len(parts))
+        averaged = kernels.addresses([t for t, _ in averages], single, like * len(averages))
+        copied = kernels.addresses([copy], (th.bfloat16,), like, optional=True)
+    except TypeError:
+        return False
+    shares = np.array([1 - decay for _, decay in averages], np.float32)
+    rows = len(param)
+    columns = param.numel() // rows
+    room = kernels.room(kernels.size_of_room("muon", None, rows, columns))
+    kernels.function("muon", MUON)(
+        *(rows, columns, int(arrays[0]), int(of_parts[0]), int(of_parts[1]) if len(parts) > 1 else None),
+        *(
+            sum(kind << i for i, kind in enumerate(_in_16_bits(parts).tolist())),
+            int(arrays[1]),
+            int(copied[0]),
+        ),
+        *(len(averages), averaged.ctypes.data, shares.ctypes.data, addressof(settings), room),
     )
     return True
 

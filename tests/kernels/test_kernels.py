@@ -18,6 +18,7 @@ from torch import nn
 
 import improved_diffusion
 from improved_diffusion import kernels
+from improved_diffusion.cpu import muon
 from improved_diffusion.kernels import attention, conv3x3, fused, pointwise, update
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.nn import Conv2d, pointwise_channels_last
@@ -138,6 +139,7 @@ import sys
 import torch as th
 from torch import nn
 from improved_diffusion import kernels
+from improved_diffusion.cpu import muon
 from improved_diffusion.kernels import attention, conv3x3, pointwise, update
 from improved_diffusion.kernels.norm import norm_act, suits
 from improved_diffusion.unet import AttentionBlock, ResBlock
@@ -191,6 +193,8 @@ def call_all():
             params, gradient, moments, th.ones(len(params)), settings, [(average, 0.9)] * 2, copies, params
         )
         update.norm(gradient, params)
+        for p, g, momentum, mean, copy in zip(params, gradient, moments[0], average, copies):
+            assert update.muon(p, g, momentum, muon.settings(p.shape, 0.1, 0.1, 1.0), [(mean, 0.9)], copy, p)
 
 
 for generation in sys.argv[2:]:
@@ -977,6 +981,47 @@ def test_adamw(generation, dtype):
         assert copies[i] is None or th.equal(copies[i], p.bfloat16())
         for (average, _), expected in zip(averages, expected_averages):
             assert th.allclose(average[i].double(), expected[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("shape", [(64, 32, 3, 3), (130, 70), (33, 300), (5, 2, 1), (1, 9)], ids=str)
+def test_muon(generation, shape, dtype):
+    """Against PyTorch's operations in float64, for matrices that are wide or high, and in whole blocks or not."""
+    param, momentum = tensors(shapes=[shape, shape])
+    expected, expected_momentum = param.double(), momentum.double()
+    averages, copy = [(param.clone(), decay) for decay in (0.9, 0.99)], param.bfloat16()
+    expected_averages = [average.double() for average, _ in averages]
+    for _ in range(3):
+        (gradient, more), start = tensors(dtype, [shape, shape]), expected.clone()
+        settings = muon.settings(param.shape, 0.2, 0.1, 0.5)
+        assert update.muon(param, gradient.contiguous(), momentum, settings, averages, copy, more)
+        muon.muon(expected, 0.5 * (gradient.double() + more.double()), expected_momentum, 0.2, 0.1)
+        assert error(momentum, expected_momentum) < 1e-6
+        assert (param.double() - expected).norm() < 1e-4 * (expected - start).norm()
+        assert th.equal(copy, param.bfloat16())
+        for (average, decay), exact in zip(averages, expected_averages):
+            exact.lerp_(expected, 1 - decay)
+            assert th.allclose(average.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_muon_takes_only_tensors_that_belong_together(generation):
+    def update_is_done(spoiled, value):
+        found = {name: th.ones(6, 4) for name in ("param", "gradient", "momentum", "average")}
+        found["copy"] = th.ones(6, 4, dtype=th.bfloat16)
+        if spoiled:
+            found[spoiled] = value
+        settings = muon.settings(found["param"].shape, 0.1, 0.1, 1.0)
+        done = update.muon(
+            *(found["param"], found["gradient"], found["momentum"], settings, [(found["average"], 0.9)]),
+            found["copy"],
+        )
+        assert done or all((t == 1).all() for t in found.values())
+        return done
+
+    assert update_is_done("", None)
+    for name in ("param", "gradient", "momentum", "average", "copy"):
+        for value in (th.ones(6, 4).double(), th.ones(4, 6), th.ones(7, 4)):
+            assert not update_is_done(name, value), name
 
 
 # -- the model -----------------------------------------------------------------------------------------------
