@@ -46,7 +46,7 @@ def orthogonalize(matrix: th.Tensor) -> th.Tensor:
 
 
 def rate(shape: th.Size, lr: float) -> float:
-    """What a matrix with singular values near 1 is multiplied by, as the step of a parameter of this shape."""
+    """What a matrix with singular values near 1 is multiplied by to be the step of a parameter of this shape."""
     return lr * RMS * max(shape[0], shape[1:].numel()) ** 0.5
 
 

@@ -44,7 +44,7 @@ struct adamw {
     float lr, beta1, beta2, rest1, rest2, epsilon, weight_decay, factor;  // rest: 1 - beta; factor: for the gradient
 };
 struct muon {
-    float momentum, factor, keep, rate, a, b, c;  // keep, rate: for the weights and their step; a, b, c: see cpu/muon.py
+    float momentum, factor, keep, rate, a, b, c;  // keep, rate: for the weights and their step; a, b, c: of cpu/muon.py
     int iterations;
 };
 
@@ -81,7 +81,7 @@ static inline struct place winograd_place(struct conv size, size_t tile) {
     size_t across = size.width / 4, tiles = size.height / 4 * across, number = tile % tiles;
     return (struct place){tile / tiles, (int)(number / across * 4), (int)(number % across * 4)};
 }
-// Rows of a side of a matrix in muon.h, in whole blocks, and numbers from one row to the next: no multiple of 128 bytes, so
+// A side of a matrix in muon.h, in whole blocks, and the numbers from one row to the next: no multiple of 128 bytes, so
 // that rows do not compete for places in the caches.
 static inline size_t muon_length(size_t side) { return (side + 31) / 32 * 32; }
 static inline size_t muon_row(size_t side) { return muon_length(side) + 16; }

@@ -79,8 +79,9 @@ size_t LEVEL(muon_room)(size_t rows, size_t columns) {
     size_t length = muon_length(rows < columns ? columns : rows), side = rows < columns ? rows : columns;
     return muon_length(rows * columns) + (2 * length + 4 * muon_length(side)) * muon_row(side);
 }
-// Update the weights, a matrix [rows, columns], and its momentum. The other arguments are those of adamw, for one tensor.
-// room: working memory, of the size muon_room.
+
+// Update the weights, a matrix [rows, columns], and its momentum. The other arguments are those of adamw, for one
+// tensor. room: working memory, of the size muon_room.
 void LEVEL(muon)(
     int rows, int columns, float *weights, const void *part, const void *other, int kinds, float *momentum,
     uint16_t *copy, int rates, float *const *averages, const float *shares, const struct muon *s, float *room

@@ -34,7 +34,8 @@ class AdamWSettings(Structure):
 class MuonSettings(Structure):
     """The C structure muon: settings of Muon, and the factor by which the gradient is multiplied.
 
-    :param keep: the weights are multiplied by it. :param rate: their step, a matrix with singular values near 1, too.
+    :param keep: what the weights are multiplied by. :param rate: what their step is, a matrix with singular values
+        near 1.
     :param coefficients: a, b, c of the polynomial that is applied `iterations` times.
     """
 
@@ -163,23 +164,18 @@ def muon(
     single = (th.float32,)
     try:
         parts = in_order(parts, like * len(parts))
-        arrays = kernels.addresses([param, momentum], single, like * 2)
-        of_parts = kernels.addresses(parts, kernels.TYPES, like * len(parts))
+        weights, moment = kernels.addresses([param, momentum], single, like * 2).tolist()
+        of_parts = [*kernels.addresses(parts, kernels.TYPES, like * len(parts)).tolist(), None]
         averaged = kernels.addresses([t for t, _ in averages], single, like * len(averages))
-        copied = kernels.addresses([copy], (th.bfloat16,), like, optional=True)
+        (copied,) = kernels.addresses([copy], (th.bfloat16,), like, optional=True).tolist()
     except TypeError:
         return False
+    kinds = sum(kind << i for i, kind in enumerate(_in_16_bits(parts).tolist()))
     shares = np.array([1 - decay for _, decay in averages], np.float32)
-    rows = len(param)
-    columns = param.numel() // rows
+    rows, columns = len(param), param[0].numel()
     room = kernels.room(kernels.size_of_room("muon", None, rows, columns))
     kernels.function("muon", MUON)(
-        *(rows, columns, int(arrays[0]), int(of_parts[0]), int(of_parts[1]) if len(parts) > 1 else None),
-        *(
-            sum(kind << i for i, kind in enumerate(_in_16_bits(parts).tolist())),
-            int(arrays[1]),
-            int(copied[0]),
-        ),
+        *(rows, columns, weights, *of_parts[:2], kinds, moment, copied),
         *(len(averages), averaged.ctypes.data, shares.ctypes.data, addressof(settings), room),
     )
     return True
