@@ -53,7 +53,7 @@ def rate(shape: th.Size, lr: float) -> float:
 def settings(shape: th.Size, lr: float, weight_decay: float, factor: float) -> update.MuonSettings:
     """What the kernel needs to do as `muon` does, with the gradient multiplied by `factor`."""
     keep = 1 - lr * weight_decay
-    return update.MuonSettings(MOMENTUM, factor, keep, rate(shape, lr), COEFFICIENTS, ITERATIONS)
+    return update.MuonSettings(MOMENTUM, factor, keep, rate(shape, lr), *COEFFICIENTS, ITERATIONS)
 
 
 @th.no_grad()

@@ -34,9 +34,8 @@ class AdamWSettings(Structure):
 class MuonSettings(Structure):
     """The C structure muon: settings of Muon, and the factor by which the gradient is multiplied.
 
-    :param keep: what the weights are multiplied by. :param rate: what their step is, a matrix with singular values
-        near 1.
-    :param coefficients: a, b, c of the polynomial that is applied `iterations` times.
+    keep: what the weights are multiplied by. rate: what their step is, a matrix with singular values near 1. a, b, c:
+    of the polynomial that is applied `iterations` times.
     """
 
     _fields_ = [
@@ -44,20 +43,9 @@ class MuonSettings(Structure):
         ("iterations", c_int),
     ]
 
-    def __init__(
-        self,
-        momentum: float,
-        factor: float,
-        keep: float,
-        rate: float,
-        coefficients: tuple[float, float, float],
-        iterations: int,
-    ):
-        super().__init__(momentum, factor, keep, rate, *coefficients, iterations)
-
 
 def suits(tensors: Sequence[th.Tensor]) -> bool:
-    """Whether `norm` and `adamw` can be used on these tensors of a gradient."""
+    """Whether `norm`, `adamw` and `muon` can be used on these tensors of a gradient."""
     return kernels.generation() is not None and all(
         t.dtype in kernels.TYPES and t.is_cpu and t.layout == th.strided for t in tensors
     )

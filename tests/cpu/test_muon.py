@@ -3,6 +3,7 @@
 import pytest
 import torch as th
 
+from improved_diffusion import kernels
 from improved_diffusion.cpu.muon import muon, orthogonalize
 from improved_diffusion.cpu.optimizer import Optimizer
 
@@ -53,7 +54,15 @@ def test_momentum_and_weight_decay():
     assert (param - th.diag(param.diagonal())).abs().max() < 1e-5
 
 
-def test_only_the_chosen_parameters_are_updated_so():
+@pytest.mark.parametrize("setting", ["0", kernels.GENERATIONS[-1]], ids=["without kernels", "with"])
+def test_only_the_chosen_parameters_are_updated_so(setting):
+    with kernels.switched(setting):
+        check_that_only_the_chosen_parameters_are_updated_so()
+
+
+def check_that_only_the_chosen_parameters_are_updated_so():
+    exact = kernels.generation() is None
+
     def parameters():
         rng = th.Generator().manual_seed(1)
         return [th.nn.Parameter(th.randn(shape, generator=rng)) for shape in ((6, 5), (7,), (4, 3, 3, 3))]
@@ -73,7 +82,9 @@ def test_only_the_chosen_parameters_are_updated_so():
             assert not th.allclose(ours[i], adamw[i], atol=1e-3)
             expected = before.detach().clone()
             muon(expected, gradient[i].clone(), th.zeros_like(expected), 1e-2, 0.0)
-            assert th.allclose(ours[i], expected, rtol=1e-5, atol=1e-6)
+            assert (
+                th.equal(ours[i], expected) if exact else th.allclose(ours[i], expected, rtol=1e-5, atol=1e-6)
+            )
     assert [t.numel() for t in optimizer.moments["exp_avg_sq"]] == [0, 7, 0]
 
     # A state of its own kind is taken over, one of AdamW is not.
