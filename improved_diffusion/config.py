@@ -289,7 +289,7 @@ class ProcessFlags(Flags):
     )
     sigma_std: float = flag(
         1.2,
-        "standard deviation of ln sigma, for the same flags",
+        "standard deviation of ln sigma, for --schedule_sampler log-normal and --loss_weighting edm",
         low=0.01,
         high=100,
         role=Role.TRAINING,
@@ -394,7 +394,7 @@ class FirstFlags(Flags):
         high=MOST_IMAGES,
         check=_check_microbatch,
     )
-    lr: float = flag(1e-4, "learning rate of AdamW", low=0)
+    lr: float = flag(1e-4, "learning rate", low=0)
     seed: int = flag(
         0,
         "seed of everything random: initial weights, order of the images, timesteps, noise, dropout",
@@ -416,7 +416,7 @@ class DataFlags(Flags):
         2.0, "keep data sets of up to this many GB in memory; read larger ones from the disk", low=0
     )
     data_workers: int = flag(
-        1, "processes that decode the images of data sets above this limit", low=0, high=256
+        1, "processes that decode the images of data sets larger than --cache_limit_gb", low=0, high=256
     )
 
 
@@ -479,14 +479,14 @@ class RunFlags(Flags):
     save_interval: int = flag(1000, "steps between checkpoints", low=1, high=MOST_STEPS)
     sample_interval: int = flag(
         1000,
-        "steps between pictures of the progress, in samples/ and the workbook; the last step always has one; 0: none",
+        "steps between previews, in samples/ and the workbook; the last step always has one; 0: none",
         low=0,
         high=MOST_STEPS,
     )
     heldout_dir: str = flag(
         "",
         "images that are not trained on, whose loss is measured at every checkpoint: a folder, an .npz file, or none; "
-        "if not given, CIFAR-10's test images in a training on CIFAR-10",
+        "if not given, CIFAR-10's test images where CIFAR-10 is trained on",
         per_machine=True,
     )
     heldout_share: float = flag(
@@ -660,7 +660,7 @@ class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
     )
     guidance_scale: float = flag(
         1.0,
-        "strength of the class in the pictures of the progress, for runs with --class_dropout, and the default "
+        "guidance scale of the previews, for runs with --class_dropout, and the default "
         "--guidance_scale of image_sample.py for this model; 1: as trained",
     )
 
@@ -709,7 +709,7 @@ class DrawingFlags(Flags):
     model_path: str = flag("", MODEL_PATH, per_machine=True)
     num_samples: int = flag(
         64,
-        "number of images to draw; where not given, some more if that fills the rows of all classes",
+        "number of images to draw; if not given, enough for full rows of all classes (70 for ten)",
         low=1,
         high=MOST_IMAGES,
     )
@@ -723,7 +723,7 @@ class DrawingFlags(Flags):
     log_dir: str = flag(
         "", "directory for the images; if not given, $OPENAI_LOGDIR or a new directory samples/DATE"
     )
-    seed: int = flag(0, "seed of the initial noise; the same seed gives the same images", **SEED_RANGE)
+    seed: int = flag(0, "seed of all noise; the same seed gives the same images", **SEED_RANGE)
     class_label: str = flag(
         "", "comma-separated names or numbers of the classes to draw; if not given, all classes in turn"
     )

@@ -36,7 +36,7 @@ def test_guidance_needs_class_dropout(capsys):
 
 
 def test_a_model_is_drawn_with_the_guidance_of_its_training(tmp_path, call_script):
-    """In the pictures of the progress as by image_sample.py."""
+    """In the previews as by image_sample.py."""
     run = ["--data_dir", "builtin", *TINY_FLAGS, "--class_cond", "True", "--class_dropout", 0.1]
     run += ["--total_steps", 8, "--lr", 0.03]
     for scale in (1, 5):
