@@ -23,6 +23,7 @@ AUTO = "auto"
 MOST_IMAGES = 10_000_000
 SHORTEST, LONGEST = 0.01, 0.28  # of --ema_lengths; a flat profile, with gamma 0, has 0.2887
 MOST_STEPS = 10**9
+MOST_GUIDANCE = 1000
 
 
 def _problem(parse: Callable[[Any], object]) -> Callable[[Any], str | None]:
@@ -426,7 +427,11 @@ class LearningFlags(Flags):
 
     TITLE: ClassVar[str] = "learning"
     ema_rate: str = flag(
-        "0.9999", "comma-separated rates of the moving averages of the weights", check=_problem(ema_rates)
+        "0.9999",
+        "comma-separated rates of the moving averages of the weights; in step n, a rate is at most (1 + n) / (10 + n): "
+        "until step 8,990 that is below 0.999, and until step 89,990 below 0.9999, and the average is about as long as "
+        "the last tenth of the run",
+        check=_problem(ema_rates),
     )
     lr_warmup_steps: int = flag(
         0, "raise the learning rate linearly from zero over this many steps", low=0, high=MOST_STEPS
@@ -592,6 +597,22 @@ class TrainingFlags(
             raise ValueError(
                 f"--total_steps {self.total_steps}: contradicts --hours {self.hours}; leave one of them out"
             )
+        if self.loss_weighting != "none" and self.use_kl:
+            raise ValueError(
+                f"--loss_weighting {self.loss_weighting}: contradicts --use_kl True; leave one of them out"
+            )
+        if self.predict_xstart and self.prediction != "x_start" and "prediction" in given:
+            raise ValueError(
+                f"--predict_xstart True: contradicts --prediction {self.prediction}; leave one of them out"
+            )
+        for name in ("sigma_mean", "sigma_std", "uniform_share"):
+            if name not in given or self.schedule_sampler == "log-normal":
+                continue
+            needed = "--schedule_sampler log-normal"
+            if name != "uniform_share":
+                needed += " or --loss_weighting edm"
+            if name == "uniform_share" or self.loss_weighting != "edm":
+                raise ValueError(f"--{name} {getattr(self, name)}: needs {needed}")
         if self.heldout_share and self.heldout_dir:
             raise ValueError(
                 f"--heldout_share {self.heldout_share}: contradicts --heldout_dir {self.heldout_dir}; leave one of "
@@ -606,8 +627,11 @@ class TrainingFlags(
             check_classes(self)
             levels_of(self)
         names = ("lr_warmup_steps", "lr_anneal_steps", "lr_decay", "lr_decay_share", "total_steps")
+        schedule = {name: getattr(self, name) for name in names}
+        if self.hours:
+            schedule["total_steps"] = MOST_STEPS  # not known yet
         try:
-            check_lr_schedule(*(getattr(self, name) for name in names))
+            check_lr_schedule(*schedule.values())
         except ValueError as error:
             raise named(error, {name: name for name in names}) from None
 
@@ -662,22 +686,39 @@ class TrainConfig(FirstFlags, ImageFlags, TrainingFlags):
         1.0,
         "guidance scale of the previews, for runs with --class_dropout, and the default "
         "--guidance_scale of image_sample.py for this model; 1: as trained",
+        low=0,
+        high=MOST_GUIDANCE,
     )
 
     def completed(self, given: set[str]) -> "TrainConfig":
         """See `Flags.completed`."""
-        recipe = RECIPES.get(self.recipe, {})
+        recipe = dict(RECIPES.get(self.recipe, {}))
+        # What is given also overrides what it contradicts.
+        for name, contradicted in (
+            ("lr_anneal_steps", "lr_decay"),
+            ("predict_xstart", "prediction"),
+            ("use_kl", "loss_weighting"),
+        ):
+            if name in given and getattr(self, name):
+                recipe.pop(contradicted, None)
         if "class_cond" in given and not self.class_cond:
-            recipe = {**recipe, "class_dropout": 0.0}
+            recipe["class_dropout"] = 0.0
         if not with_defaults(self, given, recipe).class_dropout:
-            recipe = {**recipe, "guidance_scale": 1.0}
+            recipe["guidance_scale"] = 1.0
         return with_defaults(self, given, recipe)
 
     def check(self, given: set[str]) -> None:
         """See `Flags.check`."""
-        super().check(given)
-        if not self.init_from:
-            check_guidance(self)
+        try:
+            super().check(given)
+            if not self.init_from:
+                check_guidance(self)
+        except ValueError as error:
+            by_recipe = [name for name in RECIPES.get(self.recipe, {}) if f"--{name} " in f"{error} "]
+            sets = " ".join(f"--{name} {getattr(self, name)}" for name in by_recipe if name not in given)
+            raise ValueError(
+                f"{error} (--recipe {self.recipe} sets {sets})" if sets else str(error)
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -740,6 +781,8 @@ class GuidanceFlags(Flags):
         1.0,
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
         "--class_dropout; 1: as trained; if not given, the value stored with the model",
+        low=0,
+        high=MOST_GUIDANCE,
     )
     guidance_interval: str = flag(
         "",
@@ -752,7 +795,15 @@ class GuidanceFlags(Flags):
         "guide away from this worse model, such as an early checkpoint (autoguidance, Karras et al. 2024)",
         per_machine=True,
     )
-    autoguidance_scale: float = flag(1.3, "strength of the autoguidance; 1: none")
+    autoguidance_scale: float = flag(1.3, "strength of the autoguidance; 1: none", low=0, high=MOST_GUIDANCE)
+
+    def check(self, given: set[str]) -> None:
+        """See `Flags.check`."""
+        super().check(given)
+        if "autoguidance_scale" in given and not self.autoguidance_path:
+            raise ValueError(
+                f"--autoguidance_scale {self.autoguidance_scale}: needs --autoguidance_path, the worse model"
+            )
 
 
 @dataclass(frozen=True)
@@ -1073,6 +1124,8 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
         1.0,
         "strengthen the influence of the class in runs with --class_dropout; 1: as trained; where not given, the "
         "value stored with a model",
+        low=0,
+        high=MOST_GUIDANCE,
     )
     guidance_interval: str = flag(
         "",
@@ -1156,6 +1209,8 @@ class PublishConfig(Flags):
     guidance_scale: float = flag(
         1.0,
         "default --guidance_scale of image_sample.py for the published model; 1: that of the run",
+        low=0,
+        high=MOST_GUIDANCE,
     )
     guidance_interval: str = flag(
         "",

@@ -168,7 +168,7 @@ def errors_about(flag_name: str) -> Iterator[None]:
 
 READ = "read from the checkpoint"
 READ_NOTE = (
-    "These flags describe the model. Give them only for a file of weights without an args.json beside it, such as "
+    "These flags describe the model. Give them only for a file of weights without a state file beside it, such as "
     "those of improved-diffusion; image_train.py --help explains them. "
 )
 _METAVARS = {bool: "True|False", int: "N", float: "X", str: "TEXT"}

@@ -22,8 +22,10 @@ SPACING_OF_RANDOM_DDIM = "quadratic"
 ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
-def suitable_spacing(sampler: str, eta: float = 0.0) -> str:
+def suitable_spacing(sampler: str, eta: float) -> str:
     """The default spacing of a sampler, one of `samplers.SPACINGS`."""
+    if sampler == "sde_dpmpp_2m" and not eta:
+        sampler = "dpmpp_2m"  # the same method
     if sampler == "ddpm" or (sampler == "ddim" and eta):
         return SPACING_OF_RANDOM_DDIM
     return SPACING_OF.get(sampler, SPACING)
@@ -274,7 +276,7 @@ def guidance_interval(
     :param diffusion: the diffusion that samples, with the timesteps that it gives to the model.
     :param low, high: the interval of sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise relative to the image.
     :return: a function from the model's timesteps [N] to bool [N].
-    :raises ValueError: `low` is negative or not below `high`.
+    :raises ValueError: `low` is negative or not below `high`, or no timestep has such noise.
     """
     if not 0 <= low < high:
         raise ValueError(
@@ -283,6 +285,9 @@ def guidance_interval(
     model_timesteps = diffusion.model_timesteps(th.arange(diffusion.num_timesteps)).double().numpy()
     # The samplers interpolate lambda = -log sigma linearly between timesteps.
     log_sigma = -log_signal_to_noise(diffusion)
+    least, most = np.exp(log_sigma[[0, -1]])
+    if high < least or low > most:
+        raise ValueError(f"{low:g},{high:g}: this model's noise is from {least:.3g} to {most:.3g}")
 
     def within(timesteps: th.Tensor) -> th.Tensor:
         sigma = np.exp(np.interp(timesteps.double().cpu().numpy(), model_timesteps, log_sigma))

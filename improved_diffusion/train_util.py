@@ -39,7 +39,7 @@ STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher passes a signal on to its processes
 NO_END = 10**9  # `total_steps` until the first minute of training has decided it (--hours)
 RESERVE = 0.01  # share of --hours for what cannot be foreseen
-PREVIEW_IMAGES = 110  # a preview takes as long as a training step on this many images
+PREVIEW_COST = 7  # an image of a preview takes as long as this many images in a training step
 EXPORT_SECONDS = 3.0  # after a signal to stop, the workbook is not written if that takes longer
 
 
@@ -124,6 +124,7 @@ class TrainLoop:
     :param sample_interval: steps between calls of `preview`; 0: no previews.
     :param preview: called by rank 0 every `sample_interval` steps and at the last step, before the checkpoint, with
         the averaged model (see `_averaged_model`) and the step.
+    :param preview_images: how many images it draws; those with guidance count twice. For the plan of `hours`.
     :param heldout: called by rank 0 before every checkpoint with the averaged model. Its results, by the names of
         `heldout.columns`, go to checkpoints.csv.
     :param precision: "fp32" or "bf16", the precision of forward and backward passes (see `Gradients`).
@@ -175,6 +176,7 @@ class TrainLoop:
         origin: dict[str, Any] | None = None,
         sample_interval: int = 0,
         preview: Callable[[Callable[..., th.Tensor], int], object] | None = None,
+        preview_images: int = 16,
         heldout: Callable[[Callable[..., th.Tensor]], dict[str, float]] | None = None,
         precision: str = "fp32",
         num_workers: int = 1,
@@ -216,6 +218,7 @@ class TrainLoop:
         self.origin = origin or {}
         self.sample_interval = sample_interval
         self.preview = preview
+        self.preview_images = preview_images
         self.heldout = heldout
         self.precision = precision
         self.sync_interval = sync_interval
@@ -403,10 +406,19 @@ class TrainLoop:
             per_step,
             seconds_per_save=per_save,
             save_interval=self.save_interval,
-            seconds_per_preview=per_step * PREVIEW_IMAGES / self.global_batch,
+            seconds_per_preview=per_step * PREVIEW_COST * self.preview_images / self.global_batch,
             sample_interval=self.sample_interval if self.preview is not None else 0,
         )
         self.total_steps = dist_util.broadcast(max(self.step + steps, self.lr_warmup_steps + 1))
+        needed = (self.total_steps - self.step) * per_step + time.monotonic() - self.started
+        if needed > 1.1 * self.hours * 3600:
+            what = "measuring the speed"
+            if self.total_steps == self.lr_warmup_steps + 1:
+                what = f"--lr_warmup_steps {self.lr_warmup_steps}"
+            logger.log(
+                f"WARNING: --hours {self.hours:g}: is too short for {what}; this run takes about "
+                f"{needed / 3600:.2g} hours"
+            )
         self.plan = {"hours": self.hours, "seconds_per_step": per_step, "seconds_per_save": per_save}
         self.arguments = {**self.arguments, "total_steps": self.total_steps}
         logger.log(
@@ -624,7 +636,10 @@ class TrainLoop:
         offset = len(batch) * dist_util.get_rank()
         mine = slice(offset, offset + len(batch))
         rng = seeding.generator(self.seed, Purpose.TIMESTEPS, position)
-        t, weights = self.schedule_sampler.sample(total, batch.device, rng)
+        # A process that takes its steps on its own needs timesteps of the whole range in every one of them.
+        parts = dist_util.get_world_size() if self.alone else 1
+        drawn = [self.schedule_sampler.sample(total // parts, batch.device, rng) for _ in range(parts)]
+        t, weights = map(th.cat, zip(*drawn))
         shape = (total, *batch.shape[1:])
         noise = seeding.normal(seeding.generator(self.seed, Purpose.NOISE, position), shape).to(batch.device)
         if self.class_dropout:

@@ -1,5 +1,6 @@
 """--recipe: what it sets, what overrides it, and that a run keeps what it was started with."""
 
+import numpy as np
 import pytest
 from conftest import TINY_FLAGS, read_json
 
@@ -12,8 +13,42 @@ def parse(text):
     return Parser(TrainConfig, "test").parse_flags(text.split())[0]
 
 
+# How improved-diffusion learns, and what the README's command leaves out.
+AS_UPSTREAM = {
+    "recipe": "",
+    "prediction": "epsilon",
+    "loss_weighting": "none",
+    "schedule_sampler": "uniform",
+    "optimizer": "adamw",
+    "weight_decay": 0.0,
+    "grad_clip": 0.0,
+    "ema_rate": "0.9999",
+    "ema_lengths": "",
+    "lr_warmup_steps": 0,
+    "lr_anneal_steps": 0,
+    "lr_decay": "none",
+    "hours": 0.0,
+    "class_cond": False,
+    "class_dropout": 0.0,
+    "guidance_scale": 1.0,
+    "random_flip": False,
+    "heldout_share": 0.0,
+    "init_from": "",
+    "total_steps": 30000,
+    "seed": 0,
+    "patch_size": 1,
+    "dropout": 0.0,
+    "learn_sigma": False,
+    "use_kl": False,
+    "predict_xstart": False,
+    "use_scale_shift_norm": True,
+    "sync_interval": 1,
+}
+
+
 def test_without_a_recipe_all_defaults_stay():
     assert parse("").to_dict() == defaults(TrainConfig)
+    assert AS_UPSTREAM.items() <= defaults(TrainConfig).items()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -26,6 +61,26 @@ def test_without_classes_none_are_withheld():
     config = parse("--recipe cifar10 --class_cond False")
     assert (config.class_cond, config.class_dropout, config.guidance_scale) == (False, 0, 1)
     assert parse("--recipe cifar10 --class_dropout 0").guidance_scale == 1
+
+
+@pytest.mark.parametrize(
+    "flag, name, value",
+    [
+        ("--lr_anneal_steps 500", "lr_decay", "none"),
+        ("--predict_xstart True", "prediction", "epsilon"),
+        ("--use_kl True", "loss_weighting", "none"),
+    ],
+)
+def test_a_flag_overrides_what_it_contradicts(flag, name, value):
+    assert getattr(parse(f"--recipe small {flag}"), name) == value
+    assert getattr(parse(f"--recipe small {flag.split()[0]} 0"), name) == RECIPES["small"][name]
+
+
+def test_images_without_classes_need_another_recipe(tmp_path, call_script):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 3), dtype=np.uint8))
+    flags = ["--data_dir", tmp_path / "images.npz", *TINY_FLAGS, "--recipe", "cifar10"]
+    done = call_script("image_train.py", *flags, "--log_dir", tmp_path / "run", check=2)
+    assert "--class_cond False trains without classes, and so does --recipe small" in done.stderr
 
 
 def test_guidance_needs_class_dropout(capsys):

@@ -217,7 +217,8 @@ def test_both_kinds_of_guidance_together():
 
 
 def test_the_spacing_and_eta_that_suit_a_sampler():
-    assert DEFAULT_PLAN.spacing == Plan("sde_dpmpp_2m", eta=0.0).spacing == "karras"
+    assert DEFAULT_PLAN.spacing == Plan("sde_dpmpp_2m", eta=0.5).spacing == "karras"
+    assert Plan("sde_dpmpp_2m", eta=0.0).spacing == Plan("dpmpp_2m").spacing  # the same method
     assert Plan("ddim", eta=0.3).spacing == Plan("ddpm").spacing == Plan("ipndm").spacing == "quadratic"
     for sampler in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m", "unipc", "deis"):
         assert Plan(sampler).spacing == "logsnr" and Plan(sampler).eta == 0

@@ -176,6 +176,22 @@ def test_class_dropout_withholds_its_share_of_the_labels(tmp_path):
     assert th.equal(labels[~withheld], cond["y"][~withheld]) and cond["y"].max() == 9
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_process_on_its_own_draws_from_the_whole_range(tmp_path, monkeypatch, batch_size):
+    """In rounds of steps, each process must expect the mean over all timesteps: here, the share of those below 500."""
+    loop = make_loop(tmp_path, sampler="log-normal", batch_size=batch_size, sync_interval=2)
+    batch = next(loop.data)
+    monkeypatch.setattr(train_util.dist_util, "get_world_size", lambda: 4)
+    for rank in (0, 3):
+        monkeypatch.setattr(train_util.dist_util, "get_rank", lambda rank=rank: rank)
+        shares = []
+        for loop.samples in range(500):
+            drawn = loop.draw(*batch)
+            shares.append((drawn.weights * (drawn.t < 500)).mean().item())
+        assert drawn.all_t[rank * batch_size :][:batch_size].equal(drawn.t)
+        assert np.mean(shares) == pytest.approx(0.5, abs=0.12)
+
+
 def test_seeds_differ(tmp_path):
     draws = []
     for seed in (0, 1):

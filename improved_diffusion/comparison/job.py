@@ -108,7 +108,7 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     comparison.check_steps(opened.diffusion.num_timesteps)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     labels = choose_labels(config, opened.class_names)
-    model = guided(opened.model, config, opened.diffusion)
+    model = guided(opened.model, config, opened.diffusion, opened.class_names)
     extractor = open_extractor(config)
     reference = read_flag("reference", config.reference, config.output_size)
     print(f"reference: {describe(reference)}")

@@ -69,7 +69,11 @@ def _draw(one: Compared, config: RunsConfig, given: set[str], compute: Compute) 
     model = fast_model(trained.model, compute.precision, compute.workers)
     if config.guidance_scale != 1 and config.class_dropout:
         limits = interval(config.guidance_interval)
-        within = guidance_interval(trained.diffusion, *limits) if limits else None
+        try:
+            within = guidance_interval(trained.diffusion, *limits) if limits else None
+        except ValueError as error:
+            one.notes.append(f"Nothing was drawn: --guidance_interval {error}.")
+            return
         model = guide(model, config.guidance_scale, count_classes(config), within)
         if "guidance_scale" not in given:
             one.notes.append(
@@ -77,6 +81,10 @@ def _draw(one: Compared, config: RunsConfig, given: set[str], compute: Compute) 
             )
     elif config.guidance_scale != 1:
         one.notes.append("Drawn without guidance: it was trained without --class_dropout.")
+    elif config.guidance_interval:
+        one.notes.append(
+            f"Drawn without guidance: --guidance_interval {config.guidance_interval} needs a scale."
+        )
     subject, _ = describe_images(config, plan, labels)
     batches = sample_images(
         model,

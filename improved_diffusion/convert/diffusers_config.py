@@ -148,6 +148,11 @@ def scheduler_config(flags: dict[str, Any]) -> dict[str, Any]:
 
     :raises ValueError: diffusers cannot express a flag; the message names it.
     """
+    prediction = "x_start" if flags["predict_xstart"] else flags["prediction"]
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(
+            f"--prediction {prediction}: diffusers has no equivalent; its models are given x_t unscaled"
+        )
     steps = flags["diffusion_steps"]
     if flags["rescale_timesteps"] and steps != 1000:
         raise ValueError(
@@ -159,11 +164,6 @@ def scheduler_config(flags: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--diffusion_steps {steps}: the linear schedule of so few steps is cut off at {MAX_BETA}, which "
             "diffusers does not do"
-        )
-    prediction = "x_start" if flags["predict_xstart"] else flags["prediction"]
-    if prediction not in PREDICTION_TYPES:
-        raise ValueError(
-            f"--prediction {prediction}: diffusers has no equivalent; its models are given x_t unscaled"
         )
     if flags["learn_sigma"]:
         variance_type = "learned_range"

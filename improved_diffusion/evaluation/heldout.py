@@ -72,7 +72,7 @@ def heldout_loss(
     The squared error is weighted by (sigma^2 + s^2) / (sigma s)^2 with s = `SIGMA_DATA`: a network that knows nothing
     but mean and variance of the images has 1 at every level (Karras et al. 2022, arXiv 2206.00364, table 1). The mean
     weighs the levels by EDM's density over ln sigma. Image i is denoised at level i mod len(sigmas), with noise that
-    depends on i alone.
+    depends on i alone. Fewer images than levels are all denoised at every level.
 
     :param model: as in `gaussian_diffusion`.
     :return: by the names of `columns`; a level that the diffusion does not reach is left out of it.
@@ -84,12 +84,12 @@ def heldout_loss(
             continue
         t = int(np.argmin(np.abs(np.log(known / sigma))))
         chosen = range(number, len(heldout.images), len(sigmas))
+        if len(heldout.images) < len(sigmas):
+            chosen = range(len(heldout.images))
         errors = []
         for start in range(0, len(chosen), heldout.batch_size):
             part = chosen[start : start + heldout.batch_size]
             errors.append(_errors(model, diffusion, heldout, list(part), t))
-        if not errors:
-            continue
         actual = known[t]
         weight = (actual**2 + SIGMA_DATA**2) / (actual * SIGMA_DATA) ** 2
         found[f"heldout_sigma_{sigma:g}"] = weight * th.cat(errors).mean().item()

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -149,16 +149,19 @@ def find_unfinished(
     replaced = {
         name for name, value in (("data_dir", ""), ("num_classes", 0), ("channels", 0)) if same[name] == value
     }
+    if config.hours:
+        replaced.add("total_steps")
     if config.init_from:
         of_the_model = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"}
         replaced |= of_the_model - (given or set())
     same = {name: value for name, value in same.items() if name not in replaced}
     for folder in _newest_runs(runs_dir):
         step = checkpoint.steps(folder)[-1]
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
                 stored = {**defaults(type(config)), **json.load(file)}
-            if step < config.total_steps and same.items() <= stored.items():
+            end = stored["total_steps"] if config.hours else config.total_steps
+            if step < end and same.items() <= stored.items():
                 return folder, step
     return None
 
@@ -288,11 +291,14 @@ def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Con
                 f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out"
             )
         if declaration.role in (Role.PROCESS, Role.TRAINING) and not config.allow_changed_flags:
+            before = f"with {stored[name]!r}" if stored[name] != "" else "without it"
             raise ValueError(
-                f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out, or "
+                f"--{name} {value}: the run to resume was started {before}; leave the flag out, or "
                 "--allow_changed_flags True to continue with the new value"
             )
-    return with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
+    merged = with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
+    # A number of steps takes the place of the hours that a run was started with.
+    return replace(merged, hours=0.0) if "total_steps" in given and "hours" not in given else merged
 
 
 def check_same_data(config: FirstFlags, source: Checkpoint, fingerprint: str) -> None:
@@ -540,10 +546,13 @@ def with_flags(trained: Trained, config: Config, given: set[str]) -> Trained:
     return replace(trained, config=config, diffusion=create_diffusion(config))
 
 
-def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tensor]:
+def open_like(
+    path: str, config: Flags, class_names: Sequence[str], flag_name: str
+) -> Callable[..., th.Tensor]:
     """Open a second model, which must take the same inputs as the model of `config`.
 
-    :param path: as `model_path` of `load_trained`. :param flag_name: the flag of the path.
+    :param path: as `model_path` of `load_trained`. :param class_names: of the model; empty if unknown.
+    :param flag_name: the flag of the path.
     :return: a function like the `model` of `open_model`.
     :raises ValueError: there is no such model, or it takes other inputs; the message names the flag.
     """
@@ -565,5 +574,12 @@ def open_like(path: str, config: Flags, flag_name: str) -> Callable[..., th.Tens
             raise ValueError(
                 f"--{flag_name} {path}: has --{name} {theirs}, but the model has {ours}; they must agree"
             )
+    if (
+        config.class_cond
+        and class_names
+        and other.class_names
+        and list(class_names) != list(other.class_names)
+    ):
+        raise ValueError(f"--{flag_name} {path}: has other classes than the model; they must agree")
     chosen = choose(config.precision, config.num_workers)
     return fast_model(other.model, dist_util.broadcast(chosen.precision), chosen.workers)

@@ -100,7 +100,7 @@ def prepare_drawing(opened: Trained, given: set[str]) -> Drawing:
     check_images_fit(config, "batch_size", bytes_per_number=4)
     check_images_fit(config, "num_samples", bytes_per_number=1)
     warn_of_youth(opened.images)
-    model = guided(model, config, diffusion)
+    model = guided(model, config, diffusion, opened.class_names)
     describe = describe_interpolation if config.interpolate else describe_images
     subject, rows = describe(config, plan, labels)
     if edit is not None:
@@ -117,21 +117,28 @@ def _in_whole_rows(count: int, rows: int) -> int:
 
 
 def guided(
-    model: Callable[..., th.Tensor], config: SampleConfig | ComparingConfig, diffusion: GaussianDiffusion
+    model: Callable[..., th.Tensor],
+    config: SampleConfig | ComparingConfig,
+    diffusion: GaussianDiffusion,
+    class_names: list[str],
 ) -> Callable[..., th.Tensor]:
     """`model` with the guidance of the flags. :raises ValueError: the model or the flags do not allow it."""
-    given = interval(config.guidance_interval)
-    within = None if given is None else guidance_interval(diffusion, *given)
-    if config.autoguidance_path and config.autoguidance_scale != 1:
-        worse = open_like(config.autoguidance_path, config, "autoguidance_path")
-        model = autoguide(model, worse, config.autoguidance_scale, within)
+    within = None
+    if config.guidance_interval:
+        with errors_about("guidance_interval"):
+            within = guidance_interval(diffusion, *interval(config.guidance_interval))
+    if config.autoguidance_path:
+        worse = open_like(config.autoguidance_path, config, class_names, "autoguidance_path")
+        if config.autoguidance_scale != 1:
+            model = autoguide(model, worse, config.autoguidance_scale, within)
     if config.guidance_scale != 1:
         if not config.class_dropout:
+            lacks = "--class_dropout" if config.class_cond else "classes"
             raise ValueError(
-                f"--guidance_scale {config.guidance_scale}: this model was trained without --class_dropout"
+                f"--guidance_scale {config.guidance_scale}: this model was trained without {lacks}"
             )
         model = guide(model, config.guidance_scale, count_classes(config), within)
-    elif given is not None and not config.autoguidance_path:
+    elif within is not None and not (config.autoguidance_path and config.autoguidance_scale != 1):
         raise ValueError(
             f"--guidance_interval {config.guidance_interval}: needs --guidance_scale or --autoguidance_path"
         )

@@ -37,6 +37,7 @@ from improved_diffusion.jobs.runs import (
 from improved_diffusion.jobs.script import OUT_OF_MEMORY, command, is_out_of_memory, started_as
 from improved_diffusion.jobs.start import check_start, load_start, merge_for_start
 from improved_diffusion.low_res import LowResStream, shrink
+from improved_diffusion.recipes import RECIPES
 from improved_diffusion.resample import (
     LogNormalSampler,
     LossSecondMomentResampler,
@@ -194,6 +195,8 @@ def _train(
         )
     except ValueError as error:
         hint = "; --class_cond False trains without classes" if images.labels is None else ""
+        if hint and RECIPES.get(getattr(config, "recipe", ""), {}).get("class_cond"):
+            hint += ", and so does --recipe small"
         raise ValueError(f"{named(error, {'class_cond': 'class_cond'})}{hint}") from None
     if is_super_resolution(config):
         data = LowResStream(data, config.small_size)
@@ -244,6 +247,7 @@ def _train(
         preview=_preview(config, diffusion, images, folder, check_folder)
         if first and config.sample_interval
         else None,
+        preview_images=_preview_images(config),
         heldout=heldout,
         on_plan=lambda steps: record_arguments(folder, replace(config, total_steps=steps)),
         precision=compute.precision,
@@ -312,6 +316,10 @@ def _heldout(
         return None
     if others is None:
         others = read_flag("heldout_dir", path, config.output_size, config.channels)
+    if others.fingerprint == images.fingerprint:
+        print(
+            f"WARNING: --heldout_dir {path}: these are the training images; their loss says little of others"
+        )
     if config.class_cond and others.class_names != images.class_names:
         raise ValueError(f"--heldout_dir {path}: its classes differ from those of the training images")
     chosen = choose_images(len(others))
@@ -336,6 +344,13 @@ def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:
     decided = {"schedule_sampler", "resume_checkpoint", "precision", "num_workers"}
     arguments = inspect.signature(TrainLoop).parameters.keys() - decided
     return {name: value for name, value in config.to_dict().items() if name in arguments}
+
+
+def _preview_images(config: TrainConfig | SuperResTrainConfig) -> int:
+    """How many images a preview draws; those with guidance count twice, because they take twice as long."""
+    if is_super_resolution(config) or not config.class_cond:
+        return COUNT
+    return len(preview_labels(config.num_classes)) * (1 if config.guidance_scale == 1 else 2)
 
 
 def _preview(

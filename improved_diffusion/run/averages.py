@@ -114,8 +114,8 @@ def reconstruct(
     ]
     if not kept:
         raise ValueError(
-            f"sigma_rel {sigma_rel}: no checkpoint up to step {step} holds power-function averages; they are kept in a "
-            "training with ema_lengths, such as 0.05,0.1"
+            f"sigma_rel {sigma_rel}: no checkpoint up to step {step} holds power-function averages; a run keeps "
+            "them with ema_lengths, such as 0.05,0.1, and a published model has none"
         )
     factors, distance = combine([(float(length), source.step) for source, length in kept], sigma_rel, step)
     total: dict[str, th.Tensor] = {}

@@ -38,6 +38,13 @@ def cells(path):
     return {sheet.title: [[cell.value for cell in row] for row in sheet.iter_rows()] for sheet in book}
 
 
+def test_guidance_needs_class_dropout(trained, tmp_path, call_script):
+    flags = ["--model_path", trained, "--log_dir", tmp_path / "small", "--guidance_scale", 2]
+    done = call_script("publish_model.py", *flags, check=2)
+    assert "--guidance_scale" in done.stderr and "was trained without class_dropout" in done.stderr
+    assert not (tmp_path / "small").exists()
+
+
 def test_it_draws_what_the_run_draws(trained, tmp_path, call_script):
     done = publish(call_script, "--model_path", trained, "--log_dir", tmp_path / "small")
     assert done.returncode == 0 and str(tmp_path / "small") in done.stdout

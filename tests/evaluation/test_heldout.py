@@ -71,6 +71,11 @@ def test_levels_out_of_reach_are_left_out(heldout):
     assert "heldout_sigma_0.03" not in found and "heldout_sigma_0.2" in found
 
 
+def test_few_images_are_denoised_at_every_level(diffusion, heldout):
+    few = heldout_loss(best_eps(diffusion), diffusion, HeldOut(heldout.images[:3]))
+    assert list(few) == columns() and few["heldout_loss"] == pytest.approx(1, abs=0.2)
+
+
 def test_images_are_spread_over_the_set():
     np.testing.assert_array_equal(choose_images(3), [0, 1, 2])
     assert len(choose_images(10_000)) == 512 and choose_images(10_000)[-1] == 9_999

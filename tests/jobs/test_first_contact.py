@@ -50,6 +50,15 @@ def test_an_unfinished_run_with_the_same_flags_is_found(tmp_path):
         SuperResTrainConfig(total_steps=9),
     ):
         assert runs.find_unfinished(other, str(tmp_path / "runs")) is None
+    # A run of hours has decided its number of steps.
+    hours = replace(config, hours=2.0, total_steps=30000)
+    unfinished(run, 4, replace(hours, data_dir="/data/cifar_train", num_classes=10, total_steps=9))
+    assert runs.find_unfinished(hours, str(tmp_path / "runs")) == (str(run), 4)
+    assert runs.find_unfinished(replace(hours, hours=3.0), str(tmp_path / "runs")) is None
+    unfinished(run, 4, replace(hours, data_dir="/data/cifar_train", num_classes=10, total_steps=4))
+    assert runs.find_unfinished(hours, str(tmp_path / "runs")) is None
+    (run / "args.json").write_text(json.dumps({**hours.to_dict(), "total_steps": "many"}), encoding="utf-8")
+    assert runs.find_unfinished(hours, str(tmp_path / "runs")) is None
     (run / "args.json").write_text("damaged", encoding="utf-8")
     assert runs.find_unfinished(config, str(tmp_path / "runs")) is None
 

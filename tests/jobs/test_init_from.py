@@ -140,7 +140,7 @@ def test_the_same_command_continues_the_run_without_its_source(tmp_path, start, 
     assert read_json(new / "run.json")["origin"] == origin
     # A run that began from nothing does not silently go on without the weights that were asked for.
     other = save_trained(tmp_path / "trained", init_from="")
-    assert_one_line(start(new, other, check=2), "--init_from .*started with ''")
+    assert_one_line(start(new, other, check=2), "--init_from .*started without it")
 
 
 def test_an_unfinished_run_that_took_flags_is_found(tmp_path):

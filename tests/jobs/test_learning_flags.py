@@ -1,19 +1,24 @@
 """Flags that say how a model learns and is guided, from training to drawing."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_FLAGS, read_json
+from conftest import TINY, TINY_FLAGS, read_json, save_trained
 from openpyxl import load_workbook
+from PIL import Image
 from training_process import run_training
 
 from improved_diffusion import train_util
+from improved_diffusion.config import TrainConfig
 from improved_diffusion.evaluation.heldout import columns, withhold
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs import runs
+from improved_diffusion.jobs.train import _heldout, _preview_images
 from improved_diffusion.run import averages, checkpoint, pace
+from improved_diffusion.script_util import create_model_and_diffusion
 
 MODEL = "--image_size 16 --patch_size 2 --class_cond True --class_dropout 0.1 --diffusion_steps 50"
 LEARNING = "--prediction v --schedule_sampler log-normal --sigma_mean -1 --sigma_std 1.4 --uniform_share 0.2"
@@ -83,7 +88,7 @@ def test_guidance_in_an_interval(run, tmp_path, call_script):
     everywhere = draw(call_script, run, tmp_path / "everywhere", "--guidance_scale", 3)
     within = ["--guidance_scale", 3, "--guidance_interval"]
     all_of_it = draw(call_script, run, tmp_path / "all", *within, "0,1000")
-    nowhere = draw(call_script, run, tmp_path / "nowhere", *within, "1000,1001")
+    nowhere = draw(call_script, run, tmp_path / "nowhere", *within, "1,1.0001")  # between two steps
     assert (plain != everywhere).any()
     np.testing.assert_array_equal(all_of_it, everywhere)
     np.testing.assert_array_equal(nowhere, plain)
@@ -119,6 +124,11 @@ def test_a_model_is_published_with_its_guidance(run, tmp_path, call_script):
 MISTAKES = {
     "--guidance_interval 3,1": "--guidance_interval 3,1: expected two numbers",
     "--guidance_interval 1,3": "--guidance_interval 1,3: needs --guidance_scale or --autoguidance_path",
+    "--guidance_scale 2 --guidance_interval 500,600": "--guidance_interval 500,600: this model's noise is from ",
+    "--guidance_scale nan": "--guidance_scale nan: must be at least 0",
+    "--guidance_scale inf": "--guidance_scale inf: must be at least 0 and at most 1000",
+    "--autoguidance_scale 3": "--autoguidance_scale 3.0: needs --autoguidance_path",
+    "--autoguidance_path nowhere --autoguidance_scale 1": "--autoguidance_path nowhere: there is no such file",
     "--ema_length 0.5": "--ema_length 0.5: expected a number from 0.01 to 0.28",
     "--autoguidance_path nowhere": "--autoguidance_path nowhere: there is no such file",
 }
@@ -129,6 +139,25 @@ def test_mistakes_in_drawing(run, tmp_path, call_script, flags):
     done = call_script("image_sample.py", "--model_path", run, "--log_dir", tmp_path / "out", *flags.split())
     assert done.returncode == 2 and MISTAKES[flags] in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prediction": "epsilon"}, "has --prediction epsilon, but the model has v; they must agree"),
+        (
+            {"class_cond": False, "class_dropout": 0.0},
+            "has --class_cond False, but the model has True; they must agree",
+        ),
+        ({}, "has other classes than the model; they must agree"),
+    ],
+)
+def test_autoguidance_needs_a_model_of_the_same_task(run, tmp_path, call_script, arguments, message):
+    stored = {**read_json(run / "args.json"), "num_classes": 10, "class_dropout": 0.1, **arguments}
+    save_trained(tmp_path / "other", class_names=[f"class {i}" for i in range(10)], **stored)
+    flags = ["--model_path", run, "--autoguidance_path", tmp_path / "other", "--log_dir", tmp_path / "out"]
+    done = call_script("image_sample.py", *flags, check=2)
+    assert f"--autoguidance_path {tmp_path / 'other'}: {message}" in done.stderr
 
 
 def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
@@ -159,7 +188,25 @@ def test_a_run_without_averages_is_named_by_the_flag(tmp_path):
         ("--recipe cifar", "--recipe cifar: use one of cifar10, small; did you mean cifar10?"),
         ("--hours 2 --total_steps 30", "--total_steps 30: contradicts --hours 2.0"),
         ("--patch_size 3", "--patch_size 3: must divide the image size 32"),
-        ("--loss_weighting edm --use_kl True", "--loss_weighting: needs a loss with a squared error"),
+        ("--loss_weighting edm --use_kl True", "--loss_weighting edm: contradicts --use_kl True"),
+        (
+            "--prediction epsilon --predict_xstart True",
+            "--predict_xstart True: contradicts --prediction epsilon",
+        ),
+        ("--sigma_mean 3", "--sigma_mean 3.0: needs --schedule_sampler log-normal or --loss_weighting edm"),
+        (
+            "--uniform_share 0.5 --loss_weighting edm",
+            "--uniform_share 0.5: needs --schedule_sampler log-normal",
+        ),
+        (
+            "--guidance_scale nan --class_cond True --class_dropout 0.1",
+            "--guidance_scale nan: must be at least 0",
+        ),
+        (
+            "--recipe cifar10 --total_steps 1",
+            "--lr_warmup_steps 150: leaves nothing of total_steps 1 for lr_decay linear (--recipe cifar10 sets "
+            "--lr_warmup_steps 150)",
+        ),
         ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
         ("--prediction noise", "--prediction noise: use one of epsilon, x_start, v, edm"),
     ],
@@ -202,6 +249,33 @@ def test_hours_decide_the_steps(tmp_path, call_script, monkeypatch):
     # What was decided stays.
     done = call_script("image_train.py", *flags)
     assert "nothing left to do" in done.stdout and checkpoint.find(str(tmp_path / "run")).step == total
+    # A number of steps prolongs it, as that message says.
+    more = ["--total_steps", total + 2, "--log_dir", tmp_path / "run"]
+    call_script("image_train.py", *more, check=0)
+    assert checkpoint.find(str(tmp_path / "run")).step == total + 2
+
+
+def test_hours_that_are_too_few_are_named(tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr(pace, "MEASURED_SECONDS", 0)
+    flags = ["--data_dir", "builtin", *TINY_FLAGS, "--hours", "0.00001", "--sample_interval", 0]
+    flags += ["--lr_warmup_steps", 30, "--lr_decay", "linear", "--log_dir", tmp_path / "run"]
+    done = call_script("image_train.py", *flags, check=0)
+    assert (
+        "WARNING: --hours 1e-05: is too short for --lr_warmup_steps 30; this run takes about" in done.stdout
+    )
+    assert checkpoint.find(str(tmp_path / "run")).step == 31
+
+
+@pytest.mark.parametrize(
+    "flags, images",
+    [
+        ({}, 16),
+        ({"class_cond": True, "num_classes": 3}, 12),
+        ({"class_cond": True, "num_classes": 10, "class_dropout": 0.1, "guidance_scale": 2.0}, 80),
+    ],
+)
+def test_the_cost_of_a_preview(flags, images):
+    assert _preview_images(TrainConfig(**flags)) == images
 
 
 def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_script, monkeypatch):
@@ -236,6 +310,40 @@ def test_a_share_of_the_images_is_withheld(tmp_path, call_script):
     # It is a part of what the run is.
     done = call_script("image_train.py", "--heldout_share", 0.3, "--log_dir", tmp_path / "run", check=2)
     assert "--heldout_share 0.3: the run to resume was started with 0.2" in done.stderr
+
+
+def test_held_out_images_need_the_same_classes(tmp_path, call_script):
+    for name, label in (("cat", 3), ("dog", 5)):
+        pixels = np.full((4, 8, 8, 3), label, dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels, arr_1=[label] * 4)
+    flags = ["--data_dir", tmp_path / "cat.npz", *TINY_FLAGS, "--class_cond", True]
+    flags += ["--heldout_dir", tmp_path / "dog.npz", "--log_dir", tmp_path / "run"]
+    done = call_script("image_train.py", *flags, check=2)
+    assert (
+        f"--heldout_dir {tmp_path / 'dog.npz'}: its classes differ from those of the training" in done.stderr
+    )
+
+
+def test_held_out_images_that_are_trained_on_are_named(tmp_path, call_script):
+    flags = ["--data_dir", "builtin", *TINY_FLAGS, "--heldout_dir", "builtin", "--sample_interval", 0]
+    done = call_script("image_train.py", *flags, "--total_steps", 1, "--log_dir", tmp_path / "run", check=0)
+    assert "WARNING: --heldout_dir builtin: these are the training images" in done.stdout
+
+
+def test_cifar10_holds_out_its_test_images(tmp_path):
+    """Without flags, and only if its test images are there too."""
+    photos = read_images("builtin", 8)
+    _, diffusion = create_model_and_diffusion(**TINY)
+    config = TrainConfig(data_dir=str(tmp_path / "datasets" / "cifar_train"), image_size=8)
+    assert _heldout(config, diffusion, photos, None, str(tmp_path)) is None
+    test = tmp_path / "datasets" / "cifar_test"
+    test.mkdir(parents=True)
+    for number in range(9):
+        Image.fromarray(photos.get(np.array([number]))[0]).save(test / f"x_{number}.png")
+    (test / ".complete").touch()
+    assert _heldout(replace(config, heldout_dir="none"), diffusion, photos, None, str(tmp_path)) is None
+    measured = _heldout(config, diffusion, photos, None, str(tmp_path))
+    assert measured(lambda x, t: x).keys() == set(columns())
 
 
 def test_no_withheld_image_is_trained_on():
