@@ -12,7 +12,7 @@ from improved_diffusion.editing import Edit
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.progress import Progress
 from improved_diffusion.respace import log_signal_to_noise
-from improved_diffusion.samplers import is_random, path_levels, sample_progressive
+from improved_diffusion.samplers import NOISIEST_LAMBDA, is_random, path_levels, sample_progressive
 from improved_diffusion.seeding import Purpose
 
 # The spacings that were measured to be best (docs/sampling.md).
@@ -22,13 +22,18 @@ SPACING_OF_RANDOM_DDIM = "quadratic"
 ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
-def suitable_spacing(sampler: str, eta: float) -> str:
-    """The default spacing of a sampler, one of `samplers.SPACINGS`."""
+def suitable_spacing(sampler: str, eta: float, diffusion: GaussianDiffusion | None = None) -> str:
+    """The default spacing of a sampler, one of `samplers.SPACINGS`.
+
+    :param diffusion: the one that samples. If it begins with far more noise than images need, as on the cosine
+        schedule, the first step of "quadratic" would leap over most of what matters. `SPACING` takes its place.
+    """
     if sampler == "sde_dpmpp_2m" and not eta:
         sampler = "dpmpp_2m"  # the same method
-    if sampler == "ddpm" or (sampler == "ddim" and eta):
-        return SPACING_OF_RANDOM_DDIM
-    return SPACING_OF.get(sampler, SPACING)
+    is_random_ddim = sampler == "ddpm" or (sampler == "ddim" and eta)
+    spacing = SPACING_OF_RANDOM_DDIM if is_random_ddim else SPACING_OF.get(sampler, SPACING)
+    leaps = diffusion is not None and log_signal_to_noise(diffusion)[-1] < NOISIEST_LAMBDA
+    return SPACING if spacing == "quadratic" and leaps else spacing
 
 
 @dataclass(frozen=True)

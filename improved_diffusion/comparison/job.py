@@ -98,9 +98,9 @@ def run_comparison(config: ComparingConfig, given: set[str], project: str) -> No
     :param project: the folder with ``models`` and ``runs``, and ``samples``, where results go by default.
     :raises ValueError: a flag does not fit the model, or the images to compare with are unusable.
     """
-    comparison = parse_comparison(config)
     join_processes(config)
     opened = open_model(config, given, project)
+    comparison = parse_comparison(config, opened.diffusion)
     config = opened.config
     check_images_fit(config, "batch_size", bytes_per_number=4)
     if dist_util.get_world_size() > 1:

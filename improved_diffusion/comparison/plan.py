@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from improved_diffusion.config import ComparingConfig
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.sample_util import Plan, suitable_spacing
 from improved_diffusion.samplers import SAMPLERS, SPACINGS, WITH_ETA
 
@@ -65,14 +66,14 @@ class Comparison:
                 )
 
 
-def parse_comparison(config: ComparingConfig) -> Comparison:
+def parse_comparison(config: ComparingConfig, diffusion: GaussianDiffusion) -> Comparison:
     """What the flags ask for. :raises ValueError: naming a flag that is wrong."""
     seeds = _parse_numbers(config.seeds, "seeds")
     for seed in seeds:
         if abs(seed) >= 2**63:
             raise ValueError(f"--seeds {seed}: is too large")
     return Comparison(
-        _parse_samplers(config.samplers, config.timestep_spacing),
+        _parse_samplers(config.samplers, config.timestep_spacing, diffusion),
         sorted(_parse_numbers(config.steps, "steps")),
         seeds,
         config.num_samples,
@@ -80,7 +81,7 @@ def parse_comparison(config: ComparingConfig) -> Comparison:
     )
 
 
-def _parse_samplers(text: str, spacing: str) -> list[Solver]:
+def _parse_samplers(text: str, spacing: str, diffusion: GaussianDiffusion) -> list[Solver]:
     solvers = []
     for part in text.split(","):
         sampler, own, eta_text = [*part.strip().split(":", 2), "", ""][:3]
@@ -94,7 +95,7 @@ def _parse_samplers(text: str, spacing: str) -> list[Solver]:
             raise ValueError(
                 f"--samplers {part!r}: eta, for {' and '.join(WITH_ETA)} only, is a number from 0 to 1"
             )
-        chosen = own or spacing or suitable_spacing(sampler, eta)
+        chosen = own or spacing or suitable_spacing(sampler, eta, diffusion)
         if chosen not in SPACINGS:
             flag = "samplers" if own else "timestep_spacing"
             raise ValueError(f"--{flag} {chosen!r}: a spacing is one of {', '.join(SPACINGS)}")

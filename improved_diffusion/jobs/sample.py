@@ -198,8 +198,9 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
     if "sampler" in given or "use_ddim" in given or respacing:
         default = Plan(sampler)
     eta = config.eta if "eta" in given else default.eta
-    # The best spacing depends on eta.
-    spacing = config.timestep_spacing if "timestep_spacing" in given else suitable_spacing(sampler, eta)
+    spacing = config.timestep_spacing
+    if "timestep_spacing" not in given:
+        spacing = suitable_spacing(sampler, eta, diffusion)
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
             f"--timestep_respacing {respacing}: goes with --sampler ddpm or ddim; give --sample_steps to {sampler}"

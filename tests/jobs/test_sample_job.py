@@ -13,7 +13,7 @@ from improved_diffusion.jobs.sample import choose_labels, choose_plan
 from improved_diffusion.sample_util import DEFAULT_PLAN, DETERMINISTIC_PLAN, Plan
 from improved_diffusion.script_util import create_model_and_diffusion
 
-T = 40
+T = 1000
 
 
 def plan_of(command, steps=T):
@@ -59,9 +59,20 @@ def test_flags_to_plan(command, plan):
     assert plan_of(command) == plan
 
 
+@pytest.mark.parametrize(
+    "command", ["--sampler ipndm", "--sampler ddim --eta 1", "--sampler ddpm --sample_steps 9"]
+)
+def test_the_cosine_schedule_has_no_quadratic_steps(command):
+    """From T - 1, where nothing is left of the image, they would leap to where most of it is."""
+    config, given = Parser(SampleConfig, "test").parse_flags(command.split())
+    diffusion = create_model_and_diffusion(**TINY, diffusion_steps=1000, noise_schedule="cosine")[1]
+    assert choose_plan(config, given, diffusion).spacing == "logsnr"
+    assert plan_of(command, steps=1000).spacing == "quadratic"
+
+
 def test_fewer_timesteps_than_the_default_takes_steps():
     assert plan_of("", steps=6) == replace(DEFAULT_PLAN, steps=6)
-    assert plan_of("--sampler ddpm", steps=6) == Plan("ddpm", None)
+    assert plan_of("--sampler ddpm", steps=6).steps is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +81,7 @@ def test_fewer_timesteps_than_the_default_takes_steps():
         ("--sampler euler", "--sampler euler: .*ddpm, ddim, heun"),
         ("--timestep_spacing even", "--timestep_spacing even: .*uniform, quadratic, logsnr, karras"),
         ("--sample_steps 0", "--sample_steps 0"),
-        ("--sample_steps 41", "--sample_steps 41: .* 40 timesteps"),
+        ("--sample_steps 1001", "--sample_steps 1001: .* 1000 timesteps"),
         ("--sampler ddim --eta 1.5", "--eta 1.5: must be at least 0 and at most 1"),
         ("--sampler ddim --eta nan", "--eta nan"),
         ("--sampler heun --eta 0.5", "--eta 0.5: is for --sampler ddim and sde_dpmpp_2m only"),
