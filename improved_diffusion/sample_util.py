@@ -17,8 +17,10 @@ from improved_diffusion.seeding import Purpose
 
 # The spacings that were measured to be best (docs/sampling.md).
 SPACING = "logsnr"
-SPACING_OF = {"ipndm": "quadratic", "sde_dpmpp_2m": "karras"}
-SPACING_OF_RANDOM_DDIM = "quadratic"
+SPACING_OF = {
+    **dict.fromkeys(("ddpm", "ddim", "dpmpp_2m", "deis", "ipndm"), "quadratic"),
+    "sde_dpmpp_2m": "karras",
+}
 ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
@@ -30,8 +32,7 @@ def suitable_spacing(sampler: str, eta: float, diffusion: GaussianDiffusion | No
     """
     if sampler == "sde_dpmpp_2m" and not eta:
         sampler = "dpmpp_2m"  # the same method
-    is_random_ddim = sampler == "ddpm" or (sampler == "ddim" and eta)
-    spacing = SPACING_OF_RANDOM_DDIM if is_random_ddim else SPACING_OF.get(sampler, SPACING)
+    spacing = SPACING_OF.get(sampler, SPACING)
     leaps = diffusion is not None and log_signal_to_noise(diffusion)[-1] < NOISIEST_LAMBDA
     return SPACING if spacing == "quadratic" and leaps else spacing
 

@@ -33,7 +33,7 @@ def plan_of(command, steps=T):
         ("--sample_steps 10 --timestep_spacing logsnr", replace(DEFAULT_PLAN, steps=10, spacing="logsnr")),
         ("--sampler ddim --eta 0.5", Plan("ddim", 20, eta=0.5)),
         ("--eta 0.5", replace(DEFAULT_PLAN, eta=0.5)),
-        ("--eta 0", Plan("sde_dpmpp_2m", spacing="logsnr", eta=0.0)),
+        ("--eta 0", Plan("sde_dpmpp_2m", spacing="quadratic", eta=0.0)),
         ("--sampler ddim --eta 1", Plan("ddim", spacing="quadratic", eta=1.0)),
         ("--sampler ipndm", Plan("ipndm", spacing="quadratic")),
         ("--sampler sde_dpmpp_2m", Plan("sde_dpmpp_2m", eta=1.0)),
