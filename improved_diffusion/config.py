@@ -863,9 +863,9 @@ class SamplerFlags(Flags):
         20, "steps from noise to image; each evaluates the model once (heun: twice)", low=1, high=100_000
     )
     timestep_spacing: str = flag(
-        "karras",
-        "how the steps are spread; if --sampler, --use_ddim or --eta is given, the best for it (docs/sampling.md)",
-        choices=SPACINGS,
+        "",
+        "how the steps are spread; if not given, the best for the sampler and the noise schedule (docs/sampling.md)",
+        choices=("", *SPACINGS),
     )
     eta: float = flag(
         1.0,

@@ -15,12 +15,8 @@ from improved_diffusion.respace import log_signal_to_noise
 from improved_diffusion.samplers import NOISIEST_LAMBDA, is_random, path_levels, sample_progressive
 from improved_diffusion.seeding import Purpose
 
-# The spacings that were measured to be best (docs/sampling.md).
-SPACING = "logsnr"
-SPACING_OF = {
-    **dict.fromkeys(("ddpm", "ddim", "dpmpp_2m", "deis", "ipndm"), "quadratic"),
-    "sde_dpmpp_2m": "karras",
-}
+# The samplers whose images were measured to be best with quadratic spacing (docs/sampling.md).
+QUADRATIC = ("ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m", "deis", "ipndm")
 ETA_OF = {"sde_dpmpp_2m": 1.0}  # the default eta; 0 for the other samplers
 
 
@@ -28,13 +24,12 @@ def suitable_spacing(sampler: str, eta: float, diffusion: GaussianDiffusion | No
     """The default spacing of a sampler, one of `samplers.SPACINGS`.
 
     :param diffusion: the one that samples. If it begins with far more noise than images need, as on the cosine
-        schedule, the first step of "quadratic" would leap over most of what matters. `SPACING` takes its place.
+        schedule, the first step of "quadratic" would leap over most of what matters, so there is another one.
     """
-    if sampler == "sde_dpmpp_2m" and not eta:
-        sampler = "dpmpp_2m"  # the same method
-    spacing = SPACING_OF.get(sampler, SPACING)
     leaps = diffusion is not None and log_signal_to_noise(diffusion)[-1] < NOISIEST_LAMBDA
-    return SPACING if spacing == "quadratic" and leaps else spacing
+    if sampler in QUADRATIC and not leaps:
+        return "quadratic"
+    return "karras" if sampler == "sde_dpmpp_2m" and eta else "logsnr"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from improved_diffusion import logger
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.pictures import image_grid
 from improved_diffusion.run.remote import PICTURES
-from improved_diffusion.sample_util import DEFAULT_PLAN, Subject, draw, to_uint8
+from improved_diffusion.sample_util import DEFAULT_PLAN, Subject, draw, suitable_spacing, to_uint8
 from improved_diffusion.storage import open_atomic
 
 COUNT = 16
@@ -71,7 +71,8 @@ def draw_preview(
     """
     labels, low_res = subject.labels, subject.low_res
     count = len(low_res) if low_res is not None else COUNT if labels is None else len(labels)
-    plan = replace(DEFAULT_PLAN, steps=min(DEFAULT_PLAN.steps, diffusion.num_timesteps))
+    spacing = suitable_spacing(DEFAULT_PLAN.sampler, DEFAULT_PLAN.eta, diffusion)
+    plan = replace(DEFAULT_PLAN, steps=min(DEFAULT_PLAN.steps, diffusion.num_timesteps), spacing=spacing)
     parts = []
     for start in range(0, count, BATCH):
         *_, x = draw(model, diffusion, plan, subject, range(start, min(start + BATCH, count)))

@@ -198,9 +198,7 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
     if "sampler" in given or "use_ddim" in given or respacing:
         default = Plan(sampler)
     eta = config.eta if "eta" in given else default.eta
-    spacing = config.timestep_spacing
-    if "timestep_spacing" not in given:
-        spacing = suitable_spacing(sampler, eta, diffusion)
+    spacing = config.timestep_spacing or suitable_spacing(sampler, eta, diffusion)
     if respacing and sampler not in ("ddpm", "ddim"):
         raise ValueError(
             f"--timestep_respacing {respacing}: goes with --sampler ddpm or ddim; give --sample_steps to {sampler}"
@@ -213,7 +211,7 @@ def choose_plan(config: SamplerFlags, given: set[str], diffusion: GaussianDiffus
     every_timestep = bool(respacing) or (
         "sample_steps" not in given and (sampler == "ddpm" or "use_ddim" in given)
     )
-    if every_timestep and "timestep_spacing" in given:
+    if every_timestep and config.timestep_spacing:
         what = f"--timestep_respacing {respacing}" if respacing else f"all timesteps of {sampler}"
         raise ValueError(
             f"--timestep_spacing {config.timestep_spacing}: contradicts {what}; give --sample_steps instead"
