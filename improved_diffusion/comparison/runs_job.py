@@ -8,14 +8,14 @@ import numpy as np
 from improved_diffusion import dist_util
 from improved_diffusion.comparison.runs import Compared, general_notes, read_runs
 from improved_diffusion.comparison.runs_report import paths, write_picture, write_workbook
-from improved_diffusion.config import RunsConfig, interval
+from improved_diffusion.config import RunsConfig
 from improved_diffusion.cpu.compute import Compute, choose
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.data.class_labels import parse_class_labels
 from improved_diffusion.jobs.runs import choose_out_dir, load_trained
-from improved_diffusion.jobs.sample import choose_plan, describe_images
+from improved_diffusion.jobs.sample import choose_plan, describe_images, where_to_guide
 from improved_diffusion.run import checkpoint
-from improved_diffusion.sample_util import guidance_interval, guide, sample_images
+from improved_diffusion.sample_util import guide, sample_images
 from improved_diffusion.script_util import check_images_fit, count_classes
 
 
@@ -63,17 +63,13 @@ def _draw(one: Compared, config: RunsConfig, given: set[str], compute: Compute) 
             labels = parse_class_labels(config.class_label, count_classes(config), trained.class_names)
         elif config.class_label:
             one.notes.append(f"--class_label {config.class_label}: it was trained without classes.")
+        is_guided = config.guidance_scale != 1 and bool(config.class_dropout)
+        within = where_to_guide(config.guidance_interval, trained.diffusion) if is_guided else None
     except (ValueError, OSError, bf.Error) as error:
         one.notes.append(f"Nothing was drawn: {error}.")
         return
     model = fast_model(trained.model, compute.precision, compute.workers)
-    if config.guidance_scale != 1 and config.class_dropout:
-        limits = interval(config.guidance_interval)
-        try:
-            within = guidance_interval(trained.diffusion, *limits) if limits else None
-        except ValueError as error:
-            one.notes.append(f"Nothing was drawn: --guidance_interval {error}.")
-            return
+    if is_guided:
         model = guide(model, config.guidance_scale, count_classes(config), within)
         if "guidance_scale" not in given:
             one.notes.append(

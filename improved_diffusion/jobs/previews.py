@@ -27,6 +27,13 @@ def preview_labels(num_classes: int) -> np.ndarray:
     return np.repeat(np.arange(min(num_classes, MAX_CLASSES)), PER_ROW)
 
 
+def count_images(subject: Subject) -> int:
+    """How many images a preview of `subject` has (see `draw_preview`)."""
+    if subject.low_res is not None:
+        return len(subject.low_res)
+    return COUNT if subject.labels is None else len(subject.labels)
+
+
 def create_preview(
     diffusion: GaussianDiffusion,
     subject: Subject,
@@ -70,7 +77,7 @@ def draw_preview(
     :raises OSError: the file cannot be written.
     """
     labels, low_res = subject.labels, subject.low_res
-    count = len(low_res) if low_res is not None else COUNT if labels is None else len(labels)
+    count = count_images(subject)
     spacing = suitable_spacing(DEFAULT_PLAN.sampler, DEFAULT_PLAN.eta, diffusion)
     plan = replace(DEFAULT_PLAN, steps=min(DEFAULT_PLAN.steps, diffusion.num_timesteps), spacing=spacing)
     parts = []

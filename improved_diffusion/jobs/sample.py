@@ -116,6 +116,18 @@ def _in_whole_rows(count: int, rows: int) -> int:
     return count if rows > count else -(-count // rows) * rows
 
 
+def where_to_guide(text: str, diffusion: GaussianDiffusion) -> Callable[[th.Tensor], th.Tensor] | None:
+    """The argument `within` of `guide` for the text of --guidance_interval; None if it is empty.
+
+    :raises ValueError: the diffusion has no such noise; the message names the flag.
+    """
+    limits = interval(text)
+    if limits is None:
+        return None
+    with errors_about("guidance_interval"):
+        return guidance_interval(diffusion, *limits)
+
+
 def guided(
     model: Callable[..., th.Tensor],
     config: SampleConfig | ComparingConfig,
@@ -123,10 +135,7 @@ def guided(
     class_names: list[str],
 ) -> Callable[..., th.Tensor]:
     """`model` with the guidance of the flags. :raises ValueError: the model or the flags do not allow it."""
-    within = None
-    if config.guidance_interval:
-        with errors_about("guidance_interval"):
-            within = guidance_interval(diffusion, *interval(config.guidance_interval))
+    within = where_to_guide(config.guidance_interval, diffusion)
     if config.autoguidance_path:
         worse = open_like(config.autoguidance_path, config, class_names, "autoguidance_path")
         if config.autoguidance_scale != 1:

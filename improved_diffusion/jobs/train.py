@@ -20,7 +20,7 @@ from improved_diffusion.cpu.machine import describe_machine, keep_memory
 from improved_diffusion.evaluation.heldout import HeldOut, choose_images, heldout_loss, withhold
 from improved_diffusion.flags import defaults, errors_about, named, with_defaults
 from improved_diffusion.image_datasets import BatchStream, ImageSet, describe
-from improved_diffusion.jobs.previews import COUNT, create_preview, preview_labels
+from improved_diffusion.jobs.previews import COUNT, count_images, create_preview, preview_labels
 from improved_diffusion.jobs.runs import (
     Weights,
     check_same_data,
@@ -236,6 +236,9 @@ def _train(
         logger.log("--use_fp16 True: on a CPU, 16 bits are bfloat16, which needs no scaling of the loss")
     if compute.precision == "bf16" and not bf16_pays():
         logger.log("note: this processor is faster in float32: give --precision fp32")
+    preview, preview_images = None, 0
+    if first and config.sample_interval:
+        preview, preview_images = _preview(config, diffusion, images, folder, check_folder)
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
@@ -244,10 +247,8 @@ def _train(
         resume_checkpoint=source or "",
         publish=publish,
         check_folder=check_folder,
-        preview=_preview(config, diffusion, images, folder, check_folder)
-        if first and config.sample_interval
-        else None,
-        preview_images=_preview_images(config),
+        preview=preview,
+        preview_images=preview_images,
         heldout=heldout,
         on_plan=lambda steps: record_arguments(folder, replace(config, total_steps=steps)),
         precision=compute.precision,
@@ -346,21 +347,14 @@ def _loop_flags(config: TrainConfig | SuperResTrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name in arguments}
 
 
-def _preview_images(config: TrainConfig | SuperResTrainConfig) -> int:
-    """How many images a preview draws; those with guidance count twice, because they take twice as long."""
-    if is_super_resolution(config) or not config.class_cond:
-        return COUNT
-    return len(preview_labels(config.num_classes)) * (1 if config.guidance_scale == 1 else 2)
-
-
 def _preview(
     config: TrainConfig | SuperResTrainConfig,
     diffusion: SpacedDiffusion,
     images: ImageSet,
     folder: str,
     check_folder: Callable[[], None],
-) -> Callable[[Callable[..., th.Tensor], int], None]:
-    """The function that draws the pictures of --sample_interval (see `TrainLoop`).
+) -> tuple[Callable[[Callable[..., th.Tensor], int], None], int]:
+    """The function that draws the pictures of --sample_interval, and how many images (see `TrainLoop`).
 
     A super-resolution model enlarges the first of `images`.
     """
@@ -374,6 +368,10 @@ def _preview(
     subject = Subject(config.output_size, config.seed, labels, low_res, channels=config.channels)
     preview = create_preview(diffusion, subject, folder, check_folder)
     if is_super_resolution(config) or config.guidance_scale == 1:
-        return preview
+        return preview, count_images(subject)
     check_guidance(config)  # again, because --init_from may have changed the classes
-    return lambda model, step: preview(guide(model, config.guidance_scale, config.num_classes), step)
+
+    def guided(model: Callable[..., th.Tensor], step: int) -> None:
+        preview(guide(model, config.guidance_scale, config.num_classes), step)
+
+    return guided, 2 * count_images(subject)  # with guidance, an image takes twice as long

@@ -16,7 +16,7 @@ from improved_diffusion.config import TrainConfig
 from improved_diffusion.evaluation.heldout import columns, withhold
 from improved_diffusion.image_datasets import read_images
 from improved_diffusion.jobs import runs
-from improved_diffusion.jobs.train import _heldout, _preview_images
+from improved_diffusion.jobs.train import _heldout, _preview
 from improved_diffusion.run import averages, checkpoint, pace
 from improved_diffusion.script_util import create_model_and_diffusion
 
@@ -274,8 +274,10 @@ def test_hours_that_are_too_few_are_named(tmp_path, call_script, monkeypatch):
         ({"class_cond": True, "num_classes": 10, "class_dropout": 0.1, "guidance_scale": 2.0}, 80),
     ],
 )
-def test_the_cost_of_a_preview(flags, images):
-    assert _preview_images(TrainConfig(**flags)) == images
+def test_the_cost_of_a_preview(tmp_path, flags, images):
+    _, diffusion = create_model_and_diffusion(**TINY)
+    photos = read_images("builtin", 8)
+    assert _preview(TrainConfig(**flags), diffusion, photos, str(tmp_path), lambda: None)[1] == images
 
 
 def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_script, monkeypatch):

@@ -78,8 +78,9 @@ def test_the_cosine_schedule_has_no_quadratic_steps(command, spacing):
 
 
 def test_fewer_timesteps_than_the_default_takes_steps():
-    assert plan_of("", steps=6).steps == 6
-    assert plan_of("--sampler ddpm", steps=6).steps is None
+    # So few timesteps begin with far more noise than 1,000 do, so their spacing is that of the cosine schedule.
+    assert plan_of("", steps=6) == replace(DEFAULT_PLAN, steps=6, spacing="karras")
+    assert plan_of("--sampler ddpm", steps=6) == Plan("ddpm", None, "logsnr")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_what_the_help_says_is_what_happens():
     assert tuple(samplers.SAMPLERS) == SAMPLERS and SPACINGS == samplers.SPACINGS
     described = defaults(SamplerFlags)
     assert DEFAULT_PLAN.sampler == described["sampler"] and DEFAULT_PLAN.steps == described["sample_steps"]
+    assert plan_of("").spacing == DEFAULT_PLAN.spacing and described["timestep_spacing"] == ""
     assert DEFAULT_PLAN.eta == described["eta"]
 
 
