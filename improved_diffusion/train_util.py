@@ -379,8 +379,7 @@ class TrainLoop:
         if self.max_hours and time.monotonic() - self.session_started > self.max_hours * 3600:
             self.interrupts.stop = self.interrupts.stop or "--max_hours"
         stops = (self.interrupts.stop == reason for reason in STOP_REASONS)
-        asked = th.tensor([*stops, self.interrupts.save]).int()
-        self.interrupts.save = False
+        asked = th.tensor([*stops, self.interrupts.take_save()]).int()
         dist_util.all_reduce(asked)
         *stops, save = asked.tolist()
         return next((reason for reason, count in zip(STOP_REASONS, stops) if count), None), save > 0

@@ -12,13 +12,12 @@ class Interrupts(contextlib.AbstractContextManager):
     """A context in which signals set attributes, which a loop checks between two steps.
 
     SIGINT, SIGTERM and SIGHUP (the terminal was closed; ignored under ``nohup``) set `stop` to the name of the signal.
-    A second SIGINT ends the process at once. SIGUSR1 sets `save`. Python delivers signals to the main thread, so in
-    other threads nothing is ever set.
+    A second SIGINT ends the process at once. SIGUSR1 asks to save (`take_save`). Python delivers signals to the main
+    thread, so in other threads nothing is ever set.
 
     :param echo: seconds after a signal to stop in which further ones are ignored. The terminal sends Ctrl-C to every
         process of a job, and the launcher passes it on once more.
     :ivar stop: the name of the signal that asked to stop, or None.
-    :ivar save: whether SIGUSR1 asked to save.
     """
 
     def __init__(self, echo: float = 0.0):
@@ -26,7 +25,9 @@ class Interrupts(contextlib.AbstractContextManager):
         self._stopped_at = -math.inf
         self._abandons = False
         self.stop: str | None = None
-        self.save = False
+        # Two counts, each written in one place: a flag that is read and then cleared loses a signal in between.
+        self._saves_asked = 0
+        self._saves_taken = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -42,6 +43,13 @@ class Interrupts(contextlib.AbstractContextManager):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def take_save(self) -> bool:
+        """Whether SIGUSR1 has asked to save since the last call."""
+        asked = self._saves_asked
+        is_new = asked > self._saves_taken
+        self._saves_taken = asked
+        return is_new
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has asked to stop. For work that may be left out then."""
@@ -72,7 +80,7 @@ class Interrupts(contextlib.AbstractContextManager):
             raise Stopped(number)
 
     def _on_save(self, number: int, frame) -> None:
-        self.save = True
+        self._saves_asked += 1
 
 
 class Stoppable(contextlib.AbstractContextManager):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -88,6 +89,42 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
     a, b = (checkpoint.read(str(folder), saved) for folder in (run, tmp_path / "reference"))
     for kind in ("model", "opt", *b.ema_rates):
         assert_same_tensors(a.load(kind), b.load(kind))
+
+
+def take_save_interrupted(interrupts, before):
+    """`interrupts.take_save()`, with SIGUSR1 before its bytecode number `before`.
+
+    :return: what it returns, and how many bytecodes it has.
+    """
+    bytecodes = 0
+
+    def interrupt(frame, event, arg):
+        nonlocal bytecodes
+        if frame.f_code is Interrupts.take_save.__code__:
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                if bytecodes == before:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                bytecodes += 1
+        return interrupt
+
+    tracing = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        return interrupts.take_save(), bytecodes
+    finally:
+        sys.settrace(tracing)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1")
+def test_sigusr1_is_taken_once_whenever_it_comes():
+    before, bytecodes = 0, 1
+    while before < bytecodes:
+        with Interrupts() as interrupts:
+            taken, bytecodes = take_save_interrupted(interrupts, before)
+            assert taken + interrupts.take_save() == 1, f"before bytecode {before} of {bytecodes}"
+            assert not interrupts.take_save()
+        before += 1
 
 
 def test_second_sigint_exits_at_once(tmp_path):
