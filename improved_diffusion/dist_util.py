@@ -156,9 +156,14 @@ def _wait_for(processes: Sequence[subprocess.Popen]) -> None:
 
 def finish() -> None:
     """Wait until all processes are done, and disconnect. A process started alone does nothing."""
+    barrier()
+    leave()
+
+
+def leave() -> None:
+    """Disconnect at once, in the middle of the work. Those who wait for this process then raise `LostContact`."""
     global _job
     if _job is not None:
-        barrier()
         _job.heartbeat.stop()
         _job = None
         _close()

@@ -58,19 +58,20 @@ def save_samples(
                 missing = _count_in_animation(batch) - sum(map(len, frames))
                 frames.append(batch[: max(0, missing)])
             images.append(finished)
-    if not images:
-        return stoppable.exit_code
-    drawn = np.concatenate(images)
-    path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
     with Interrupts():  # a signal must not prevent these files from being written
-        with open_atomic(path) as file:
-            np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
-        grid = bf.join(out_dir, "grid.png")
-        with open_atomic(grid) as file:
-            image_grid(drawn, rows).save(file, format="PNG")
-        print(f"{len(drawn)} images: {path}\npicture:   {grid}")
-        if save_trajectory:
-            print(f"animation: {save_animation(np.concatenate(frames), out_dir, rows)}")
+        if images:
+            drawn = np.concatenate(images)
+            path = bf.join(out_dir, f"samples_{'x'.join(map(str, drawn.shape))}.npz")
+            with open_atomic(path) as file:
+                np.savez(file, *([drawn] if labels is None else [drawn, labels[: len(drawn)]]))
+            grid = bf.join(out_dir, "grid.png")
+            with open_atomic(grid) as file:
+                image_grid(drawn, rows).save(file, format="PNG")
+            print(f"{len(drawn)} images: {path}\npicture:   {grid}")
+            if save_trajectory:
+                print(f"animation: {save_animation(np.concatenate(frames), out_dir, rows)}")
+        if stoppable.exit_code:
+            dist_util.leave()  # the others may wait in the batch that was not finished
     return stoppable.exit_code
 
 

@@ -26,6 +26,21 @@ def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def make_new_directory(parent: str) -> str:
+    """Create a directory in `parent`, named after the present time, and return its path.
+
+    No other process gets the same one, even if it asks at the same moment.
+
+    :raises OSError: it cannot be created.
+    """
+    os.makedirs(parent, exist_ok=True)
+    while True:
+        path = new_directory(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            return path
+
+
 def new_directory(parent: str) -> str:
     """The path of a directory in `parent` that does not exist yet, named after the present time."""
     path = stamp = os.path.join(parent, datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S"))

@@ -1,5 +1,6 @@
 """The training loop: microbatched gradients, AdamW, moving averages, metrics, checkpoints, exact resume."""
 
+import contextlib
 import datetime
 import math
 import os
@@ -7,14 +8,13 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from signal import Signals
 from typing import Any, NamedTuple
 
 import blobfile as bf
 import torch as th
 
 from improved_diffusion import dist_util, logger, seeding
-from improved_diffusion.config import ema_rates
+from improved_diffusion.config import MOST_STEPS, ema_rates
 from improved_diffusion.cpu.gradients import Gradients, plan_passes
 from improved_diffusion.cpu.inference import fast_model
 from improved_diffusion.cpu.machine import release_memory
@@ -37,7 +37,7 @@ from improved_diffusion.seeding import Purpose
 
 STOP_REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "--max_hours")
 ECHO = 2.0  # seconds within which a launcher passes a signal on to its processes
-NO_END = 10**9  # `total_steps` until the first minute of training has decided it (--hours)
+NO_END = 2 * MOST_STEPS  # `total_steps` until the first minute of training has decided it (--hours)
 RESERVE = 0.01  # share of --hours for what cannot be foreseen
 PREVIEW_COST = 7  # an image of a preview takes as long as this many images in a training step
 EXPORT_SECONDS = 3.0  # after a signal to stop, the workbook is not written if that takes longer
@@ -133,7 +133,8 @@ class TrainLoop:
         and then exchange the change of their weights (see `run_round`). Rows, pictures and checkpoints that are due
         within these steps follow at their end, as do stops.
     :param gradient_exchange: "float32" or "bfloat16", the number format of what they exchange. Sums are in float32.
-    :param publish: called by rank 0 after each checkpoint, when all files of the directory belong to the same step.
+    :param publish: called by rank 0 after each checkpoint, when all files of the directory belong to the same step,
+        with the names of the files that were deleted.
     :param check_folder: called by rank 0 before it writes. Raises an OSError, which ends the run, if the directory is
         no longer this run's (see `run_lock`).
     :raises ValueError: a parameter or the checkpoint is unusable.
@@ -182,7 +183,7 @@ class TrainLoop:
         num_workers: int = 1,
         sync_interval: int = 1,
         gradient_exchange: str = "float32",
-        publish: Callable[[], object] | None = None,
+        publish: Callable[[list[str]], object] | None = None,
         check_folder: Callable[[], object] | None = None,
     ):
         self.model = model
@@ -376,9 +377,9 @@ class TrainLoop:
     def _requests(self) -> tuple[str | None, bool]:
         """The reason to stop, if there is one, and whether to save, as asked of any of the processes. All processes
         get the same answer."""
-        if self.max_hours and time.monotonic() - self.session_started > self.max_hours * 3600:
-            self.interrupts.stop = self.interrupts.stop or "--max_hours"
-        stops = (self.interrupts.stop == reason for reason in STOP_REASONS)
+        is_time_up = self.max_hours and time.monotonic() - self.session_started > self.max_hours * 3600
+        own = self.interrupts.stop or ("--max_hours" if is_time_up else None)
+        stops = (own == reason for reason in STOP_REASONS)
         asked = th.tensor([*stops, self.interrupts.take_save()]).int()
         dist_util.all_reduce(asked)
         *stops, save = asked.tolist()
@@ -700,19 +701,28 @@ class TrainLoop:
         if not due or self.step == self.previewed_step:
             return
         try:
-            self.preview(self._averaged_model(), self.step)
+            with self._going_on(f"the picture of step {self.step} could not be drawn"):
+                self.preview(self._averaged_model(), self.step)
         except Stopped:
             return
         self.previewed_step = self.step
 
     def _measure_heldout(self) -> dict[str, float]:
-        """The held-out loss; empty if it is not measured, or a signal to stop has ended that."""
+        """The held-out loss; empty if it is not measured, or an error or a signal to stop has ended that."""
         if self.heldout is None:
             return {}
-        try:
+        with contextlib.suppress(Stopped), self._going_on("the held-out loss could not be measured"):
             return self.heldout(self._averaged_model())
-        except Stopped:
-            return {}
+        return {}
+
+    @contextlib.contextmanager
+    def _going_on(self, failure: str) -> Iterator[None]:
+        """A block that reports on the run. Its errors are logged as `failure`: none may end a run of days."""
+        try:
+            yield
+        except Exception as error:
+            self.check_folder()
+            logger.log(f"WARNING: {failure} ({str(error) or type(error).__name__}); training goes on")
 
     def _averaged_model(self) -> Callable[..., th.Tensor]:
         """The model as a function of (x, timesteps, ...), with the first moving average as its weights.
@@ -749,8 +759,8 @@ class TrainLoop:
         unfinished_row = logger.state() if unfinished_row is None else unfinished_row
         # On machines that round differently, the weights drift apart. If they have not, this changes nothing.
         dist_util.sync_params(self.params)
-        self.saved_step = self.step
         if not self.is_first:
+            self.saved_step = self.step
             return
         measured = self._measure_heldout()
         before = time.monotonic()
@@ -786,36 +796,36 @@ class TrainLoop:
         except OSError:
             self.check_folder()  # its message is clearer, if that is the reason
             raise
+        self.saved_step = self.step
         self.checkpoint_table.add(saved, seconds=time.monotonic() - before)
+        deleted: list[str] = []
         if self.keep_last:
             # Another run may be in the folder now, whose checkpoints must not be deleted.
-            checkpoint.rotate(
+            deleted = checkpoint.rotate(
                 logger.get_dir(), self.keep_last, self.keep_every, logger.log, self.check_folder
             )
         self._export()
         if self.publish is not None:
-            self.publish()
+            self.publish(deleted)
 
     def _export(self) -> None:
         """Write page and workbook. After a signal to stop, leave them out if that takes long."""
         self.check_folder()
-        if self.interrupts.stop in Signals.__members__ and self.export_seconds > EXPORT_SECONDS:
+        if self.interrupts.stop is not None and self.export_seconds > EXPORT_SECONDS:
             self._report_old_workbook()
             return
         release_memory()  # that of the last step, because a workbook with thousands of rows needs much
         before = time.monotonic()
         try:
-            with self.interrupts.abandoning():
-                _, failed = export_all(logger.get_dir(), self.check_folder)
-            if failed:
-                self.check_folder()
-            for what, error in failed:
-                logger.log(f"WARNING: the {what} could not be written ({error}); training goes on")
+            with self._going_on("page and workbook could not be written"):
+                with self.interrupts.abandoning():
+                    _, failed = export_all(logger.get_dir(), self.check_folder)
+                if failed:
+                    self.check_folder()
+                for what, error in failed:
+                    logger.log(f"WARNING: the {what} could not be written ({error}); training goes on")
         except Stopped:
             self._report_old_workbook()
-        except Exception as error:  # no error in a report may end a run of days
-            self.check_folder()
-            logger.log(f"WARNING: page and workbook could not be written ({error}); training goes on")
         self.export_seconds = time.monotonic() - before
 
     def _report_old_workbook(self) -> None:

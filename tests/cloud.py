@@ -60,6 +60,8 @@ class Cloud:
 
     def remove(self, path):
         if path.startswith(BUCKET):
+            if self.broken:
+                raise bf.Error("no connection")
             self.changes.append(f"- {bf.basename(path)}")
         self._real["remove"](self.local(path))
 

@@ -108,6 +108,8 @@ class Training(contextlib.AbstractContextManager):
         """Wait until `condition()` holds, which must happen while the process lives."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
+            if not self.is_alive and condition():  # it may have done it and ended
+                return
             assert self.is_alive and time.monotonic() < deadline, f"{self.stdout}\n{self.stderr}"
             time.sleep(0.001)
 
@@ -186,6 +188,14 @@ def rows(folder: Path, name: str = "progress.csv") -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(lines)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this system computes; one that has ended may keep its number until somebody asks for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def temporaries(folder: Path) -> list[str]:

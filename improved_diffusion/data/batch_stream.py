@@ -180,7 +180,7 @@ def _belong_to_the_main_process(exiting: multiprocessing.Event, worker: int) -> 
         if exiting.is_set():
             os._exit(0)
 
-    for name in ("SIGINT", "SIGHUP"):
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_sigterm)

@@ -1,6 +1,5 @@
 """The results of an evaluation, for people and for programs: a table, warnings, JSON files."""
 
-import contextlib
 import json
 import os
 from typing import Any
@@ -67,10 +66,18 @@ def append(run_dir: str, record: dict[str, Any]) -> None:
     """Add a record to those in a run's directory. The workbook reads them there."""
     path = os.path.join(absolute(run_dir), FILE_NAME)
     records = []
-    # An unreadable file must not cost this result too.
-    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
-        content = json.load(file)
-        records = content if isinstance(content, list) else []
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = json.load(file)
+        if not isinstance(records, list):
+            raise ValueError("not a list")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as error:
+        # It must not cost this result too, nor this result what is left in it.
+        os.replace(path, path + ".damaged")
+        print(f"WARNING: {path}: cannot be read ({error}); it is kept as {path}.damaged, and a new one begun")
+        records = []
     write_json(path, [*records, record])
 
 

@@ -50,6 +50,8 @@ def run_nll(config: NllConfig, given: set[str], project: str) -> int:
             if dist_util.get_rank() == 0:
                 tally.add(bounds)
                 tally.write(out_dir, {"steps": opened.diffusion.num_timesteps, **recorded})
+    if stoppable.exit_code:
+        dist_util.leave()  # the others may wait in the batch that was not finished
     if len(tally.total_bpd):
         error = "" if tally.standard_error is None else f" +- {tally.standard_error:.4f} (standard error)"
         print(f"{tally.mean:.4f} bits/dim{error}, {len(tally.total_bpd)} images: {out_dir}")

@@ -38,28 +38,19 @@ def create_preview(
     diffusion: GaussianDiffusion,
     subject: Subject,
     run_dir: str,
-    check_folder: Callable[[], object] = lambda: None,
 ) -> Callable[[Callable[..., th.Tensor], int], None]:
     """A function for the training loop. Called with a model and a step, it draws ``samples/step_NNNNNN.png``.
 
-    An error in drawing is logged, and does not end the training.
-
     :param subject: see `draw_preview`.
     :param run_dir: the directory of the run, with the folder ``samples``.
-    :param check_folder: called after an error. Raises an OSError, which ends the training, if `run_dir` was moved,
-        deleted or replaced.
     """
 
     def preview(model: Callable[..., th.Tensor], step: int) -> None:
         path = os.path.join(run_dir, PICTURES, f"step_{step:06d}.png")
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(path))  # not makedirs: if `run_dir` is gone, it must not come back
-            draw_preview(model, diffusion, subject, path)
-            logger.log_picture("pictures", path, step)  # a column is called samples
-        except Exception as error:  # no error in a picture ends a training
-            check_folder()
-            logger.log(f"WARNING: {path} could not be drawn ({error}); training goes on")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path))  # not makedirs: if `run_dir` is gone, it must not come back
+        draw_preview(model, diffusion, subject, path)
+        logger.log_picture("pictures", path, step)  # a column is called samples
 
     return preview
 

@@ -44,7 +44,7 @@ from improved_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 from improved_diffusion.shipped import shipped
-from improved_diffusion.storage import absolute, is_remote, new_directory, write_json
+from improved_diffusion.storage import absolute, is_remote, make_new_directory, new_directory, write_json
 
 Config = TypeVar("Config", bound=Flags)
 
@@ -155,8 +155,7 @@ def find_unfinished(
         of_the_model = {*names_of(type(config), Role.ARCHITECTURE, Role.PROCESS), "sigma_small"}
         replaced |= of_the_model - (given or set())
     same = {name: value for name, value in same.items() if name not in replaced}
-    for folder in _newest_runs(runs_dir):
-        step = checkpoint.steps(folder)[-1]
+    for folder, step in _newest_runs(runs_dir):
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             with open(os.path.join(folder, "args.json"), encoding="utf-8") as file:
                 stored = {**defaults(type(config)), **json.load(file)}
@@ -166,10 +165,16 @@ def find_unfinished(
     return None
 
 
-def _newest_runs(folder: str) -> list[str]:
-    """The runs in `folder` that have a checkpoint, the latest modified one first."""
-    found = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
-    return sorted((run for run in found if checkpoint.steps(run)), key=os.path.getmtime, reverse=True)
+def _newest_runs(folder: str) -> list[tuple[str, int]]:
+    """The runs in `folder` that have a checkpoint, and its step, the latest modified run first."""
+    found = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        run = os.path.join(folder, name)
+        # Others' folders may be closed to us, and a run may be deleted at this moment.
+        with contextlib.suppress(OSError):
+            if complete := checkpoint.steps(run):
+                found.append((os.path.getmtime(run), run, complete[-1]))
+    return [(run, step) for _, run, step in sorted(found, reverse=True)]
 
 
 def choose_out_dir(log_dir: str, parent: str) -> str:
@@ -177,10 +182,14 @@ def choose_out_dir(log_dir: str, parent: str) -> str:
 
     :raises ValueError: it cannot be created.
     """
-    out_dir = absolute(log_dir or os.environ.get("OPENAI_LOGDIR", "") or new_directory(parent))
+    given = log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    out_dir = absolute(given or parent)
     if dist_util.get_rank() == 0:
         try:
-            bf.makedirs(out_dir)
+            if given:
+                bf.makedirs(out_dir)
+            else:
+                out_dir = make_new_directory(out_dir)
         except OSError as error:
             raise ValueError(
                 f"--log_dir {out_dir}: cannot be created ({error.strerror or error}); choose another directory"
@@ -229,7 +238,7 @@ def _choose_model(config: DrawingFlags, project: str) -> str:
     """
     if config.model_path:
         return config.model_path
-    newest = next(iter(_newest_runs(os.path.join(project, "runs"))), "")
+    newest, _ = next(iter(_newest_runs(os.path.join(project, "runs"))), ("", 0))
     default = os.path.join(shipped("models"), SHIPPED)
     if checkpoint.steps(default) and not is_super_resolution(config):
         hint = f"; for your newest run, give --model_path {shlex.quote(newest)}" if newest else ""
@@ -440,7 +449,7 @@ def read_weights(
         inside = [] if is_remote(path) or checkpoint.steps(path) else _newest_runs(path)
         if inside:
             raise ValueError(
-                f"--{flag_name} {model_path}: is a folder of runs; the newest of them is {inside[0]}"
+                f"--{flag_name} {model_path}: is a folder of runs; the newest of them is {inside[0][0]}"
             )
         source = checkpoint.find(path, log=log)
         if length:

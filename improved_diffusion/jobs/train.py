@@ -157,7 +157,7 @@ def _train(
     compute: Compute,
     log_dir: str,
     folder: str,
-    publish: Callable[[], None] | None,
+    publish: Callable[[list[str]], None] | None,
     check_folder: Callable[[], None] | None,
     source: Checkpoint | None,
     start: Weights | None,
@@ -238,7 +238,7 @@ def _train(
         logger.log("note: this processor is faster in float32: give --precision fp32")
     preview, preview_images = None, 0
     if first and config.sample_interval:
-        preview, preview_images = _preview(config, diffusion, images, folder, check_folder)
+        preview, preview_images = _preview(config, diffusion, images, folder)
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
@@ -352,7 +352,6 @@ def _preview(
     diffusion: SpacedDiffusion,
     images: ImageSet,
     folder: str,
-    check_folder: Callable[[], None],
 ) -> tuple[Callable[[Callable[..., th.Tensor], int], None], int]:
     """The function that draws the pictures of --sample_interval, and how many images (see `TrainLoop`).
 
@@ -366,7 +365,7 @@ def _preview(
     elif config.class_cond:
         labels = preview_labels(config.num_classes)
     subject = Subject(config.output_size, config.seed, labels, low_res, channels=config.channels)
-    preview = create_preview(diffusion, subject, folder, check_folder)
+    preview = create_preview(diffusion, subject, folder)
     if is_super_resolution(config) or config.guidance_scale == 1:
         return preview, count_images(subject)
     check_guidance(config)  # again, because --init_from may have changed the classes

@@ -150,7 +150,7 @@ def rotate(
     keep_every: int = 0,
     log: Callable[[str], object] = print,
     check_folder: Callable[[], object] = lambda: None,
-) -> None:
+) -> list[str]:
     """Delete all checkpoints but the newest `keep_last` and those whose step is a multiple of `keep_every`.
 
     Of deleted checkpoints, the power-function averages stay, for `averages.with_averages`, but of at most
@@ -163,40 +163,48 @@ def rotate(
     :param log: gets a line about each checkpoint that could not be deleted. No error is raised then.
     :param check_folder: called before the first deletion and before each of these lines. Raises an OSError, which ends
         the rotation, if `folder` was moved, deleted or replaced.
+    :return: the names of the deleted files.
     """
     assert keep_last >= 1
+    deleted: list[str] = []
+
+    def delete(name: str) -> None:
+        bf.remove(bf.join(folder, name))
+        deleted.append(name)
+
     complete = steps(folder)
     old = [step for step in complete[:-keep_last] if not (keep_every and step % keep_every == 0)]
     if not old:
-        return
+        return deleted
     check_folder()
     if not any(_is_intact(folder, step) for step in reversed(complete) if step not in old):
         check_folder()
         log(f"WARNING: {folder}: all checkpoints are kept, because none of the newest is intact")
-        return
+        return deleted
     for step in old:
         try:
             checkpoint = read(folder, step)
             kept = {member_name(power_kind(length), step) for length in checkpoint.power_lengths}
             if kept:
                 os.replace(checkpoint.path("state"), _averages_path(folder, step))
+                deleted.append(member_name("state", step))
             else:
-                bf.remove(checkpoint.path("state"))
+                delete(member_name("state", step))
             for name in checkpoint.state["files"]:
                 if name not in kept:
-                    bf.remove(bf.join(folder, name))
+                    delete(name)
         except (DamagedCheckpoint, OSError) as error:
             check_folder()
             log(f"WARNING: checkpoint {step} is not deleted: {error}")
     for step in _superfluous_averages(folder):
         try:
             checkpoint = read_averages(folder, step)
-            bf.remove(_averages_path(folder, step))
-            for name in checkpoint.state["files"]:
-                bf.remove(bf.join(folder, name))
+            for name in (bf.basename(_averages_path(folder, step)), *checkpoint.state["files"]):
+                delete(name)
         except (DamagedCheckpoint, OSError) as error:
             check_folder()
             log(f"WARNING: the averages of checkpoint {step} are not deleted: {error}")
+    return deleted
 
 
 def _superfluous_averages(folder: str) -> list[int]:
@@ -283,11 +291,13 @@ def _read_state(path: str, step: int) -> dict[str, Any]:
 def _check_sizes(folder: str, path: str, state: dict[str, Any]) -> None:
     """Compare the sizes of the files that `state`, read from `path`, lists."""
     for name, entry in state["files"].items():
-        member, size = bf.join(folder, name), entry["bytes"]
-        if not bf.exists(member):
-            raise DamagedCheckpoint(f"{member}: missing, though {path} lists it")
-        if bf.stat(member).size != size:
-            raise DamagedCheckpoint(f"{member}: {bf.stat(member).size} bytes where {size} were written")
+        member = bf.join(folder, name)
+        try:
+            size = bf.stat(member).size
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{member}: missing, though {path} lists it") from None
+        if size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{member}: {size} bytes where {entry['bytes']} were written")
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -312,15 +322,18 @@ def find(path: str, log=print) -> Checkpoint:
     """
     path = absolute(path)
     if bf.isdir(path):
-        candidates = steps(path)
-        for step in reversed(candidates):
+        tried: set[int] = set()
+        # Listed anew for each, because a running training may save one meanwhile, and delete the others.
+        while left := [step for step in steps(path) if step not in tried]:
+            step = left[-1]
+            tried.add(step)
             try:
                 checkpoint = read(path, step)
                 verify(checkpoint)
                 return checkpoint
             except DamagedCheckpoint as error:
                 log(f"WARNING: skipping checkpoint {step}: {error}")
-        raise ValueError(f"{path}: holds no {'intact' if candidates else 'complete'} checkpoint")
+        raise ValueError(f"{path}: holds no {'intact' if tried else 'complete'} checkpoint")
     if not bf.exists(path):
         raise ValueError(f"{path}: there is no such file or directory")
     match = _MEMBER.fullmatch(bf.basename(path))

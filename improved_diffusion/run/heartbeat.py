@@ -26,7 +26,7 @@ class Heartbeat(contextlib.AbstractContextManager):
     """A thread that exchanges bytes with other processes until `stop`.
 
     This process enters the heartbeat, as a context manager, while it waits for the others. If one is lost during
-    that time, this process ends with one line on stderr and exit code 1, because nothing else can interrupt the
+    that time, this process ends with one line on stderr and exit code 2, because nothing else can interrupt the
     wait. If one is lost at another time, the next attempt to wait raises `LostContact`, so that work such as saving a
     checkpoint is finished first.
 

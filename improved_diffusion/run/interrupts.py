@@ -53,7 +53,7 @@ class Interrupts(contextlib.AbstractContextManager):
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has asked to stop. For work that may be left out then."""
-        if self.stop in signal.Signals.__members__:
+        if self.stop is not None:
             raise Stopped(signal.Signals[self.stop])
 
     @contextlib.contextmanager
@@ -77,6 +77,7 @@ class Interrupts(contextlib.AbstractContextManager):
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.stop}: finishing this step and saving; Ctrl-C now exits at once\n".encode())
         if self._abandons:
+            self._abandons = False  # not only in the block, whose `finally` the signal may just miss
             raise Stopped(number)
 
     def _on_save(self, number: int, frame) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import blobfile as bf
 
@@ -21,17 +21,19 @@ PICTURES = "samples"  # the folder of a run for the pictures that it draws durin
 
 
 @contextlib.contextmanager
-def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def working_folder(log_dir: str) -> Iterator[tuple[str, Callable[[Iterable[str]], None]]]:
     """The local folder in which the run `log_dir` works, and a function that uploads its changes to `log_dir`.
 
-    A local `log_dir` is itself the folder, and the function does nothing. The function raises no errors: what cannot
-    be uploaded is logged, and tried again by the next call and at the end of the block.
+    A local `log_dir` is itself the folder, and the function does nothing. The function gets the names of the files that
+    the run has deleted, to delete them in `log_dir` too. Other files that disappear, as when the system cleans up its
+    temporary folders, stay there. The function raises no errors: what fails is logged, and tried again by the next call
+    and at the end of the block.
 
     :raises OSError: `log_dir` cannot be read, or an upload failed at the end of the block. The message then names the
         local folder, which is kept.
     """
     if not is_remote(log_dir):
-        yield log_dir, lambda: None
+        yield log_dir, lambda deleted: None
         return
     folder = tempfile.mkdtemp(prefix="improved_diffusion-")
     mirror = _Mirror(folder, log_dir)
@@ -64,6 +66,7 @@ class _Mirror:
         self.url = url
         # The size and modification time of each file when it was last copied.
         self.published: dict[str, tuple[int, int]] = {}
+        self.deleted: set[str] = set()  # files that are still to be deleted in the remote folder
 
     def fetch(self) -> None:
         """Download all files of the remote folder, if it exists."""
@@ -78,7 +81,7 @@ class _Mirror:
         self.published = self._present()
 
     def publish(self) -> None:
-        """Make the remote folder equal to the local one.
+        """Upload what is new or has changed, and then delete what the run has deleted.
 
         State files are uploaded last and deleted first, so that every remote state file belongs to a complete
         checkpoint.
@@ -88,12 +91,15 @@ class _Mirror:
             if self.published.get(name) != present[name]:
                 bf.copy(os.path.join(self.folder, name), bf.join(self.url, name), overwrite=True)
                 self.published[name] = present[name]
-        for name in sorted(self.published.keys() - present.keys(), key=_is_state, reverse=True):
-            bf.remove(bf.join(self.url, name))
-            del self.published[name]
+        for name in sorted(self.deleted - present.keys(), key=_is_state, reverse=True):
+            if name in self.published:
+                bf.remove(bf.join(self.url, name))
+                del self.published[name]
+        self.deleted.clear()
 
-    def publish_or_warn(self) -> None:
-        """As `publish`, but log a failure instead of raising it."""
+    def publish_or_warn(self, deleted: Iterable[str]) -> None:
+        """As `publish`, but log a failure instead of raising it. :param deleted: files that the run has deleted."""
+        self.deleted.update(deleted)
         try:
             self.publish()
         except Exception as error:

@@ -15,11 +15,15 @@ def start() -> None:
 
     Until `clean_up_on_ctrl_c`, Ctrl-C ends the process at once, with exit code 130 and without a message.
 
+    SIGUSR1, by which schedulers ask a training to save, is ignored, except while a training heeds it (`Interrupts`).
+
     From now on, output that cannot be written is dropped, because the terminal is closed, the disk is full or the
     program behind a pipe has ended. The first time, a line on standard error says so.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_quietly)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # The next file that is opened would get the number of a closed descriptor, and error messages would go into it.
     for descriptor in range(3):
         try:

@@ -1,6 +1,7 @@
 """The metrics of a training: their means between two rows, the rows, and a progress bar or lines of text."""
 
 import datetime
+import math
 import sys
 import time
 from typing import Any
@@ -97,9 +98,11 @@ class TrainLog:
         logger.logkv("elapsed", elapsed)
         self.stopwatch.reset()
         row = logger.dumpkvs()
+        # Where all steps were skipped, there is neither.
+        loss, grad_norm = (row.get(name, math.nan) for name in ("loss", "grad_norm"))
         pace = "" if speed is None else f"{speed:.1f} images/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {pace}")
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {pace}")
         elif step == total_steps or time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_PER_LINE
             end, left = "", ""
@@ -108,8 +111,7 @@ class TrainLog:
                 if speed is not None:
                     seconds = round((total_steps - step) * self._global_batch / speed)
                     left = f"{datetime.timedelta(seconds=seconds)} left"
-            losses = f"loss {row['loss']:.5f}  grad_norm {row['grad_norm']:.4f}"
-            logger.log(f"step {step}{end}  {losses}  {pace}  {left}")
+            logger.log(f"step {step}{end}  loss {loss:.5f}  grad_norm {grad_norm:.4f}  {pace}  {left}")
 
     def close(self) -> None:
         """Close the progress bar."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image, ImageOps
+from training_process import is_running
 
 from improved_diffusion.data import decode
 from improved_diffusion.data import folder as image_folder
@@ -665,7 +666,7 @@ def test_workers_are_not_stopped_by_signals_to_the_whole_group(folder):
     stream = BatchStream(read(folder, cache_limit_gb=0), 2, data_workers=1)
     take(stream, 1)
     (worker,) = set(multiprocessing.active_children()) - before
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         os.kill(worker.pid, number)
     take(stream, 6)  # more than it has read ahead
     assert worker.is_alive()
@@ -694,17 +695,9 @@ def test_workers_end_with_a_process_that_is_killed(folder, tmp_path, method):
         assert len(workers) == 2
         process.kill()
     deadline = time.monotonic() + 60
-    while any(map(is_alive, workers)):
+    while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_streamed_set_can_be_sent_to_workers_of_any_platform(folder):

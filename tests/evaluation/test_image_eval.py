@@ -286,6 +286,8 @@ def test_a_strange_record_of_a_run_harms_nothing(measure, tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
     record, _ = measure("--features", "pixel", "--run_dir", tmp_path)
     assert read_json(tmp_path / "evaluation.json")[-1] == record
+    if not content.startswith("[") or content.endswith("["):
+        assert (tmp_path / "evaluation.json.damaged").read_text() == content
     assert load_workbook(tmp_path / "results.xlsx")["Evaluation"].max_row >= 2
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from conftest import TINY, TINY_FLAGS, save_trained
 
+from improved_diffusion import storage
 from improved_diffusion.config import SampleConfig, SuperResTrainConfig, TrainConfig
 from improved_diffusion.jobs import runs
 from improved_diffusion.jobs.sample import YOUNG, warn_of_youth
@@ -84,6 +85,29 @@ def test_a_folder_of_runs_names_the_newest(tmp_path):
         os.utime(tmp_path / name, (number, number))
     with pytest.raises(ValueError, match="is a folder of runs; the newest of them is .*new$"):
         runs.load_trained(str(tmp_path), SampleConfig(), set())
+
+
+def test_a_folder_that_cannot_be_read_is_no_run(tmp_path, monkeypatch):
+    for name in ("mine", "closed"):
+        save_trained(tmp_path / name)
+    steps = checkpoint.steps
+
+    def deny(folder):
+        if folder.endswith("closed"):
+            raise PermissionError(folder)
+        return steps(folder)
+
+    monkeypatch.setattr(checkpoint, "steps", deny)  # root may read everything
+    with pytest.raises(ValueError, match="is a folder of runs; the newest of them is .*mine$"):
+        runs.load_trained(str(tmp_path), SampleConfig(), set())
+
+
+def test_two_commands_at_the_same_moment_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    names = iter("112")  # the second command looks before the first one has created its directory
+    monkeypatch.setattr(storage, "new_directory", lambda parent: os.path.join(parent, next(names)))
+    found = [runs.choose_out_dir("", str(tmp_path / "samples")) for _ in range(2)]
+    assert found == [str(tmp_path / "samples" / name) for name in "12"]
 
 
 def test_a_model_that_is_too_young_to_draw(tmp_path, call_script, capsys):

@@ -277,7 +277,7 @@ def test_hours_that_are_too_few_are_named(tmp_path, call_script, monkeypatch):
 def test_the_cost_of_a_preview(tmp_path, flags, images):
     _, diffusion = create_model_and_diffusion(**TINY)
     photos = read_images("builtin", 8)
-    assert _preview(TrainConfig(**flags), diffusion, photos, str(tmp_path), lambda: None)[1] == images
+    assert _preview(TrainConfig(**flags), diffusion, photos, str(tmp_path))[1] == images
 
 
 def test_a_run_of_hours_that_is_stopped_keeps_what_was_decided(tmp_path, call_script, monkeypatch):

@@ -92,6 +92,22 @@ def test_directory_passes_over_damage_and_names_it(tmp_path):
         checkpoint.find(str(tmp_path / "model000007.pt"))
 
 
+def test_one_that_is_saved_while_the_last_is_read_and_deleted_is_found(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    read = checkpoint.read
+
+    def read_late(folder, step):
+        monkeypatch.setattr(checkpoint, "read", read)
+        save(tmp_path, 7)
+        checkpoint.rotate(folder, 1)
+        return read(folder, step)
+
+    monkeypatch.setattr(checkpoint, "read", read_late)
+    messages = []
+    assert checkpoint.find(str(tmp_path), log=messages.append).step == 7
+    assert "skipping checkpoint 5" in messages[0]
+
+
 def test_truncated_weights_are_named(tmp_path):
     save(tmp_path, 5)
     path = tmp_path / "model000005.pt"

@@ -123,7 +123,7 @@ def test_an_outage_is_reported_and_made_up_for(tmp_path, cloud, capsys):
     with working_folder(RUN) as (folder, publish):
         cloud.broken = True
         (tmp_path / folder / "log.txt").write_text("first")
-        publish()
+        publish([])
         assert f"WARNING: {RUN} is not up to date (no connection)" in capsys.readouterr().out
         cloud.broken = False
     assert (tmp_path / "cloud" / "run" / "log.txt").read_text() == "first"
@@ -142,9 +142,22 @@ def test_only_what_has_changed_is_copied(tmp_path, cloud):
     with working_folder(RUN) as (folder, publish):
         for name in ("a.txt", "b.txt"):
             (tmp_path / folder / name).write_text(name)
-        publish()
+        publish([])
         (tmp_path / folder / "a.txt").write_text("longer")
     assert cloud.changes == ["+ a.txt", "+ b.txt", "+ a.txt"]
+
+
+def test_only_what_the_run_has_deleted_is_deleted(tmp_path, cloud):
+    with working_folder(RUN) as (folder, publish):
+        for name in "abc":
+            (tmp_path / folder / name).write_text(name)
+        publish([])
+        for name in "ab":  # the system cleans up one of them
+            (tmp_path / folder / name).unlink()
+        cloud.broken = True
+        publish(["a"])
+        cloud.broken = False
+    assert sorted(os.listdir(tmp_path / "cloud" / "run")) == ["b", "c"]
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, cloud):

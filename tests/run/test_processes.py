@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch as th
 import torch.distributed
-from training_process import PATIENCE, Training, assert_same_run, one_host, run_training, two_ranks
+from training_process import (
+    PATIENCE,
+    Training,
+    assert_same_run,
+    is_running,
+    one_host,
+    run_training,
+    two_ranks,
+)
 
 from improved_diffusion.run import checkpoint
 
@@ -24,13 +32,6 @@ ENDLESS = [*FLAGS, "--total_steps", 10**6, "--save_interval", 10**6]
 def children(pid: int) -> list[int]:
     """The processes that process `pid` has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def assert_ended(pid: int) -> None:

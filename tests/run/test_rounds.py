@@ -213,12 +213,15 @@ def test_16_bits_on_the_way_change_little(tmp_path):
 
 
 def spoil_one_loss():
-    """The noise of rank 1 is not a number in the second step, and on request in all that follow."""
+    """The noise of rank 1 is not a number in the second step; on request also in all that follow, or only in those
+    of the second round."""
     draw = TrainLoop.draw
 
     def spoilt(loop, *args):
         drawn = draw(loop, *args)
         spoils = loop.samples == 8 or (loop.samples > 8 and os.environ.get("FOR_GOOD"))
+        if "SECOND_ROUND" in os.environ:
+            spoils = loop.samples >= 8 * ROUND
         if spoils and dist_util.get_rank() == 1:
             drawn.noise.fill_(math.nan)
         return drawn
@@ -234,6 +237,15 @@ def test_a_step_that_one_rank_skips_counts_for_the_other(tmp_path):
     found = checkpoint.read(str(tmp_path / "run"), 6)
     assert {float(entry["step"]) for entry in found.load("opt")["state"].values()} == {6.0}
     assert all(np.isfinite(float(row["loss"])) for row in rows(tmp_path / "run"))
+
+
+def test_a_round_without_a_step_that_all_ranks_took_has_an_empty_row(tmp_path):
+    flags = [*FLAGS, "--skip_nonfinite", 3, "--log_interval", 3, "--total_steps", 6]
+    more = {"SECOND_ROUND": "1"}
+    with two_ranks(tmp_path / "run", *flags, prepare=spoil_one_loss, more=more) as ranks:
+        wait(ranks)
+    assert [row["loss"] != "" for row in rows(tmp_path / "run")] == [True, False]
+    assert "step 6/6  loss nan" in ranks[0].stdout
 
 
 def test_a_loss_that_is_not_finite_stops_both_at_the_end_of_the_round(tmp_path):

@@ -46,6 +46,20 @@ def test_ctrl_c_while_a_script_imports(tmp_path, script):
     assert (process.returncode, said) == (130, "")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1")
+def test_a_request_to_save_before_there_is_anything_to_save(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); raise ValueError('it goes on')"
+    )
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "image_train.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "image_train.py: error: it goes on\n")
+
+
 def train_in_a_shell(folder, redirection, unbuffered=""):
     """Train, with the output as `redirection` has it; returns the exit code and what standard error got."""
     flags = ["--data_dir", "builtin", "--log_dir", folder, *TINY_FLAGS, "--diffusion_steps", 4]
