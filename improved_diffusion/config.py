@@ -780,7 +780,7 @@ class GuidanceFlags(Flags):
     guidance_scale: float = flag(
         1.0,
         "strengthen the influence of the class (classifier-free guidance), for models trained with "
-        "--class_dropout; 1: as trained; if not given, the value stored with the model",
+        "--class_dropout; 1: as trained; if not given, the value stored with the model, or else the default",
         low=0,
         high=MOST_GUIDANCE,
     )
@@ -1035,7 +1035,7 @@ class EvalConfig(ReferenceFlags):
         "(class_accuracy)",
     )
     batch_size: int = flag(4, "images measured at a time", low=1, high=MOST_IMAGES)
-    output: str = flag("", "JSON file to write; if not given, evaluation.json beside the samples")
+    output: str = flag("", "JSON file to write; if not given, NAME.evaluation.json beside the samples NAME")
     run_dir: str = flag("", "also add the result to this run's directory and workbook")
 
     def check(self, given: set[str]) -> None:
@@ -1123,7 +1123,7 @@ class RunsConfig(SamplerFlags, ComputeFlags, ImageFlags, ClassFlags, UNetFlags, 
     guidance_scale: float = flag(
         1.0,
         "strengthen the influence of the class in runs with --class_dropout; 1: as trained; where not given, the "
-        "value stored with a model",
+        "value stored with a model, or else the default",
         low=0,
         high=MOST_GUIDANCE,
     )

@@ -154,6 +154,10 @@ def named(error: Exception, flags: dict[str, str]) -> ValueError:
     if colon:
         names = "|".join(map(re.escape, flags))
         start = re.sub(rf"(^|, )({names})(?=[ ,]|$)", lambda match: f"{match[1]}--{flags[match[2]]}", start)
+        # In the rest, only names that are no words of a sentence.
+        names = "|".join(re.escape(name) for name in flags if "_" in name)
+        if names:
+            rest = re.sub(rf"(?<![\w-])({names})(?!\w)", lambda match: f"--{flags[match[1]]}", rest)
     return ValueError(start + colon + rest)
 
 
@@ -266,6 +270,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         message = one_line(message.removeprefix("argument "))
+        # What argparse says of a file @FILE that cannot be read is for programmers.
+        message = re.sub(r"^\[Errno \d+\] ([^:]+): '(.*)'$", r"@\2: \1", message)
         self.exit(2, f"{self.prog}: error: {message}; --help explains every flag\n")
 
 

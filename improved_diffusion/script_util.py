@@ -303,7 +303,9 @@ def read_flag(flag_name: str, path: str, image_size: int | tuple[int, int], chan
     with errors_about(flag_name):
         images = read_images(path, image_size, channels=channels)
         if len(images) < MIN_MEASURED:
-            raise ValueError(f"{path}: holds {len(images)} images, too few to measure; give more")
+            raise ValueError(
+                f"{path}: holds {len(images)} images, too few to measure; give at least {MIN_MEASURED}"
+            )
         return images
 
 

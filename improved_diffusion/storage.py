@@ -26,6 +26,19 @@ def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def output_file(path: str) -> str:
+    """`path` as an absolute path, for a file that is to be written after long work.
+
+    :raises ValueError: a file cannot be there, because it is a folder, or because its folder does not exist.
+    """
+    path = absolute(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder; give the name of a file")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"{path}: there is no folder {os.path.dirname(path)}")
+    return path
+
+
 def make_new_directory(parent: str) -> str:
     """Create a directory in `parent`, named after the present time, and return its path.
 
@@ -94,8 +107,8 @@ def open_atomic(path: str, mode: str = "wb") -> Iterator:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = path  # which the error of a failed write lacks
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = path, None  # not the temporary file, nor none
         raise
     _sync_folder(folder)
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"export_results.py: error: {message}", file=sys.stderr)
     return 2
 
 

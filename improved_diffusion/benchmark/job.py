@@ -18,9 +18,9 @@ from improved_diffusion.benchmark.training import measure_command, measure_train
 from improved_diffusion.config import BenchmarkConfig, ImageFlags, UNetFlags
 from improved_diffusion.cpu.compute import choose
 from improved_diffusion.cpu.machine import describe_machine
-from improved_diffusion.flags import declared
+from improved_diffusion.flags import declared, errors_about
 from improved_diffusion.script_util import check_images_fit
-from improved_diffusion.storage import absolute, write_json
+from improved_diffusion.storage import output_file, write_json
 
 MEASUREMENTS = {
     "memory": measure_memory,
@@ -42,8 +42,8 @@ def run_benchmark(config: BenchmarkConfig) -> None:
     for name in names:
         if name not in MEASUREMENTS:
             raise ValueError(f"--only {name}: use some of {','.join(MEASUREMENTS)}")
-    if config.json and not os.path.isdir(os.path.dirname(absolute(config.json))):
-        raise ValueError(f"--json {config.json}: there is no such folder")
+    with errors_about("json"):
+        output = output_file(config.json) if config.json else ""
     settings = read_settings(config)
     th.set_num_threads(settings.compute.workers)  # of the plain path; the fast one has its own
 
@@ -64,9 +64,9 @@ def run_benchmark(config: BenchmarkConfig) -> None:
         results[name] = MEASUREMENTS[name](settings)
         print(section(results[name]))
         if config.json:
-            write_json(config.json, results)
+            write_json(output, results)
     if config.json:
-        print(f"\nwritten: {config.json}")
+        print(f"\nwritten: {output}")
 
 
 def read_settings(config: BenchmarkConfig) -> Settings:

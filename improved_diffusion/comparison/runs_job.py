@@ -34,6 +34,10 @@ def run_comparison_of_runs(config: RunsConfig, given: set[str], directories: lis
     if config.num_samples:
         for one in compared:
             _draw(one, config, given, compute)
+        if config.class_label and all(one.images is None for one in compared):
+            raise ValueError(
+                f"--class_label {config.class_label}: no run could draw it; {compared[0].notes[-1]}"
+            )
     notes = general_notes(compared)
     out_dir = choose_out_dir(config.log_dir, os.path.join(project, "samples"))
     workbook, picture = paths(out_dir)

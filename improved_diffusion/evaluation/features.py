@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -62,13 +63,13 @@ def load_extractor(features: str, inception_weights: str = "") -> Extractor:
     if features == PIXEL:
         return Extractor(PIXEL, f"{PIXEL}-{PIXEL_SIDE}", _pixel_features)
     if features == INCEPTION:
-        return _load_network(inception.find_inception(inception_weights))
+        return _load_network(inception.find_inception(inception_weights), "inception_weights")
     path = os.path.abspath(os.path.expanduser(features))
     if not os.path.isfile(path):
         raise ValueError(
             f"features {path}: there is no such file; give inception, pixel or a TorchScript file"
         )
-    return _load_network(path)
+    return _load_network(path, "features")
 
 
 def extract(
@@ -109,16 +110,20 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return th.from_numpy(logits).double().softmax(dim=1).numpy()
 
 
-def _load_network(path: str) -> Extractor:
+def _load_network(path: str, argument: str) -> Extractor:
+    """:param argument: of `load_extractor`, which names the file."""
     fingerprint = inception.sha256_of(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             network = th.jit.load(path, map_location="cpu").eval()
-        arguments = [argument.name for argument in network.forward.schema.arguments]
+        parameters = [parameter.name for parameter in network.forward.schema.arguments]
     except Exception as error:  # torch raises almost anything here
-        raise ValueError(f"{path}: is not a TorchScript module ({_reason(error)})") from None
-    options = {"return_features": True} if "return_features" in arguments else {}
+        reason = (
+            f" ({_reason(error)})" if zipfile.is_zipfile(path) else ""
+        )  # of another file, torch guesses at it
+        raise ValueError(f"{argument} {path}: is not a TorchScript module{reason}") from None
+    options = {"return_features": True} if "return_features" in parameters else {}
 
     def compute(pixels: np.ndarray) -> np.ndarray:
         x = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

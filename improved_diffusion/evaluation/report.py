@@ -6,7 +6,7 @@ from typing import Any
 
 from improved_diffusion.data.decode import height_width
 from improved_diffusion.evaluation.metrics import Statistics
-from improved_diffusion.storage import absolute, write_json
+from improved_diffusion.storage import absolute, output_file, write_json
 
 FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
 
@@ -14,16 +14,9 @@ FILE_NAME = "evaluation.json"  # in a run's directory: a list of records
 def output_path(output: str, samples: str) -> str:
     """The JSON file to write: `output` or, if that is empty, a file beside `samples`.
 
-    :raises ValueError: there is no such folder.
+    :raises ValueError: as `output_file`.
     """
-    path = (
-        absolute(output)
-        if output
-        else os.path.splitext(absolute(samples))[0].rstrip("/\\") + ".evaluation.json"
-    )
-    if not os.path.isdir(os.path.dirname(path)):
-        raise ValueError(f"{path}: there is no folder {os.path.dirname(path)}")
-    return path
+    return output_file(output or os.path.splitext(absolute(samples))[0].rstrip("/\\") + ".evaluation.json")
 
 
 def warnings(samples: Statistics, reference: Statistics) -> list[str]:

@@ -12,13 +12,16 @@ from improved_diffusion.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
+from improved_diffusion.flags import errors_about
 from improved_diffusion.image_datasets import describe
 from improved_diffusion.script_util import read_flag
-from improved_diffusion.storage import absolute
+from improved_diffusion.storage import output_file
 
 
 def run_classifier_training(config: ClassifierConfig) -> None:
     """Train, test and save a classifier. :raises ValueError: a flag or the images are unusable."""
+    with errors_about("output"):
+        output = output_file(config.output)  # before the training, which takes long
     images = _read("data_dir", config.data_dir, config)
     test = _read("test_dir", config.test_dir, config) if config.test_dir else None
     if test is not None and test.class_names != images.class_names:
@@ -40,7 +43,6 @@ def run_classifier_training(config: ClassifierConfig) -> None:
         print(
             f"{class_accuracy(found, test.labels):.2%} of {len(test):,} test images are classified correctly"
         )
-    output = absolute(config.output)
     save_classifier(model, output, images.class_names)
     print(f"written: {output}")
 

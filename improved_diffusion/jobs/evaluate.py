@@ -34,7 +34,8 @@ def run_evaluation(config: EvalConfig) -> None:
     with errors_about("output" if config.output else "samples"):
         output = report.output_path(config.output, config.samples)
     if config.run_dir:
-        read_run(config.run_dir)  # before the measuring, so that a wrong directory is reported at once
+        with errors_about("run_dir"):
+            read_run(config.run_dir)  # before the measuring, so that a wrong directory is reported at once
     record = evaluate(config)
     print(report.table(record))
     write_json(output, record)

@@ -263,7 +263,13 @@ def choose_source(
         return checkpoint.find(log_dir, log=log) if present else None
     resume = absolute(resume_checkpoint)
     if present and (bf.isdir(resume) or bf.dirname(resume) != log_dir):
-        return checkpoint.find(log_dir, log=log)
+        source = checkpoint.find(log_dir, log=log)
+        if resume != log_dir:
+            log(
+                f"note: {log_dir} holds a run already, which goes on from its own step {source.step}; "
+                "--resume_checkpoint only counts in a new directory"
+            )
+        return source
     try:
         source = checkpoint.find(resume, log=log)
     except ValueError as error:
@@ -297,13 +303,14 @@ def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Con
             continue
         if declaration.role is Role.ARCHITECTURE:
             raise ValueError(
-                f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out"
+                f"--{name} {value}: the run in {source.folder} was started with {stored[name]!r}; leave the flag out, "
+                "or give another --log_dir for a new run"
             )
         if declaration.role in (Role.PROCESS, Role.TRAINING) and not config.allow_changed_flags:
             before = f"with {stored[name]!r}" if stored[name] != "" else "without it"
             raise ValueError(
-                f"--{name} {value}: the run to resume was started {before}; leave the flag out, or "
-                "--allow_changed_flags True to continue with the new value"
+                f"--{name} {value}: the run in {source.folder} was started {before}; leave the flag out, give another "
+                "--log_dir for a new run, or --allow_changed_flags True to continue with the new value"
             )
     merged = with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
     # A number of steps takes the place of the hours that a run was started with.
@@ -390,7 +397,7 @@ def _average(folder: str, length: float, step: int, log: Callable[[str], None]) 
     try:
         weights, distance = averages.reconstruct(averages.with_averages(folder), length, step)
     except ValueError as error:
-        raise named(error, {"sigma_rel": "ema_length"}) from None
+        raise named(error, {"sigma_rel": "ema_length", "ema_lengths": "ema_lengths"}) from None
     if distance > POOR_AVERAGE:
         log(
             f"WARNING: --ema_length {length}: this is only a rough average (its profile is {distance:.0%} off); more "
@@ -418,8 +425,10 @@ class Weights:
     samples: int
 
     def __str__(self) -> str:
-        trained = f" ({self.step:,} steps, {self.samples:,} images)" if self.step or self.samples else ""
-        return self.path + trained
+        if not (self.step or self.samples):
+            return self.path
+        after = f" after those of {start}" if (start := self.arguments.get("init_from")) else ""
+        return f"{self.path} ({self.step:,} steps, {self.samples:,} images{after})"
 
 
 def read_weights(
@@ -451,7 +460,10 @@ def read_weights(
             raise ValueError(
                 f"--{flag_name} {model_path}: is a folder of runs; the newest of them is {inside[0][0]}"
             )
-        source = checkpoint.find(path, log=log)
+        try:
+            source = checkpoint.find(path, log=log)
+        except ValueError as error:
+            raise ValueError(f"--{flag_name} {error}; give a run directory or a .pt file") from None
         if length:
             found = _weights_of(source, config, path, _average(path, length, source.step, log))
         else:
@@ -468,8 +480,14 @@ def read_weights(
             raise ValueError(
                 f"--{flag_name} {model_path}: holds no weights; give a model or ema file, or the directory"
             )
-        source = checkpoint.state_beside(path)
-        weights = source.load(kind) if source else checkpoint.load_weights(path)
+        try:
+            source = checkpoint.state_beside(path)
+            weights = source.load(kind) if source else checkpoint.load_weights(path)
+        except checkpoint.DamagedCheckpoint as error:
+            others = "; give the directory, for its newest intact checkpoint"
+            raise ValueError(
+                f"--{flag_name} {error}{others if checkpoint.steps(bf.dirname(path)) else ''}"
+            ) from None
         found = _weights_of(source, config, path, weights)
     _check_same_kind(f"--{flag_name} {path}", found.arguments, config)
     if not found.arguments:

@@ -144,7 +144,7 @@ def guided(
         if not config.class_dropout:
             lacks = "--class_dropout" if config.class_cond else "classes"
             raise ValueError(
-                f"--guidance_scale {config.guidance_scale}: this model was trained without {lacks}"
+                f"--guidance_scale {config.guidance_scale}: this model was trained without {lacks}; leave the flag out"
             )
         model = guide(model, config.guidance_scale, count_classes(config), within)
     elif within is not None and not (config.autoguidance_path and config.autoguidance_scale != 1):
@@ -257,7 +257,9 @@ def choose_labels(config: Flags, class_names: list[str]) -> list[int] | None:
         with errors_about("class_label"):
             return parse_class_labels(config.class_label, count_classes(config), class_names)
     if config.class_label:
-        raise ValueError(f"--class_label {config.class_label}: this model was trained without classes")
+        raise ValueError(
+            f"--class_label {config.class_label}: this model was trained without classes; leave the flag out"
+        )
     return None
 
 

@@ -283,7 +283,8 @@ def _train(
             again = f"the same command with --log_dir {shlex.quote(log_dir)}, in any number of processes"
         logger.log(f"stopped by {stopped_by} at step {loop.step}; to go on: {again}")
         return exit_code(stopped_by) if stopped_by.startswith("SIG") else 0
-    logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, 'results.xlsx')}")
+    metrics = "results.xlsx" if os.path.isfile(os.path.join(folder, "results.xlsx")) else "progress.csv"
+    logger.log(f"done: {loop.step} steps. Metrics: {bf.join(log_dir, metrics)}")
     sampler, images = "image_sample", []
     if is_super_resolution(config):
         sampler, images = "super_res_sample", ["--base_samples", "IMAGES"]

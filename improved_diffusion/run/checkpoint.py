@@ -297,7 +297,7 @@ def _check_sizes(folder: str, path: str, state: dict[str, Any]) -> None:
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{member}: missing, though {path} lists it") from None
         if size != entry["bytes"]:
-            raise DamagedCheckpoint(f"{member}: {size} bytes where {entry['bytes']} were written")
+            raise DamagedCheckpoint(f"{member}: damaged ({size} bytes where {entry['bytes']} were written)")
 
 
 def verify(checkpoint: Checkpoint) -> None:

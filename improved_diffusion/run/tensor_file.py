@@ -1,6 +1,7 @@
 """Reading the files of `torch.save` safely: nothing in them is executed or decompressed."""
 
 import io
+import pickle
 import pickletools
 import zipfile
 from typing import Any, BinaryIO
@@ -39,6 +40,8 @@ def parse_tensors(content: bytes) -> dict[str, Any]:
         if content.startswith(ZIP):
             _check_zip(content)
         else:
+            if not content.startswith(pickle.PROTO):
+                raise ValueError("neither an archive nor a pickle")
             stream = io.BytesIO(content)
             for _ in range(LEGACY_PICKLES):
                 _check_pickle(stream)

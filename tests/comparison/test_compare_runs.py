@@ -224,11 +224,15 @@ def test_nothing_at_all_still_makes_a_report(compare, tmp_path):
         (["a", "a"], "a: is given twice"),
         (["a", "--class_labels", "x"], "--class_labels: there is no such flag; did you mean --class_label?"),
         (["a", "--num_samples", "101"], "--num_samples 101: must be at least 0 and at most 100"),
+        (
+            ["a", "--class_label", "cat"],
+            "--class_label cat: no run could draw it; Nothing was drawn: 'cat': no such",
+        ),
         (["a", "--image_size", "16"], None),
     ],
 )
 def test_mistakes_in_one_line(compare, tmp_path, monkeypatch, arguments, message):
-    save_trained(make_run(tmp_path / "a"))
+    save_trained(make_run(tmp_path / "a"), class_cond=True, num_classes=2)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     if message is None:  # it contradicts that one model; the others may be drawn

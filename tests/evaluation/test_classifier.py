@@ -110,6 +110,10 @@ def test_the_scripts_train_it_and_measure_with_it(files, call_script):
     assert done.returncode == 0, done.stderr
     assert "of 100 test images are classified correctly" in done.stdout
 
+    for output, message in ((files, "is a folder"), (files / "no" / "a.pt", "there is no folder")):
+        done = call_script("train_classifier.py", *flags, "--output", output, check=2)
+        assert f"--output {output}: {message}" in done.stderr and done.stdout == ""
+
     measured = {}
     for name in ("drawn", "wrong"):
         flags = [

