@@ -84,8 +84,8 @@ def prepare(archive: str | None, out_dir: str, *, url: str = URL, md5: str = MD5
     out_dir = os.path.abspath(os.path.expanduser(out_dir))
     folders = {split: os.path.join(out_dir, split) for split in BATCHES}
     if archive is not None or not all(prepared_count(folder) for folder in folders.values()):
+        os.makedirs(out_dir, exist_ok=True)
         if archive is None:
-            os.makedirs(out_dir, exist_ok=True)
             archive = obtain_archive(out_dir, url, md5)
         else:
             warn_of_other_md5(archive, md5)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -239,7 +240,10 @@ def test_process_that_fails_is_reported():
     "flags, message",
     [
         (["--only", "training,sleep"], "--only sleep"),
-        (["--json", "nowhere/results.json"], "--json nowhere/results.json"),
+        (
+            ["--json", "nowhere/results.json"],
+            f"--json {os.path.abspath('nowhere/results.json')}: there is no folder",
+        ),
         (["--rounds", 0], "--rounds 0"),
         (["--microbatch", 0], "--microbatch 0"),
         (["--precision", "fp8"], "--precision fp8"),

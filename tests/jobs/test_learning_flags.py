@@ -169,7 +169,7 @@ def test_a_file_has_no_averages_of_other_lengths(run, tmp_path, call_script):
 
 def test_a_run_without_averages_is_named_by_the_flag(tmp_path):
     with pytest.raises(
-        ValueError, match="^--ema_length 0.1: no checkpoint up to step 5 holds .* ema_lengths"
+        ValueError, match="^--ema_length 0.1: no checkpoint up to step 5 holds .* --ema_lengths"
     ):
         runs._average(str(tmp_path), 0.1, 5, log=print)
 
@@ -178,7 +178,7 @@ def test_a_run_without_averages_is_named_by_the_flag(tmp_path):
     "flags, message",
     [
         ("--lr_decay_share 0.5", "--lr_decay_share 0.5: needs"),
-        ("--lr_decay cosine --lr_anneal_steps 5", "--lr_decay cosine: contradicts lr_anneal_steps 5"),
+        ("--lr_decay cosine --lr_anneal_steps 5", "--lr_decay cosine: contradicts --lr_anneal_steps 5"),
         ("--lr_decay linear --lr_warmup_steps 9 --total_steps 9", "--lr_warmup_steps 9: leaves nothing"),
         ("--ema_lengths 0.05,0.5", "--ema_lengths 0.05,0.5: expected numbers from 0.01 to 0.28"),
         ("--heldout_dir nowhere", "nowhere does not exist"),
@@ -205,8 +205,8 @@ def test_a_run_without_averages_is_named_by_the_flag(tmp_path):
         ),
         (
             "--recipe cifar10 --total_steps 1",
-            "--lr_warmup_steps 150: leaves nothing of total_steps 1 for lr_decay linear (--recipe cifar10 sets "
-            "--lr_warmup_steps 150)",
+            "--lr_warmup_steps 150: leaves nothing of --total_steps 1 for --lr_decay linear (--recipe cifar10 sets "
+            "--lr_warmup_steps 150 --lr_decay linear)",
         ),
         ("--schedule_sampler log-normal --sigma_mean 20 --sigma_std 0.1", "--sigma_mean 20.0, std 0.1: no"),
         ("--prediction noise", "--prediction noise: use one of epsilon, x_start, v, edm"),
