@@ -107,8 +107,8 @@ def open_atomic(path: str, mode: str = "wb") -> Iterator:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = path, None  # not the temporary file, nor none
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename, error.filename2 = path, None  # which is what the user knows
         raise
     _sync_folder(folder)
 

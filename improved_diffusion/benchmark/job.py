@@ -63,9 +63,9 @@ def run_benchmark(config: BenchmarkConfig) -> None:
         print(f"\nmeasuring {name}...", flush=True)
         results[name] = MEASUREMENTS[name](settings)
         print(section(results[name]))
-        if config.json:
+        if output:
             write_json(output, results)
-    if config.json:
+    if output:
         print(f"\nwritten: {output}")
 
 

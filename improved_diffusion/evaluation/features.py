@@ -119,9 +119,8 @@ def _load_network(path: str, argument: str) -> Extractor:
             network = th.jit.load(path, map_location="cpu").eval()
         parameters = [parameter.name for parameter in network.forward.schema.arguments]
     except Exception as error:  # torch raises almost anything here
-        reason = (
-            f" ({_reason(error)})" if zipfile.is_zipfile(path) else ""
-        )  # of another file, torch guesses at it
+        # Of a file that is no archive, torch only says what it might be.
+        reason = f" ({_reason(error)})" if zipfile.is_zipfile(path) else ""
         raise ValueError(f"{argument} {path}: is not a TorchScript module{reason}") from None
     options = {"return_features": True} if "return_features" in parameters else {}
 

@@ -266,7 +266,7 @@ def choose_source(
         source = checkpoint.find(log_dir, log=log)
         if resume != log_dir:
             log(
-                f"note: {log_dir} holds a run already, which goes on from its own step {source.step}; "
+                f"note: the run's directory has checkpoints already, so it goes on from step {source.step}; "
                 "--resume_checkpoint only counts in a new directory"
             )
         return source
@@ -303,14 +303,14 @@ def merge_for_resume(config: Config, given: set[str], source: Checkpoint) -> Con
             continue
         if declaration.role is Role.ARCHITECTURE:
             raise ValueError(
-                f"--{name} {value}: the run in {source.folder} was started with {stored[name]!r}; leave the flag out, "
-                "or give another --log_dir for a new run"
+                f"--{name} {value}: the run to resume was started with {stored[name]!r}; leave the flag out, or start "
+                "a new run in another --log_dir"
             )
         if declaration.role in (Role.PROCESS, Role.TRAINING) and not config.allow_changed_flags:
             before = f"with {stored[name]!r}" if stored[name] != "" else "without it"
             raise ValueError(
-                f"--{name} {value}: the run in {source.folder} was started {before}; leave the flag out, give another "
-                "--log_dir for a new run, or --allow_changed_flags True to continue with the new value"
+                f"--{name} {value}: the run to resume was started {before}; leave the flag out, start a new run in "
+                "another --log_dir, or give --allow_changed_flags True to continue with the new value"
             )
     merged = with_defaults(config, given | set(names_of(kind, Role.SESSION)), stored)
     # A number of steps takes the place of the hours that a run was started with.

@@ -95,7 +95,7 @@ def test_what_is_not_done_with_a_checkpoint_is_said(tmp_path):
         tmp_path / "new"
     )
     assert said == [
-        f"note: {tmp_path / 'new'} holds a run already, which goes on from its own step 4; --resume_checkpoint only "
+        "note: the run's directory has checkpoints already, so it goes on from step 4; --resume_checkpoint only "
         "counts in a new directory"
     ]
     assert runs.choose_source(str(tmp_path / "new"), str(tmp_path / "new"), pytest.fail).step == 4

@@ -96,7 +96,7 @@ def test_from_training_to_metrics(call_script, grey, tmp_path):
     # Its checkpoint fixes the channels, whatever is read now.
     call_script("image_train.py", *training, *saving, "--total_steps", "4", check=0)
     done = call_script("image_train.py", *training, "--total_steps", "4", "--channels", "3", check=2)
-    assert re.search(r"--channels 3: the run in .* was started with 1; leave the flag out", done.stderr)
+    assert re.search(r"--channels 3: the run to resume was started with 1; leave the flag out", done.stderr)
     done = call_script("image_sample.py", "--model_path", run, "--channels", "3", "--log_dir", out, check=2)
     assert "--channels 3: contradicts the checkpoint, which was trained with 1" in done.stderr
 

@@ -134,7 +134,7 @@ def test_the_same_command_continues_the_run_without_its_source(tmp_path, start, 
     assert "resumed step 1" in done.stdout and "starts from" not in done.stdout
     assert checkpoint.steps(str(new)) == [1, 2] and read_json(new / "run.json")["origin"] == origin
     done = start(tmp_path / "other", new, "--total_steps", 3, check=2)
-    assert_one_line(done, "--init_from .*other: the run in .*new was started with .*run'")
+    assert_one_line(done, "--init_from .*other: the run to resume was started with .*run'")
     call_script("image_train.py", "--log_dir", new, "--total_steps", 3, check=0)
     assert read_json(new / "args.json")["init_from"] == str(run)
     assert read_json(new / "run.json")["origin"] == origin

@@ -313,7 +313,7 @@ def test_a_share_of_the_images_is_withheld(tmp_path, call_script):
     # It is a part of what the run is.
     done = call_script("image_train.py", "--heldout_share", 0.3, "--log_dir", tmp_path / "run", check=2)
     assert re.search(
-        r"--heldout_share 0.3: the run in .* was started with 0.2; leave the flag out", done.stderr
+        r"--heldout_share 0.3: the run to resume was started with 0.2; leave the flag out", done.stderr
     )
 
 

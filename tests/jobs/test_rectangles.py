@@ -65,7 +65,9 @@ def test_from_training_to_metrics(call_script, photos, tmp_path):
         5 * (HEIGHT * 4 + 10),
     )
     done = call_script("image_train.py", *training[:-2], "--image_width", "16", check=2)
-    assert re.search(r"--image_width 16: the run in .* was started with 12; leave the flag out", done.stderr)
+    assert re.search(
+        r"--image_width 16: the run to resume was started with 12; leave the flag out", done.stderr
+    )
 
     drawing = ["--model_path", run, "--log_dir", out, "--num_samples", "4", "--sample_steps", "2"]
     call_script("image_sample.py", *drawing, "--save_png", "True", check=0)

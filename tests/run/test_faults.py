@@ -18,7 +18,7 @@ from training_process import (
 
 from improved_diffusion.run import checkpoint
 from improved_diffusion.run.checkpoint import member_name
-from improved_diffusion.storage import TEMPORARY_PREFIX
+from improved_diffusion.storage import TEMPORARY_PREFIX, open_atomic
 
 FLAGS = ["--save_interval", 4, "--log_interval", 3, "--batch_size", 4, "--ema_rate", "0.9,0.99"]
 HALF, WHOLE = 4, 8
@@ -248,3 +248,14 @@ def test_a_log_dir_that_is_a_file(tmp_path):
     failed = run_training(run, check=2)
     assert_one_line_error(failed, f"--log_dir {run}: cannot be written")
     assert run.read_text() == "precious"
+
+
+def test_errors_name_the_file_that_the_user_knows(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, open_atomic(str(tmp_path / "new")):
+        (tmp_path / "absent").read_bytes()
+    assert error.value.filename == str(tmp_path / "absent"), "another file than the one that is written"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as error, open_atomic(str(tmp_path / "folder")) as file:
+        file.write(b"content")
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "folder"), None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
